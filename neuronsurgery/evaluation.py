@@ -1,0 +1,293 @@
+"""Metrics per group: how well a model does on each group of examples, and their averages, every one by its name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from neuronsurgery.gradients import exchange
+from neuronsurgery.structure import bare, plain
+from neuronsurgery.types import (
+    IGNORED_TOKEN,
+    Group,
+    Loaders,
+    Metric,
+    Predict,
+    Unpack,
+    extract_logits,
+    group_members,
+    is_token_classification,
+    iterate_groups,
+    model_device,
+    ordered_groups,
+    refuse_shifted_labels,
+)
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 for each example that is classified right and 0 otherwise, float32, shape (n,): the default metric.
+
+    Args:
+        logits: shape (n, classes, ...); or (n, tokens, classes) with targets (n, tokens), the share being over the
+            tokens whose label is not -100 (0 where there is none).
+        targets: class indices, shape (n, ...); or probabilities of the shape of the logits, whose largest counts.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+        tensor([1., 0.])
+    """
+    tokens = is_token_classification(logits, targets)
+    if targets.is_floating_point() and targets.shape == logits.shape:
+        targets = targets.argmax(1)
+    right = logits.argmax(-1 if tokens else min(1, logits.dim() - 1)) == targets
+    if logits.dim() < 2 or right.shape != targets.shape:
+        raise ValueError(
+            f"accuracy needs logits (example, class, ...) and class indices without the class dimension, not shapes "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}: pass metric="
+        )
+    if tokens:
+        counted = targets != IGNORED_TOKEN
+        return (right & counted).sum(1).float() / counted.sum(1).clamp(min=1)
+    return right.float().flatten(1).mean(1) if right.dim() > 1 else right.float()
+
+
+@dataclass(frozen=True, repr=False)
+class GroupMetrics:
+    """The mean of a metric over each group.
+
+    Attributes:
+        groups: the names of the groups.
+        values: the mean over each group.
+        counts: the number of examples of each group.
+
+    Example:
+        >>> metrics = GroupMetrics(("landbird", "waterbird"), (0.9, 0.5), (30, 10))
+        >>> metrics["waterbird"], metrics.worst, metrics.average, metrics.balanced
+        (0.5, 0.5, 0.8, 0.7)
+    """
+
+    groups: tuple[Group, ...]
+    values: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __getitem__(self, group: Group) -> float:
+        """Return the mean over one group, by its name.
+
+        Raises:
+            KeyError: if there is no such group; lists those there are.
+        """
+        if group not in self.groups:
+            raise KeyError(f"no group {group!r}; there are {', '.join(map(repr, self.groups))}")
+        return self.values[self.groups.index(group)]
+
+    @property
+    def worst(self) -> float:
+        """The smallest of the groups' means: the worst-group accuracy."""
+        return min(self.values)
+
+    @property
+    def average(self) -> float:
+        """The mean over all examples."""
+        return self.weighted(dict(zip(self.groups, self.counts, strict=True)))
+
+    @property
+    def balanced(self) -> float:
+        """The mean over the groups, each counting the same."""
+        return sum(self.values) / len(self.values)
+
+    def weighted(self, proportions: Mapping[Group, float]) -> float:
+        """Return the mean over the groups weighted by given proportions, for instance the training set's counts.
+
+        Args:
+            proportions: a non-negative weight per group; they need not sum to 1.
+
+        Raises:
+            ValueError: if the groups are not the same, or the weights are negative or all zero.
+        """
+        weights = list(proportions.values())
+        if set(proportions) != set(self.groups) or min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(
+                f"proportions are one non-negative weight for each of the groups {list(self.groups)}, not "
+                f"{dict(proportions)}"
+            )
+        total = sum(value * proportions[group] for group, value in zip(self.groups, self.values, strict=True))
+        return total / sum(weights)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one row per group, for any data frame."""
+        rows = zip(self.groups, self.values, self.counts, strict=True)
+        return [{"group": group, "value": value, "count": count} for group, value, count in rows]
+
+    def __repr__(self) -> str:
+        rows = list(zip(self.groups, self.values, self.counts, strict=True))
+        lines = [f"  {group}: {value:.4f} ({count} examples)" for group, value, count in rows[:14]]
+        if len(rows) > 14:
+            lines.append(f"  ... {len(rows) - 14} more groups")
+        said = f"worst {self.worst:.4f}, average {self.average:.4f}, balanced {self.balanced:.4f}"
+        return "\n".join([f"GroupMetrics of {len(rows)} groups: {said}", *lines])
+
+
+@contextlib.contextmanager
+def one_numerical_path() -> Iterator[None]:
+    """Turn torch's fast path of multi-head attention off, whose last bits differ, and restore it afterwards."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def example_values(metric: Metric, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the metric of each example, float64, shape (n,), on the CPU.
+
+    Raises:
+        ValueError: if `metric` gives something else than one number per example.
+    """
+    values = metric(logits, targets)
+    if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"metric must return one value per example, shape ({len(targets)},), not {found}: average over anything "
+            f"but the examples"
+        )
+    return values.detach().double().cpu()
+
+
+class Tally:
+    """Running sums of a metric per group; what they come to is a `GroupMetrics`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Group, float] = {}
+        self.counts: dict[Group, int] = {}
+
+    def add(self, groups: Sequence[Group], values: Tensor) -> None:
+        """Add the values of some examples, each of its group."""
+        for group, indices in group_members(groups).items():
+            self.sums[group] = self.sums.get(group, 0.0) + float(values[indices].sum())
+            self.counts[group] = self.counts.get(group, 0) + len(indices)
+
+    def result(
+        self, order: list[Group] | None, error: Exception | None = None, process_group: dist.ProcessGroup | None = None
+    ) -> GroupMetrics:
+        """Return the means over the groups, summed over the ranks.
+
+        Args:
+            order: the groups in the order they are to have; None is ascending.
+            error: what went wrong on this rank; raised after the other ranks have heard of it.
+            process_group: the ranks, or None.
+
+        Raises:
+            ValueError: if a group has no examples.
+            RuntimeError: if another rank failed.
+        """
+        shares = exchange(process_group, error, (order, self.sums, self.counts))
+        present = [group for _, sums, _ in shares for group in sums]
+        groups = ordered_groups(present) if order is None else list(dict.fromkeys(g for o, _, _ in shares for g in o))
+        totals = {group: sum(counts.get(group, 0) for _, _, counts in shares) for group in groups}
+        empty = [group for group, count in totals.items() if count == 0]
+        if empty or not groups:
+            raise ValueError(
+                f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. An iterator "
+                f"or generator is exhausted after one pass; give a list or a DataLoader"
+            )
+        means = tuple(sum(sums.get(group, 0.0) for _, sums, _ in shares) / totals[group] for group in groups)
+        return GroupMetrics(tuple(groups), means, tuple(totals.values()))
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    loaders: Loaders,
+    *,
+    metric: Metric = ...,
+    predict: Predict | None = ...,
+    unpack: Unpack | None = ...,
+    progress: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> GroupMetrics: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    loaders: Loaders,
+    *,
+    metric: Mapping[str, Metric],
+    predict: Predict | None = ...,
+    unpack: Unpack | None = ...,
+    progress: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> dict[str, GroupMetrics]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    loaders: Loaders,
+    *,
+    metric: Metric | Mapping[str, Metric] = accuracy,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+    progress: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> GroupMetrics | dict[str, GroupMetrics]:
+    """Return the mean of a metric over each group.
+
+    The model runs in evaluation mode on a copy that shares its weights, without gradient, under the caller's autocast,
+    batch by batch as the loaders give them; nothing of it changes.
+
+    Args:
+        model: any module, a view too.
+        loaders: a mapping group -> iterable of batches (whose own groups are then ignored), or one iterable of batches
+            that carry a group per example. Batches without groups are one group "all".
+        metric: (logits, targets) -> one value per example, shape (n,); or a mapping name -> such functions, all of
+            which see the same forward pass.
+        predict: the model's output -> logits.
+        unpack: what a loader yields -> `Batch`.
+        progress: whether to write a line of progress to standard error.
+        process_group: sum over its ranks, each of which gives its share of the data. None communicates nothing.
+
+    Returns:
+        The group metrics; for a mapping of metrics, a dict of them by name.
+
+    Raises:
+        RuntimeError: if another rank failed.
+        TypeError: if a batch has an unknown form.
+        ValueError: if a group has no examples, or a metric is not one value per example.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.eye(2))
+        >>> evaluate(model, [(torch.eye(2), torch.tensor([0, 0]), torch.tensor([3, 5]))])
+        GroupMetrics of 2 groups: worst 0.0000, average 0.5000, balanced 0.5000
+          3: 1.0000 (1 examples)
+          5: 0.0000 (1 examples)
+    """
+    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
+    if accuracy in metrics.values():
+        refuse_shifted_labels(bare(model), "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
+    tallies: dict[str, Tally] = {name: Tally() for name in metrics}
+    error = None
+    try:
+        runner = plain(model)
+        with torch.no_grad(), one_numerical_path():
+            label = "evaluation" if progress else None
+            for groups, batch in iterate_groups(loaders, device=model_device(runner), unpack=unpack, progress=label):
+                logits = extract_logits(runner(*batch.args, **batch.kwargs), predict, len(batch))
+                for key, function in metrics.items():
+                    tallies[key].add(groups, example_values(function, logits, batch.targets))
+    except Exception as raised:
+        error = raised
+    order = list(loaders) if isinstance(loaders, Mapping) else None
+    results = {key: tally.result(order, error, process_group) for key, tally in tallies.items()}
+    return results if isinstance(metric, Mapping) else results[""]

@@ -1,0 +1,419 @@
+"""The vocabulary: what a loader yields, what a model returns, and the functions that callers hand in.
+
+A loader is any iterable of batches that can be iterated again. What it yields is unpacked in one place,
+`unpack_batch`, into a `Batch`; everything else in the library sees only that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Group: TypeAlias = int | str
+"""The name of a group: a key of the caller's mapping of loaders, or an integer (or string) of a mixed batch."""
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) -> one loss per example, shape (n,)."""
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) -> one value per example, shape (n,)."""
+
+Predict: TypeAlias = Callable[[Any], Tensor]
+"""The model's output -> logits whose first dimension is the example."""
+
+Loader: TypeAlias = Iterable[Any]
+"""Any iterable of batches."""
+
+Loaders: TypeAlias = Mapping[Any, Loader] | Loader
+"""A mapping group -> loader, or one loader of mixed batches that carry a group per example."""
+
+TARGET_KEYS = ("labels", "label", "targets", "y")
+GROUP_KEYS = ("groups", "group", "g")
+IGNORED_TOKEN = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch: the arguments of one call of the model, with a target and perhaps a group per example.
+
+    Tensors (also nested in tuples, lists and mappings) whose first dimension equals the number of targets are per
+    example; anything else is passed to the model as it is.
+
+    Attributes:
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        targets: one target per example, shape (n, ...).
+        groups: one group per example (n integers or strings), or None.
+
+    Raises:
+        TypeError: if `args` is not a tuple or `kwargs` not a mapping.
+        ValueError: if `targets` has no first dimension or `groups` another length.
+
+    Example:
+        >>> batch = Batch((torch.zeros(2, 3),), {}, torch.tensor([0, 1]), torch.tensor([0, 3]))
+        >>> batch
+        Batch(2 examples, args=[2x3 float32], groups 0 3)
+        >>> batch.groups
+        (0, 3)
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Tensor
+    groups: tuple[Group, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.args, tuple) or not isinstance(self.kwargs, Mapping):
+            raise TypeError(
+                f"Batch takes a tuple of positional and a mapping of keyword arguments of the model, not "
+                f"{type(self.args).__name__} and {type(self.kwargs).__name__}: write Batch((inputs,), {{}}, targets)"
+            )
+        targets = torch.as_tensor(self.targets)
+        if targets.dim() == 0:
+            raise ValueError("targets are one per example, shape (n, ...), not a single number: stack them")
+        object.__setattr__(self, "targets", targets)
+        if self.groups is not None:
+            groups = group_names(self.groups)
+            if len(groups) != len(targets):
+                raise ValueError(f"{len(groups)} groups for {len(targets)} targets: give one group per example")
+            object.__setattr__(self, "groups", groups)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        shown = [_describe(value) for value in self.args]
+        text = f"Batch({len(self)} examples, args=[{', '.join(shown)}]"
+        if self.kwargs:
+            text += ", kwargs={" + ", ".join(f"{key}: {_describe(value)}" for key, value in self.kwargs.items()) + "}"
+        if self.groups is not None:
+            text += f", groups {' '.join(map(str, ordered_groups(self.groups)))}"
+        return text + ")"
+
+
+Unpack: TypeAlias = Callable[[Any], Batch]
+"""What a loader yields -> Batch."""
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def group_names(groups: Any) -> tuple[Group, ...]:
+    """Return the groups of a batch as Python integers or strings, whatever container they came in.
+
+    Raises:
+        TypeError: if a group is neither an integer nor a string.
+    """
+    if isinstance(groups, Tensor | np.ndarray):
+        groups = groups.tolist()
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise TypeError(f"groups are one integer or string per example, not a {type(groups).__name__}")
+    names: tuple[Any, ...] = tuple(g.item() if isinstance(g, Tensor | np.generic) else g for g in groups)
+    wrong = sorted({type(name).__name__ for name in names if not isinstance(name, int | str) or isinstance(name, bool)})
+    if wrong:
+        raise TypeError(f"groups are integers or strings, not {', '.join(wrong)}: convert them, e.g. groups.long()")
+    return names
+
+
+def ordered_groups(groups: Iterable[Group]) -> list[Group]:
+    """Return the distinct groups in ascending order, integers before strings."""
+    return sorted(set(groups), key=lambda group: (isinstance(group, str), group))
+
+
+def group_members(groups: Iterable[Group]) -> dict[Group, list[int]]:
+    """Return the positions of each group's examples in a batch, groups in the order of their first example."""
+    members: dict[Group, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    return members
+
+
+# What loaders yield
+
+
+def unpack_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
+    """Return what a loader yielded as a `Batch`.
+
+    Understood are a `Batch`; `(inputs, targets)` and `(inputs, targets, groups)`, with `inputs` a tensor, a tuple or
+    list (positional arguments) or a mapping (keyword arguments); and a mapping with `labels` (or `label`, `targets`,
+    `y`), perhaps `groups` (or `group`, `g`), whose other entries are the model's keyword arguments.
+
+    Args:
+        raw: what the loader yielded.
+        unpack: the caller's own function raw -> Batch for any other form.
+
+    Returns:
+        The batch. Containers of `raw` are never changed.
+
+    Raises:
+        TypeError: if the form is unknown or `unpack` returns something else than a Batch.
+        ValueError: if a mapping has no targets or more than one entry that could be.
+    """
+    if unpack is not None:
+        batch = unpack(raw)
+        if not isinstance(batch, Batch):
+            raise TypeError(f"unpack must return a neuronsurgery.Batch, not a {type(batch).__name__}")
+        return batch
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):
+        return _unpack_mapping(raw)
+    if isinstance(raw, tuple | list) and len(raw) in (2, 3):
+        inputs, targets = raw[0], raw[1]
+        groups = raw[2] if len(raw) == 3 else None
+        if isinstance(inputs, Mapping):
+            return Batch((), dict(inputs), targets, groups)
+        return Batch(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, targets, groups)
+    form = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, tuple | list) else "")
+    raise TypeError(
+        f"a loader yielded a {form}; understood are (inputs, targets), (inputs, targets, groups), a mapping with "
+        f"'labels', and neuronsurgery.Batch. For any other form pass unpack=, a function batch -> Batch"
+    )
+
+
+def _unpack_mapping(raw: Mapping[Any, Any]) -> Batch:
+    target_keys = [key for key in TARGET_KEYS if key in raw]
+    group_keys = [key for key in GROUP_KEYS if key in raw]
+    if len(target_keys) != 1 or len(group_keys) > 1:
+        raise ValueError(
+            f"a mapping batch needs exactly one of {TARGET_KEYS} and at most one of {GROUP_KEYS}; this one has the "
+            f"keys {sorted(map(str, raw))}. Rename them, or pass unpack=, a function batch -> Batch"
+        )
+    named = (*target_keys, *group_keys)
+    kwargs = {str(key): value for key, value in raw.items() if key not in named}
+    return Batch((), kwargs, raw[target_keys[0]], raw[group_keys[0]] if group_keys else None)
+
+
+def iterate(
+    loader: Loader,
+    *,
+    device: torch.device | None = None,
+    unpack: Unpack | None = None,
+    progress: str | None = None,
+) -> Iterator[Batch]:
+    """Yield the batches of a loader, unpacked and moved to a device, with a line of progress on standard error.
+
+    Args:
+        loader: any iterable of batches.
+        device: where tensors go; None leaves them.
+        unpack: see `unpack_batch`.
+        progress: the label of the progress line, or None for silence.
+    """
+    started = shown = time.monotonic()
+    examples = 0
+    total = f"/{len(loader)}" if isinstance(loader, Sized) else ""
+    for number, raw in enumerate(loader, start=1):
+        batch = unpack_batch(raw, unpack)
+        yield batch if device is None else move(batch, device)
+        examples += len(batch)
+        now = time.monotonic()
+        if progress is not None and (now - shown > 0.5 or total == f"/{number}"):
+            shown = now
+            rate = examples / max(now - started, 1e-9)
+            end = "\n" if total == f"/{number}" else "\r"
+            sys.stderr.write(f"{progress}: batch {number}{total}, {examples} examples, {rate:.0f}/s{end}")
+            sys.stderr.flush()
+
+
+def iterate_groups(
+    loaders: Loaders, *, device: torch.device | None, unpack: Unpack | None, progress: str | None
+) -> Iterator[tuple[Sequence[Group], Batch]]:
+    """Yield (group of each example, batch) of a mapping of loaders or of one loader of mixed batches."""
+    if not isinstance(loaders, Mapping):
+        for batch in iterate(loaders, device=device, unpack=unpack, progress=progress):
+            yield batch.groups or ["all"] * len(batch), batch
+        return
+    if not loaders:
+        raise ValueError("the mapping of loaders is empty: give at least one group")
+    for name, loader in loaders.items():
+        label = None if progress is None else f"{progress} of {name}"
+        for batch in iterate(loader, device=device, unpack=unpack, progress=label):
+            yield [name] * len(batch), batch
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """Return the device of the model's first parameter, or None where it has none."""
+    first = next(model.parameters(), None)
+    return None if first is None else first.device
+
+
+# Batches as trees of tensors
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return `value` with every tensor in it, nested in tuples, lists and mappings, replaced by `function(tensor)`."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with every tensor on `device`; tensors that are there already are not copied."""
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(map_tensors(batch.args, to), map_tensors(batch.kwargs, to), to(batch.targets), batch.groups)
+
+
+def take(batch: Batch, indices: Sequence[int]) -> Batch:
+    """Return the examples at `indices` as a batch of their own.
+
+    A contiguous range is a view of the batch; anything else is copied, so that a loader may reuse its memory.
+    """
+    n = len(batch)
+
+    def pick(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) != n:
+            return tensor
+        if isinstance(indices, range):
+            return tensor[indices.start : indices.stop]
+        return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+
+    groups = None if batch.groups is None else tuple(batch.groups[i] for i in indices)
+    return Batch(map_tensors(batch.args, pick), map_tensors(batch.kwargs, pick), pick(batch.targets), groups)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return batches of one `signature` as a single batch, examples in order."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def cat(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            per_example = first.dim() > 0 and all(len(value) == n for value, n in zip(values, sizes, strict=True))
+            return torch.cat(list(values)) if per_example else first
+        if isinstance(first, tuple) and hasattr(first, "_fields"):
+            return type(first)(*(cat(items, sizes) for items in zip(*values, strict=True)))
+        if isinstance(first, tuple | list):
+            return type(first)(cat(items, sizes) for items in zip(*values, strict=True))
+        if isinstance(first, Mapping):
+            return {key: cat([value[key] for value in values], sizes) for key in first}
+        return first
+
+    sizes = [len(batch) for batch in batches]
+    groups = None
+    if all(batch.groups is not None for batch in batches):
+        groups = tuple(group for batch in batches for group in batch.groups or ())
+    return Batch(
+        cat([batch.args for batch in batches], sizes),
+        cat([batch.kwargs for batch in batches], sizes),
+        torch.cat([batch.targets for batch in batches]),
+        groups,
+    )
+
+
+def signature(batch: Batch) -> Hashable:
+    """Return a key that two batches share exactly when their examples may be joined into one batch.
+
+    It holds the shape without the first dimension, the dtype and the device of what is per example, and the value of
+    everything else.
+    """
+    n = len(batch)
+
+    def key(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            if value.dim() > 0 and len(value) == n:
+                return ("per example", tuple(value.shape[1:]), value.dtype, value.device)
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return (tuple(value.shape), value.dtype, value.device, hashlib.sha256(content).digest())
+        if isinstance(value, tuple | list):
+            return (type(value), tuple(key(item) for item in value))
+        if isinstance(value, Mapping):
+            return tuple((name, key(item)) for name, item in value.items())
+        return value if isinstance(value, Hashable) else ("unhashable", id(value))
+
+    return (key(batch.args), key(batch.kwargs), key(batch.targets))
+
+
+# What models return
+
+
+def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tensor:
+    """Return the logits in a model's output, first dimension the example.
+
+    Args:
+        output: what the model returned.
+        predict: the caller's function output -> logits; the default takes the tensor itself, `.logits`, `["logits"]`,
+            or the first of a tuple.
+        examples: the number of examples in the batch.
+
+    Raises:
+        TypeError: if no logits are found.
+        ValueError: if their first dimension is not `examples`.
+    """
+    logits = default_predict(output) if predict is None else predict(output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"predict must return the logits, a tensor, not a {type(logits).__name__}")
+    if logits.dim() == 0 or len(logits) != examples:
+        raise ValueError(
+            f"the model returned logits of shape {tuple(logits.shape)} for {examples} examples; the first dimension "
+            f"must be the example: pass predict=, a function output -> logits"
+        )
+    return logits
+
+
+def default_predict(output: Any) -> Tensor:
+    """Return the tensor itself, `.logits`, `["logits"]`, or the first of a tuple, whichever the output has.
+
+    Raises:
+        TypeError: if it has none of them.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"no logits found in the model's output, a {type(output).__name__}: pass predict=, a function "
+            f"output -> logits"
+        )
+    return logits
+
+
+def is_token_classification(logits: Tensor, targets: Tensor) -> bool:
+    """Return whether the classes are on the last axis: 3-D logits (n, tokens, classes) and targets (n, tokens).
+
+    Where tokens and classes are equally many, both readings fit, and this one is taken.
+    """
+    return logits.dim() == 3 and targets.shape == logits.shape[:2] and not targets.is_floating_point()
+
+
+def refuse_shifted_labels(model: nn.Module, default: str, instead: str) -> None:
+    """Raise for a causal language model, whose labels the library never shifts on its own.
+
+    Args:
+        model: the model; recognised by its class name, as Hugging Face names them.
+        default: what the caller left at its default.
+        instead: what to pass in its place.
+
+    Raises:
+        ValueError: if the model is a causal language model.
+    """
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"{name} is a causal language model: its logits at one position predict the label of the next, and labels "
+            f"are never shifted by {default}. Pass {instead}"
+        )
