@@ -34,6 +34,8 @@ from neuronsurgery.scores import topk as topk
 from neuronsurgery.surgery import apply as apply
 from neuronsurgery.surgery import bake as bake
 from neuronsurgery.surgery import edited_parameters as edited_parameters
+from neuronsurgery.sweep import Sweep as Sweep
+from neuronsurgery.sweep import sweep as sweep
 from neuronsurgery.types import Batch as Batch
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Neuron",
     "Neurons",
     "Scores",
+    "Sweep",
     "accuracy",
     "apply",
     "bake",
@@ -69,6 +72,7 @@ __all__ = [
     "save_file",
     "scale",
     "select",
+    "sweep",
     "top_fraction",
     "topk",
     "zero_out",

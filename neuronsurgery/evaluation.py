@@ -147,6 +147,16 @@ def one_numerical_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def refuse_default_metric(model: nn.Module, *metrics: Metric) -> None:
+    """Raise if `accuracy` is among the metrics of a causal language model.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if accuracy in metrics:
+        refuse_shifted_labels(bare(model), "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
+
+
 def example_values(metric: Metric, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the metric of each example, float64, shape (n,), on the CPU.
 
@@ -274,8 +284,7 @@ def evaluate(
           5: 0.0000 (1 examples)
     """
     metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
-    if accuracy in metrics.values():
-        refuse_shifted_labels(bare(model), "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
+    refuse_default_metric(model, *metrics.values())
     tallies: dict[str, Tally] = {name: Tally() for name in metrics}
     error = None
     try:

@@ -201,6 +201,7 @@ def iterate(
     device: torch.device | None = None,
     unpack: Unpack | None = None,
     progress: str | None = None,
+    edits: int = 0,
 ) -> Iterator[Batch]:
     """Yield the batches of a loader, unpacked and moved to a device, with a line of progress on standard error.
 
@@ -209,6 +210,7 @@ def iterate(
         device: where tensors go; None leaves them.
         unpack: see `unpack_batch`.
         progress: the label of the progress line, or None for silence.
+        edits: how many edited models each batch goes through; named in the line if there are any.
     """
     started = shown = time.monotonic()
     examples = 0
@@ -220,25 +222,26 @@ def iterate(
         now = time.monotonic()
         if progress is not None and (now - shown > 0.5 or total == f"/{number}"):
             shown = now
-            rate = examples / max(now - started, 1e-9)
+            elapsed = max(now - started, 1e-9)
+            rate = f"{examples / elapsed:.0f}/s" + (f", {edits * number / elapsed:.0f} edits/s" if edits else "")
             end = "\n" if total == f"/{number}" else "\r"
-            sys.stderr.write(f"{progress}: batch {number}{total}, {examples} examples, {rate:.0f}/s{end}")
+            sys.stderr.write(f"{progress}: batch {number}{total}, {examples} examples, {rate}{end}")
             sys.stderr.flush()
 
 
 def iterate_groups(
-    loaders: Loaders, *, device: torch.device | None, unpack: Unpack | None, progress: str | None
+    loaders: Loaders, *, device: torch.device | None, unpack: Unpack | None, progress: str | None, edits: int = 0
 ) -> Iterator[tuple[Sequence[Group], Batch]]:
     """Yield (group of each example, batch) of a mapping of loaders or of one loader of mixed batches."""
     if not isinstance(loaders, Mapping):
-        for batch in iterate(loaders, device=device, unpack=unpack, progress=progress):
+        for batch in iterate(loaders, device=device, unpack=unpack, progress=progress, edits=edits):
             yield batch.groups or ["all"] * len(batch), batch
         return
     if not loaders:
         raise ValueError("the mapping of loaders is empty: give at least one group")
     for name, loader in loaders.items():
         label = None if progress is None else f"{progress} of {name}"
-        for batch in iterate(loader, device=device, unpack=unpack, progress=label):
+        for batch in iterate(loader, device=device, unpack=unpack, progress=label, edits=edits):
             yield [name] * len(batch), batch
 
 

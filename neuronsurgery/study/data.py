@@ -1,0 +1,510 @@
+"""The embedded data sets: small, made on the spot, and the same bits everywhere.
+
+Both have a class `y` (what the image shows) and a spurious attribute `a` (what it is shown on: 0 land, vertical
+streaks; 1 water, horizontal ones); the group of an image is `2 * y + a`, and most training images have `y == a`.
+
+Every draw comes from Philox raw bits under a key of its own, and an image is made with `+ - * / sqrt`, comparisons and
+rounding only, element by element. IEEE 754 rounds all of these correctly, so that no BLAS, libm or vector unit shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Counts = Sequence[int]
+
+SYNTHETIC_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
+    {"train": (1749, 92, 28, 528), "validation": (60,) * 4, "test": (250,) * 4}
+)
+DIGITS_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
+    {"train": (600, 32, 10, 180), "validation": (30,) * 4, "test": (100,) * 4}
+)
+
+
+# What a data set is
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of one split, in ascending order of their groups.
+
+    Attributes:
+        images: float32 (N, 3, size, size), multiples of 1/255 in [0, 1].
+        targets: int64 (N,), the class `y`.
+        groups: int64 (N,), `2 * y + a`.
+    """
+
+    images: Tensor
+    targets: Tensor
+    groups: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        counts = "/".join(str(count) for count in self.counts)
+        return f"Split({len(self)} images of {tuple(self.images.shape[1:])}, {counts} per group)"
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of images in each of the four groups."""
+        return tuple(torch.bincount(self.groups, minlength=4).tolist())
+
+    def subset(self, indices: Tensor) -> Split:
+        """The images at `indices` (int64, or a boolean mask of length N), as a split of their own."""
+        return replace(self, images=self.images[indices], targets=self.targets[indices], groups=self.groups[indices])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training image may vary from epoch to epoch without changing its class.
+
+    Attributes:
+        flip: mirror left and right, for one image in two.
+        shift: move by -shift ... shift pixels along each axis; the border is repeated.
+    """
+
+    flip: bool = True
+    shift: int = 2
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """A named data set.
+
+    Attributes:
+        name: "synthetic" or "digits".
+        group_names: what group 0, 1, 2, 3 shows, such as "landbird on water".
+        augmentation: what may be done to its training images.
+        splits: split name to `Split`; "train", "validation" and "test" are always there.
+    """
+
+    name: str
+    group_names: tuple[str, ...]
+    augmentation: Augmentation
+    splits: Mapping[str, Split]
+
+    def __repr__(self) -> str:
+        lines = [f"DataSet {self.name!r}; groups: {', '.join(self.group_names)}"]
+        return "\n".join(lines + [f"  {name}: {split!r}" for name, split in self.splits.items()])
+
+    @property
+    def train(self) -> Split:
+        """The training images."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Split:
+        """The validation images."""
+        return self.splits["validation"]
+
+    @property
+    def test(self) -> Split:
+        """The test images."""
+        return self.splits["test"]
+
+    def loaders(self, split: str, size: int = 250) -> dict[str, Batches]:
+        """One loader per group of a split, by group name; groups without images are left out."""
+        part = self.splits[split]
+        return {
+            name: batches(part.subset(part.groups == group), size)
+            for group, name in enumerate(self.group_names)
+            if part.counts[group]
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A re-iterable of `(images, targets, groups)`: the same batches each time it is iterated. See `batches`."""
+
+    split: Split
+    size: int
+    order: Tensor | None
+    moves: Tensor | None
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.arange(len(self.split)) if self.order is None else self.order
+        for start in range(0, len(order), self.size):
+            chosen = order[start : start + self.size]
+            images = self.split.images[chosen]
+            if self.moves is not None:
+                images = _move(images, self.moves[chosen])
+            yield images, self.split.targets[chosen], self.split.groups[chosen]
+
+
+def batches(
+    split: Split,
+    size: int = 64,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = False,
+    augmentation: Augmentation | None = None,
+) -> Batches:
+    """Batches of a split, as a re-iterable with a length; the last batch may be smaller.
+
+    Order and augmentation depend on `(seed, epoch)` alone; what happens to an image does not depend on its batch.
+
+    Args:
+        split: the images.
+        size: images per batch, at least 1.
+        seed: of the shuffling and the augmentation.
+        epoch: another epoch is another order and another augmentation.
+        shuffle: in random order instead of that of the split.
+        augmentation: how to vary the images; None leaves them as they are.
+
+    Returns:
+        Batches of `(images, targets, groups)`: float32 (B, 3, H, W), int64 (B,), int64 (B,).
+
+    Raises:
+        ValueError: if `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"batches: size must be at least 1, found {size}: pass the number of images per batch")
+    order = moves = None
+    if shuffle:
+        order = torch.from_numpy(permutation(len(split), "order", seed, epoch))
+    if augmentation is not None:
+        moves = torch.from_numpy(_draw_moves(len(split), augmentation, seed, epoch))
+    return Batches(split, size, order, moves)
+
+
+def _draw_moves(count: int, augmentation: Augmentation, seed: int, epoch: int) -> Integers:
+    """int64 (count, 3): mirrored or not, and the shift down and to the right."""
+    draws = uniforms((count, 3), "augmentation", seed, epoch)
+    flips = (draws[:, 0] < 0.5) & augmentation.flip
+    shifts = np.floor(draws[:, 1:] * (2 * augmentation.shift + 1)) - augmentation.shift
+    return np.column_stack([flips, shifts]).astype(np.int64)
+
+
+def _move(images: Tensor, moves: Tensor) -> Tensor:
+    """The images, mirrored and shifted by gathering pixels: exact, and one operation for the whole batch."""
+    height, width = images.shape[-2:]
+    flip, down, right = moves[:, :, None].unbind(1)  # (B, 1)
+    rows = (torch.arange(height) - down).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width) - right).clamp(0, width - 1)  # (B, W)
+    columns = torch.where(flip == 1, width - 1 - columns, columns)
+    sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (B, H * W)
+    return images.flatten(2).gather(2, sources[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+
+# Random numbers
+
+_IN_CACHE: Final = 2**15  # numbers worked on at once
+
+
+def raw_bits(count: int, *key: str | int) -> npt.NDArray[np.uint64]:
+    """`count` random 64-bit words that depend on `key` alone; a longer stream begins with the shorter one."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # numpy's integers print otherwise
+    digest = hashlib.sha256(repr(plain).encode()).digest()
+    # Philox's raw output is fixed by its specification; what numpy's Generator makes of it may change.
+    words: npt.NDArray[np.uint64] = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+    return words
+
+
+def uniforms(shape: tuple[int, ...], *key: str | int) -> Doubles:
+    """Uniform numbers in [0, 1), float64, multiples of 2**-53, that depend on `key` alone."""
+    words = raw_bits(int(np.prod(shape)), *key)
+    return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+
+
+def bells(shape: tuple[int, ...], *key: str | int) -> Doubles:
+    """Bell-shaped numbers of mean 0 and variance 1 within +-3.47, float64, that depend on `key` alone.
+
+    The sum of four uniform 16-bit integers, scaled: a normal distribution to the eye, without a logarithm or a cosine
+    whose last bit is a matter of the machine.
+    """
+    low, half = np.uint64(0x0000FFFF0000FFFF), np.uint64(16)
+    scale = 1 / np.sqrt(4 * (2.0**32 - 1) / 12)
+    words = raw_bits(int(np.prod(shape)), *key)
+    numbers = np.empty(words.size)
+    for start in range(0, words.size, _IN_CACHE):
+        some = words[start : start + _IN_CACHE]
+        pairs = (some & low) + ((some >> half) & low)
+        sums = (pairs + (pairs >> np.uint64(32))) & np.uint64(0xFFFFFFFF)
+        numbers[start : start + _IN_CACHE] = (sums.astype(np.float64) - 2 * 65535) * scale
+    return numbers.reshape(shape)
+
+
+def permutation(count: int, *key: str | int) -> Integers:
+    """The numbers 0 ... count - 1 in an order that depends on `key` alone, int64."""
+    return np.argsort(raw_bits(count, *key), kind="stable").astype(np.int64)
+
+
+# Synthetic Waterbirds
+
+SPECIES: Final = 12  # per class
+# The knob of difficulty: the distance of the class means, in units of the table below. Set so that a balanced training
+# set of 4x600 teaches every group to about 97 %: a low accuracy of a minority is then not for want of a signal.
+SEPARATION: Final = 0.6
+
+# One row per trait of a bird: landbird mean, waterbird mean, spread of the species, spread of the individuals.
+# Lengths are in pixels before scaling, angles in radians, against the horizontal.
+TRAITS: Final[Mapping[str, tuple[float, float, float, float]]] = MappingProxyType(
+    {
+        "body length": (5.0, 7.5, 0.8, 0.5),
+        "body tilt": (0.6, 0.1, 0.12, 0.1),
+        "neck length": (1.0, 4.5, 0.8, 0.5),
+        "beak length": (1.6, 4.0, 0.6, 0.4),
+        "tail length": (6.0, 2.5, 0.9, 0.5),
+        "tail angle": (0.1, -0.3, 0.15, 0.12),
+        "leg length": (4.5, 2.5, 0.6, 0.4),
+    }
+)
+# Painted in this order, each with a colour of the bird's palette.
+PARTS: Final = ("far leg", "near leg", "tail", "body", "neck", "head", "beak", "wing")
+PALETTE: Final = np.array([3, 3, 1, 0, 0, 2, 3, 1])  # 0 body and neck, 1 wing and tail, 2 head, 3 beak and legs
+
+_PIXEL_NOISE: Final = 0.03
+_CHUNK: Final = 32  # images painted at once: small enough for the cache
+
+
+def synthetic(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> DataSet:
+    """Synthetic Waterbirds: 32x32 drawings of land and water birds, on land and on water.
+
+    Birds differ in shape only: body, neck, beak, tail and legs vary around 12 species per class. Colours are drawn
+    without regard to the class. A split is drawn from a stream of its own, named after it: image `i` of a split
+    depends on `(seed, split, i)` and its group alone.
+
+    Args:
+        seed: of everything, the species included.
+        counts: images per group of splits to change or to add, such as `{"train": (600,) * 4}` for a balanced
+            training set or `{"extra": (100,) * 4}` for one more held-out split. Default: `SYNTHETIC_COUNTS`.
+
+    Returns:
+        The data set, with the default splits and those of `counts`.
+
+    Raises:
+        ValueError: if counts are not four whole numbers of at least 0.
+    """
+    wanted = _check_counts(SYNTHETIC_COUNTS, counts)
+    names = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
+    splits = {split: _draw_birds(groups, seed, split) for split, groups in wanted.items()}
+    return DataSet("synthetic", names, Augmentation(), MappingProxyType(splits))
+
+
+def _check_counts(default: Mapping[str, Counts], counts: Mapping[str, Counts] | None) -> dict[str, Integers]:
+    """The group of every image, int64 in ascending order, for each split."""
+    wanted = {**default, **(counts or {})}
+    for split, numbers in wanted.items():
+        if len(numbers) != 4 or any(not isinstance(number, int) or number < 0 for number in numbers):
+            raise ValueError(
+                f"counts of split {split!r}: expected four whole numbers of at least 0, one per group 2 * y + a, "
+                f"found {tuple(numbers)}: pass for example (600, 600, 600, 600)"
+            )
+    return {split: np.repeat(np.arange(4, dtype=np.int64), numbers) for split, numbers in wanted.items()}
+
+
+def _finish(canvas: Floats, groups: Integers, *key: str | int) -> Split:
+    """A split of the canvas, made noisy, clipped and rounded to multiples of 1/255."""
+    canvas += bells(canvas.shape, *key, "pixels") * _PIXEL_NOISE
+    np.clip(canvas, 0, 1, out=canvas)
+    canvas *= 255
+    np.rint(canvas, out=canvas)
+    canvas /= 255
+    return Split(torch.from_numpy(canvas), torch.from_numpy(groups // 2), torch.from_numpy(groups))
+
+
+def _draw_birds(groups: Integers, seed: int, split: str) -> Split:
+    key = ("synthetic", seed, split)
+    canvas = _draw_backgrounds(groups % 2, 32, 0.09, 0.09, *key)
+    capsules = _place(_build_birds(_draw_traits(groups // 2, seed, split)), *key)
+    colours = _draw_colours(len(groups), *key)[:, PALETTE]
+    for start in range(0, len(groups), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        _paint(canvas[chunk], capsules[chunk], colours[chunk])
+    return _finish(canvas, groups, *key)
+
+
+def _draw_traits(targets: Integers, seed: int, split: str) -> Doubles:
+    """(N, traits): class mean, plus the deviation of one of the 12 species, plus that of the individual."""
+    land, water, among, within = np.array(list(TRAITS.values())).T
+    species_draws = bells((2, SPECIES, len(TRAITS)), "synthetic", seed, "species")
+    side = SEPARATION * np.array([-0.5, 0.5])[:, None, None]
+    species = (land + water) / 2 + side * (water - land) + species_draws * among
+    which = np.floor(uniforms((len(targets),), "synthetic", seed, split, "species") * SPECIES).astype(np.int64)
+    individuals: Doubles = bells((len(targets), len(TRAITS)), "synthetic", seed, split, "traits") * within
+    individuals += species[targets, which]
+    return individuals
+
+
+def _direction(angles: Doubles) -> Doubles:
+    """(..., 2): the unit vector at an angle, x to the right and y up; the angle is met within 1 % up to 1 radian."""
+    half = angles / 2
+    tangent = half * (1 + half * half / 3 * (1 + half * half * 0.4))  # a series, because tan() differs by machine
+    squared = tangent * tangent
+    directions: Doubles = np.stack([(1 - squared) / (1 + squared), 2 * tangent / (1 + squared)], axis=-1)
+    return directions
+
+
+def _build_birds(traits: Doubles) -> Doubles:
+    """(N, parts, 6): the capsules of birds that look to the right, as start x, y, end x, y, start and end radius."""
+    body, tilt, neck, beak, tail, droop, leg = traits.T
+    body, neck, beak, tail, leg = (np.maximum(length, 0.3)[:, None] for length in (body, neck, beak, tail, leg))
+    down, along = np.array([0.0, -1.0]), _direction(tilt)
+    front, rear = along * body / 2, -along * body / 2
+    crown = front + _direction(np.ones(len(traits))) * (neck + 1.2)
+    face = crown + np.array([1.0, -0.1])
+    far_hip, near_hip = along * 0.8 + down * 1.5, -along * 0.8 + down * 1.5
+    ends: dict[str, tuple[Doubles, Doubles, float, float]] = {
+        "far leg": (far_hip, far_hip + down * (leg + 1.0) + np.array([0.4, 0.0]), 0.5, 0.45),
+        "near leg": (near_hip, near_hip + down * (leg + 1.0), 0.5, 0.45),
+        "tail": (rear, rear - _direction(tilt + droop) * (tail + 1.5), 1.3, 0.9),
+        "body": (rear, front, 2.2, 2.7),
+        "neck": (front, crown, 1.9, 1.3),
+        "head": (crown, face, 1.8, 1.6),
+        "beak": (face, face + np.array([1.0, -0.12]) * (beak + 1.2), 0.8, 0.35),
+        "wing": (rear * 1.15 + np.array([0.0, 0.3]), front * 0.3 + np.array([0.0, 0.5]), 0.9, 1.5),
+    }
+    capsules = np.empty((len(traits), len(PARTS), 6))
+    for part, name in enumerate(PARTS):
+        capsules[:, part, :2], capsules[:, part, 2:4], capsules[:, part, 4], capsules[:, part, 5] = ends[name]
+    return capsules
+
+
+def _place(capsules: Doubles, *key: str | int) -> Floats:
+    """The capsules in pixels of the image (y down): mirrored, turned, scaled and moved, each bird by its own draw."""
+    draws = uniforms((len(capsules), 5), *key, "place")
+    mirror = np.where(draws[:, 0] < 0.5, -1.0, 1.0)
+    cosine, sine = _direction((draws[:, 1] - 0.5) * 0.3).T
+    scale = 1.1 + 0.3 * draws[:, 2]
+    centre = 15.5 + (draws[:, 3:] - 0.5) * 5.0
+    placed = np.empty_like(capsules)
+    for x, y in ((0, 1), (2, 3)):
+        across, up = capsules[..., x].T, capsules[..., y].T
+        placed[..., x] = (centre[:, 0] + mirror * scale * (cosine * across - sine * up)).T
+        placed[..., y] = (centre[:, 1] - scale * (sine * across + cosine * up)).T
+    placed[..., 4:] = capsules[..., 4:] * scale[:, None, None]
+    in_pixels: Floats = placed.astype(np.float32)
+    return in_pixels
+
+
+def _draw_colours(count: int, *key: str | int) -> Doubles:
+    """(count, 4, 3): a palette per bird, dark or light. The class is not an argument, so that it cannot show."""
+    draws = uniforms((count, 2), *key, "lightness")
+    light = np.where(draws[:, 0] < 0.5, 0.1, 0.8) + (draws[:, 1] - 0.5) * 0.2
+    offsets = np.array([0.0, -0.18, 0.1, 0.0]) * np.where(draws[:, :1] < 0.5, -1.0, 1.0)
+    colours: Doubles = light[:, None, None] + offsets[:, :, None] + bells((count, 4, 3), *key, "colours") * 0.1
+    return colours
+
+
+def _paint(canvas: Floats, capsules: Floats, colours: Doubles) -> None:
+    """Paints the capsules (n, parts, 6) over the canvas (n, 3, size, size) in their order, with soft edges."""
+    grid = np.arange(canvas.shape[-1], dtype=np.float32)
+    columns, rows = grid[None, None, :], grid[None, :, None]
+    for part in range(capsules.shape[1]):
+        x, y, end_x, end_y, radius, end_radius = capsules[:, part].T[:, :, None, None]
+        dx, dy = end_x - x, end_y - y
+        across, down = columns - x, rows - y
+        position = np.clip((across * dx + down * dy) / (dx * dx + dy * dy), 0, 1)
+        across, down = across - position * dx, down - position * dy
+        distance = np.sqrt(across * across + down * down) - (radius + position * (end_radius - radius))
+        cover = np.clip(np.float32(0.5) - distance, 0, 1)[:, None]  # an edge one pixel wide
+        canvas += cover * (colours[:, part, :, None, None].astype(np.float32) - canvas)
+
+
+# Backgrounds
+
+
+def _draw_backgrounds(attributes: Integers, size: int, noise: float, contrast: float, *key: str | int) -> Floats:
+    """(N, 3, size, size): smooth noise under vertical streaks, greenish (land), or horizontal ones, bluish (water)."""
+    count = len(attributes)
+    smooth = _enlarge(bells((count, size // 8 + 1, size // 8 + 1), *key, "smooth"), size)
+    streaks = _enlarge(bells((count, size // 16 + 1, size // 2), *key, "streaks"), size)
+    water = (attributes == 1)[:, None, None]
+    streaks = np.where(water, streaks.swapaxes(1, 2), streaks)
+    field = np.float32(noise) * smooth + np.float32(contrast) * streaks
+    tint = 0.5 * np.array([[-0.06, 0.10, -0.06], [-0.08, 0.02, 0.12]])
+    hue = 0.45 + tint[attributes] + 0.03 * bells((count, 3), *key, "hue")
+    backgrounds: Floats = np.add(field[:, None], hue[:, :, None, None], dtype=np.float32, casting="same_kind")
+    return backgrounds
+
+
+def _enlarge(grids: Doubles, size: int) -> Floats:
+    """(n, size, size): grids of any shape (n, h, w), interpolated linearly along both axes."""
+    enlarged = grids.astype(np.float32)
+    for axis, spread in ((1, (1, -1, 1)), (2, (1, 1, -1))):
+        knots = grids.shape[axis]
+        position = np.clip((np.arange(size) + 0.5) * (knots / size) - 0.5, 0, knots - 1)
+        left = np.minimum(np.floor(position).astype(np.int64), knots - 2)
+        share = (position - left).astype(np.float32).reshape(spread)
+        before, after = enlarged.take(left, axis), enlarged.take(left + 1, axis)
+        enlarged = before + share * (after - before)
+    return enlarged
+
+
+# Digits
+
+
+def digits(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> DataSet:
+    """Handwritten digits of scikit-learn, 0-4 (`y = 0`) against 5-9 (`y = 1`), 16x16, on land and on water.
+
+    The digits of a class are put in an order that depends on the seed; the splits take theirs from it one after the
+    other, and so do the groups of a split. So each source image is used at most once, and every split has digits of
+    its own (but not writers of its own: the source does not say who wrote what).
+
+    Args:
+        seed: of everything.
+        counts: images per group of splits to change or to add. Default: `DIGITS_COUNTS`, which uses 892 of the 901
+            digits 0-4 and 450 of the 896 digits 5-9.
+
+    Returns:
+        The data set, with the default splits and those of `counts`.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if counts are not four whole numbers of at least 0, or ask for more digits than there are.
+    """
+    wanted = _check_counts(DIGITS_COUNTS, counts)
+    sources, labels = _load_digits()
+    pools = [np.flatnonzero(labels == y) for y in (0, 1)]
+    pools = [pool[permutation(len(pool), "digits", seed, y)] for y, pool in enumerate(pools)]
+    splits = {}
+    for split, groups in wanted.items():
+        taken = [int((groups // 2 == y).sum()) for y in (0, 1)]
+        for y, pool in enumerate(pools):
+            if taken[y] > len(pool):
+                raise ValueError(
+                    f"digits: split {split!r} asks for {taken[y]} images of class {y}, found {len(pool)} that no "
+                    f"earlier split uses: lower its counts"
+                )
+        chosen = np.concatenate([pool[:number] for pool, number in zip(pools, taken, strict=True)])
+        pools = [pool[number:] for pool, number in zip(pools, taken, strict=True)]
+        splits[split] = _draw_digits(sources[chosen], groups, seed, split)
+    names = ("digit 0-4 on land", "digit 0-4 on water", "digit 5-9 on land", "digit 5-9 on water")
+    return DataSet("digits", names, Augmentation(flip=False, shift=1), MappingProxyType(splits))
+
+
+def _load_digits() -> tuple[Doubles, Integers]:
+    """The source images (1797, 8, 8) in [0, 1], and their classes (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits: the data set needs scikit-learn, which is not installed: pip install 'neuronsurgery[study]'"
+        ) from error
+    source = load_digits()
+    return source.images / 16, (source.target >= 5).astype(np.int64)
+
+
+def _draw_digits(sources: Doubles, groups: Integers, seed: int, split: str) -> Split:
+    key = ("digits", seed, split)
+    canvas = _draw_backgrounds(groups % 2, 16, 0.05, 0.12, *key)
+    ink = _draw_colours(len(groups), *key)[:, 0, :, None, None].astype(np.float32)
+    canvas += _enlarge(sources, 16)[:, None] * (ink - canvas)
+    return _finish(canvas, groups, *key)
