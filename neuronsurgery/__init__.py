@@ -2,6 +2,7 @@
 
 from neuronsurgery.artifacts import load_file as load_file
 from neuronsurgery.artifacts import save_file as save_file
+from neuronsurgery.coupling import coupled as coupled
 from neuronsurgery.edits import Edit as Edit
 from neuronsurgery.edits import compose as compose
 from neuronsurgery.edits import random_init as random_init
@@ -54,6 +55,7 @@ __all__ = [
     "causal_lm_loss",
     "compose",
     "contrast",
+    "coupled",
     "cross_entropy",
     "edited_parameters",
     "evaluate",

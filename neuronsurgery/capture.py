@@ -13,6 +13,7 @@ forward is captured anew for that signature, and where that fails, too, every ed
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neuronsurgery.evaluation import one_numerical_path
 from neuronsurgery.types import Predict, default_predict
 
 Label = TypeVar("Label", bound=Hashable)
@@ -261,7 +263,7 @@ class Graph:
             needed = {self.output}.union(*(node.all_input_nodes for node in nodes))
             reads = frozenset(self._slots[node] for node in needed - computed)
             self._suffixes[names] = Suffix(
-                self._instructions(nodes, _last_uses(nodes, keep={self.output})),
+                self._instructions(nodes, keep={self.output}),
                 reads,
                 max(reads, default=0),
                 {name: tuple(self._slots[node] for node in self.parameters[name]) for name in names},
@@ -270,51 +272,39 @@ class Graph:
 
     def _schedule(self, names: frozenset[frozenset[str]]) -> tuple[Segment, ...]:
         """Return the unedited run cut where suffixes are ready; it stops after the last of them."""
-        if names not in self._schedules:
-            suffixes = {key: self._suffix(key) for key in names}
-            ready: dict[int, list[frozenset[str]]] = {}
-            for key in sorted(names, key=lambda key: (suffixes[key].ready, sorted(key))):
-                ready.setdefault(suffixes[key].ready, []).append(key)
-            segments, start = [], 0
-            for stop in sorted(ready):
-                pending = {slot for key in names if suffixes[key].ready >= stop for slot in suffixes[key].reads}
-                later = {slot for key in names if suffixes[key].ready > stop for slot in suffixes[key].reads}
-                segments.append(self._segment(start, stop + 1, max(ready), pending, later, tuple(ready[stop])))
-                start = stop + 1
-            self._schedules[names] = tuple(segments)
+        if names in self._schedules:
+            return self._schedules[names]
+        ready: dict[int, list[frozenset[str]]] = {}
+        until: dict[int, int] = {}
+        for key in sorted(names, key=sorted):
+            suffix = self._suffix(key)
+            ready.setdefault(suffix.ready, []).append(key)
+            until.update({slot: max(suffix.ready, until.get(slot, 0)) for slot in suffix.reads})
+        nodes = self.nodes[: max(ready, default=-1) + 1]
+        last_use = {self._slots[used]: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
+        held = {slot: stop for slot, stop in until.items() if stop >= last_use.get(slot, 0)}
+        operators = [node for node in nodes if node.op == "call_function"]
+        instructions = self._instructions(operators, keep={self.nodes[slot] for slot in held})
+        segments, start = [], 0
+        for stop in sorted(ready):
+            part = tuple(instruction for instruction in instructions if start <= instruction.slot <= stop)
+            free = tuple(slot for slot in held if held[slot] == stop)
+            segments.append(Segment(part, tuple(ready[stop]), free))
+            start = stop + 1
+        self._schedules[names] = tuple(segments)
         return self._schedules[names]
 
-    def _segment(
-        self, start: int, stop: int, last: int, pending: set[int], later: set[int], names: tuple[frozenset[str], ...]
-    ) -> Segment:
-        """Return nodes start to stop of a run that ends at node `last`.
-
-        Args:
-            start: the first node.
-            stop: the node after the last.
-            last: the last node of the whole run.
-            pending: slots that the suffixes after this segment or later ones read.
-            later: slots that suffixes after later segments read.
-            names: the suffixes to run after this segment.
-        """
-        nodes = [node for node in self.nodes[start:stop] if node not in self.constants and node not in self.inputs]
-        onward = {n for node in self.nodes[stop : last + 1] for n in node.all_input_nodes}
-        keep = onward | {self.nodes[slot] for slot in pending}
-        held = {slot for slot in pending - later if self.nodes[slot] not in onward}
-        return Segment(self._instructions(nodes, _last_uses(nodes, keep)), names, tuple(sorted(held)))
-
-    def _instructions(
-        self, nodes: Sequence[fx.Node], last_uses: Mapping[fx.Node, list[fx.Node]]
-    ) -> tuple[Instruction, ...]:
-        return tuple(
-            Instruction(
-                node.target,  # type: ignore[arg-type]  # an operator: only placeholders have strings
-                _fetch(node, self._slots),
-                self._slots[node],
-                tuple(self._slots[used] for used in last_uses[node]),
-            )
-            for node in nodes
-        )
+    def _instructions(self, nodes: Sequence[fx.Node], keep: set[fx.Node]) -> tuple[Instruction, ...]:
+        """Return the operators as instructions that forget each value after its last use, but for those to keep."""
+        seen = set(keep)
+        instructions = []
+        for node in reversed(nodes):
+            dead = {*node.all_input_nodes, node} - seen
+            seen |= dead
+            free = tuple(sorted(self._slots[value] for value in dead))
+            call: Any = node.target
+            instructions.append(Instruction(call, _fetch(node, self._slots), self._slots[node], free))
+        return tuple(reversed(instructions))
 
 
 def as_parameter(tensor: Tensor, original: Tensor) -> Tensor:
@@ -322,17 +312,9 @@ def as_parameter(tensor: Tensor, original: Tensor) -> Tensor:
 
     Even where no gradient is recorded, matmul chooses its kernel, and so the last bits, by that flag of its operands.
     """
-    return tensor.detach().requires_grad_(original.requires_grad)
-
-
-def _last_uses(nodes: Sequence[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Return for each node what nobody needs any more after it."""
-    seen = set(keep)
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(nodes):
-        dying[node] = [used for used in (*node.all_input_nodes, node) if used not in seen]
-        seen.update(node.all_input_nodes, (node,))
-    return dying
+    with torch.inference_mode(False):
+        value = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return value.requires_grad_(original.requires_grad)
 
 
 def _fetch(node: fx.Node, slots: Mapping[fx.Node, int]) -> Callable[[list[Any]], tuple[list[Any], dict[str, Any]]]:
@@ -451,14 +433,9 @@ class _Forward(nn.Module):
 
 @contextmanager
 def _evaluating() -> Iterator[None]:
-    """Run without gradients and without torch's fused attention, whose last bits differ from the plain operators'."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    """Run as `evaluate` does, and outside of the caller's inference mode, whose tensors have no version counters."""
+    with one_numerical_path(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -481,7 +458,8 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
     shapes = [{dim: Dim.AUTO for dim in sorted(d)} for d in dims]
     with _quiet(), torch.random.fork_rng(devices=_cuda_devices(tensors)):
         try:
-            return torch.export.export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
+            program: ExportedProgram = torch.export.export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
+            return program
         except Exception as error:
             raise CaptureError(f"torch.export refused it: {_first_line(error)}") from error
 
@@ -547,7 +525,7 @@ def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bo
         for storage in _storages(node):
             family.setdefault(storage, []).append(node)
     for node in list(module.graph.nodes):
-        if node.op == "get_attr" and isinstance(inner := getattr(module, node.target), fx.GraphModule):
+        if node.op == "get_attr" and isinstance(inner := _attribute(module, node), fx.GraphModule):
             _make_functional(inner, strict=strict, nested=True)
         written = _written(node)
         if not written:
@@ -565,6 +543,10 @@ def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bo
     return inputs
 
 
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(module)
+
+
 def _storages(node: fx.Node) -> set[Any]:
     values = pytree.tree_leaves(node.meta.get("val"))
     return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
@@ -579,13 +561,13 @@ def _written(node: fx.Node) -> list[int]:
 
 def _functional(node: fx.Node) -> Callable[..., Any]:
     """Return the operator that computes what `node` writes: its twin without the underscore, or itself on a copy."""
-    operator: Any = node.target
-    namespace, name = operator._schema.name.split("::")
+    write: Any = node.target
+    namespace, name = write._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    twin = getattr(packet, operator._overloadname, None) if name.endswith("_") else None
+    twin = getattr(packet, write._overloadname, None) if name.endswith("_") else None
     dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
     # With mixed dtypes the twin would promote where the write keeps the dtype of its target.
-    return twin if twin is not None and len(dtypes) == 1 else OnCopy(operator)
+    return twin if twin is not None and len(dtypes) == 1 else OnCopy(write)
 
 
 @dataclass(frozen=True)
@@ -625,7 +607,7 @@ def _graph(program: ExportedProgram, written: set[fx.Node], forward: _Forward, m
     live = _ancestors(output)
     for node in module.graph.nodes:
         if node.op == "get_attr" and node in live:
-            constants[node] = getattr(module, node.target)
+            constants[node] = _attribute(module, node)
     _refuse_state(program, written, live)
     nodes = tuple(node for node in module.graph.nodes if node in live.union(inputs))
     _drop_dead(module.graph, output, live)
@@ -643,7 +625,7 @@ def _graph(program: ExportedProgram, written: set[fx.Node], forward: _Forward, m
 
 def _logits(program: ExportedProgram) -> fx.Node:
     results = program.graph.output_node().args[0]
-    pairs = zip(results, program.graph_signature.output_specs, strict=True)  # type: ignore[arg-type]
+    pairs = zip(results, program.graph_signature.output_specs, strict=True)
     logits = [node for node, spec in pairs if spec.kind == OutputKind.USER_OUTPUT]
     assert len(logits) == 1 and isinstance(logits[0], fx.Node), "_Forward returns one tensor"
     return logits[0]
@@ -685,17 +667,15 @@ def _refuse_state(program: ExportedProgram, written: set[fx.Node], live: set[fx.
     Counters that nobody reads are left out of the graph, so a replay does not touch them.
     """
     signature = program.graph_signature
+    for node in live:
+        # The one write that no schema declares: the running statistics of a norm that runs as if in training.
+        if str(node.target) in ("aten.batch_norm.default", "aten.instance_norm.default") and node.args[5]:
+            written = written.union(node.all_input_nodes[-2:])
     names = set(signature.buffers_to_mutate.values())
     changing = set()
     for node, spec in zip(program.graph.nodes, signature.input_specs, strict=False):
         if node in live and spec.kind != InputKind.USER_INPUT and (node in written or spec.target in names):
-            changing.add(spec.target.removeprefix("model."))
-    for node in live:
-        # The one write that no schema declares: the running statistics of a norm that runs as if in training.
-        if str(node.target) in ("aten.batch_norm.default", "aten.instance_norm.default"):
-            statistics, training = node.args[3], node.args[5]
-            if training and isinstance(statistics, fx.Node):
-                changing.add(str(statistics))
+            changing.add(str(spec.target).removeprefix("model."))
     if changing:
         raise CaptureError(f"it carries {', '.join(sorted(changing))} from one batch to the next")
 

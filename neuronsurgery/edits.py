@@ -354,10 +354,11 @@ def rewind(neurons: Neurons, checkpoint: Checkpoint, alpha: float = 1.0) -> Rewi
     """
     neurons = _checked(neurons)
     alpha = _finite("alpha", alpha)
-    path = None if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
     rows = _checkpoint_rows(neurons, checkpoint)
     digest = _digest(neurons, rows)
-    return Rewind(neurons, alpha, digest, path, rows if path is None else None)
+    if isinstance(checkpoint, Mapping):
+        return Rewind(neurons, alpha, digest, kept=rows)
+    return Rewind(neurons, alpha, digest, path=os.fspath(checkpoint))
 
 
 def compose(*edits: Edit) -> Edit:
@@ -435,7 +436,8 @@ def _checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, 
     tensors = _read(checkpoint, names)
     rows, wrong = [], []
     for part in neurons.parts:
-        layer, tensor = part.layer, tensors.get(part.layer.parameter)
+        layer = part.layer
+        tensor = tensors.get(layer.parameter, tensors.get(_bare_name(layer.parameter)))
         if not isinstance(tensor, Tensor):
             wrong.append(f"  {layer.parameter}: not in the checkpoint{nearest(layer.parameter, tensors)}")
             continue
@@ -457,10 +459,10 @@ def _checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, 
     return tuple(rows)
 
 
-def _read(checkpoint: Checkpoint, names: Iterable[str]) -> Mapping[str, Tensor | None]:
-    """Return the checkpoint's tensors by their bare names; of a safetensors file only the values of `names` are read."""
+def _read(checkpoint: Checkpoint, names: Iterable[str]) -> Mapping[str, Any]:
+    """Return the checkpoint's tensors by name; of a safetensors file only the values of `names` are read."""
     if isinstance(checkpoint, Mapping):
-        return _bare_names(checkpoint)
+        return _by_name(checkpoint)
     try:
         path = Path(os.fspath(checkpoint))
     except TypeError:
@@ -472,9 +474,9 @@ def _read(checkpoint: Checkpoint, names: Iterable[str]) -> Mapping[str, Tensor |
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a safetensors file or a torch state dict")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            wanted = set(names)
-            bare = {_bare_name(key): key for key in file.keys()}  # noqa: SIM118  # not a mapping
-            return {name: file.get_tensor(key) if name in wanted else None for name, key in bare.items()}
+            wanted = {known for name in names for known in (name, _bare_name(name))}
+            keys = _with_bare_names({key: key for key in file.keys()})  # noqa: SIM118  # not a mapping
+            return {name: file.get_tensor(key) if name in wanted else None for name, key in keys.items()}
     except safetensors.SafetensorError as not_safetensors:
         if path.suffix == ".safetensors":
             raise ValueError(f"{path} is no readable safetensors file ({not_safetensors}): write it again") from None
@@ -486,14 +488,19 @@ def _read(checkpoint: Checkpoint, names: Iterable[str]) -> Mapping[str, Tensor |
         ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    return _bare_names(loaded)
+    return _by_name(loaded)
 
 
-def _bare_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _by_name(tensors: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("state_dict", "model"):
         if isinstance(tensors.get(key), Mapping):
             tensors = tensors[key]
-    return {_bare_name(str(name)): tensor for name, tensor in tensors.items()}
+    return _with_bare_names({str(name): tensor for name, tensor in tensors.items()})
+
+
+def _with_bare_names(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries under their own names and without wrappers' prefixes; a part may be called "module" too."""
+    return {_bare_name(name): entry for name, entry in entries.items()} | dict(entries)
 
 
 def _bare_name(name: str) -> str:

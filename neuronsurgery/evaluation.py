@@ -34,9 +34,9 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return 1 for each example that is classified right and 0 otherwise, float32, shape (n,): the default metric.
 
     Args:
-        logits: shape (n, classes, ...); or (n, tokens, classes) with targets (n, tokens), the share being over the
-            tokens whose label is not -100 (0 where there is none).
-        targets: class indices, shape (n, ...); or probabilities of the shape of the logits, whose largest counts.
+        logits: shape (n, classes, ...), of two or more classes; or (n, tokens, classes) with targets (n, tokens).
+        targets: class indices, int, shape (n, ...), the share being over the tokens or pixels whose label is not -100
+            (0 where there is none); or probabilities of the shape of the logits, whose largest counts.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -45,19 +45,22 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
         tensor([1., 0.])
     """
-    tokens = is_token_classification(logits, targets)
-    if targets.is_floating_point() and targets.shape == logits.shape:
-        targets = targets.argmax(1)
-    right = logits.argmax(-1 if tokens else min(1, logits.dim() - 1)) == targets
-    if logits.dim() < 2 or right.shape != targets.shape:
+    axis = 2 if is_token_classification(logits, targets) else 1
+    wanted = targets
+    if targets.is_floating_point() and targets.shape == logits.shape and logits.dim() > 1:
+        wanted = targets.argmax(1)
+    without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if logits.dim() < 2 or logits.shape[axis] < 2 or wanted.is_floating_point() or wanted.shape != without_classes:
         raise ValueError(
-            f"accuracy needs logits (example, class, ...) and class indices without the class dimension, not shapes "
-            f"{tuple(logits.shape)} and {tuple(targets.shape)}: pass metric="
+            f"accuracy needs logits (example, class, ...) of two or more classes and class indices (int) without the "
+            f"class dimension, or probabilities with it, not {logits.dtype} of shape {tuple(logits.shape)} and "
+            f"{targets.dtype} of shape {tuple(targets.shape)}: convert the targets, or pass metric="
         )
-    if tokens:
-        counted = targets != IGNORED_TOKEN
-        return (right & counted).sum(1).float() / counted.sum(1).clamp(min=1)
-    return right.float().flatten(1).mean(1) if right.dim() > 1 else right.float()
+    right = logits.argmax(axis) == wanted
+    if right.dim() == 1:
+        return right.float()
+    counted = wanted != IGNORED_TOKEN
+    return (right & counted).flatten(1).sum(1).float() / counted.flatten(1).sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,8 +210,8 @@ class Tally:
         empty = [group for group, count in totals.items() if count == 0]
         if empty or not groups:
             raise ValueError(
-                f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. An iterator "
-                f"or generator is exhausted after one pass; give a list or a DataLoader"
+                f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. An "
+                f"iterator or generator is exhausted after one pass; give a list or a DataLoader"
             )
         means = tuple(sum(sums.get(group, 0.0) for _, sums, _ in shares) / totals[group] for group in groups)
         return GroupMetrics(tuple(groups), means, tuple(totals.values()))
@@ -284,10 +287,12 @@ def evaluate(
           5: 0.0000 (1 examples)
     """
     metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
-    refuse_default_metric(model, *metrics.values())
+    if not metrics:
+        raise ValueError("the mapping of metrics is empty: give at least one, or leave metric= at its default")
     tallies: dict[str, Tally] = {name: Tally() for name in metrics}
     error = None
     try:
+        refuse_default_metric(model, *metrics.values())
         runner = plain(model)
         with torch.no_grad(), one_numerical_path():
             label = "evaluation" if progress else None

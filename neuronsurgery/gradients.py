@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuronsurgery.neurons import Layout, Where, find_layout, layer_tensors, random_bits
-from neuronsurgery.scores import Scores, norms, refuse_non_finite
+from neuronsurgery.scores import Scores, checked_seed, norms, refuse_non_finite
 from neuronsurgery.structure import bare, named_tensors, plain
 from neuronsurgery.types import (
     IGNORED_TOKEN,
@@ -35,12 +35,15 @@ from neuronsurgery.types import (
     is_token_classification,
     iterate,
     join,
+    map_tensors,
     model_device,
     move,
     ordered_groups,
     refuse_shifted_labels,
+    seal,
     signature,
     take,
+    unseal,
 )
 
 MEMORY_WARNING = 4e9
@@ -53,10 +56,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross entropy of each example, shape (n,), float32 or wider: the default loss.
 
     Args:
-        logits: shape (n, classes, ...); or (n, tokens, classes) with targets (n, tokens), the mean then being over the
-            tokens whose label is not -100 (0 where there is none).
-        targets: class indices, int, shape (n, ...), the mean being over the further dimensions; or probabilities,
-            float, of the shape of the logits.
+        logits: shape (n, classes, ...); or (n, tokens, classes) with targets (n, tokens).
+        targets: class indices, int, shape (n, ...), the mean being over the tokens or pixels whose label is not -100
+            (0 where there is none); or probabilities, float, of the shape of the logits.
 
     Raises:
         ValueError: if a label is not one of the classes, or the shapes do not fit.
@@ -80,20 +82,25 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             f"class indices for logits of shape {tuple(logits.shape)} (example, class, ...) have shape "
             f"{tuple(logits.shape[:1] + logits.shape[2:])}, not {tuple(targets.shape)}: reshape them, or pass loss="
         )
-    _refuse_unknown_classes(targets, wide.shape[1], tokens)
-    losses = F.cross_entropy(wide, targets.long(), reduction="none", ignore_index=IGNORED_TOKEN)
-    if not tokens:
-        return _mean_of_each(losses)
-    return losses.sum(1) / (targets != IGNORED_TOKEN).sum(1).clamp(min=1)
+    return _mean_over_positions(wide, targets)
 
 
 def _mean_of_each(losses: Tensor) -> Tensor:
     return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
 
 
-def _refuse_unknown_classes(targets: Tensor, classes: int, tokens: bool) -> None:
+def _mean_over_positions(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each example, classes on axis 1, averaged over its tokens or pixels that count."""
+    _refuse_unknown_classes(targets, logits.shape[1])
+    losses = F.cross_entropy(logits, targets.long(), reduction="none", ignore_index=IGNORED_TOKEN)
+    if targets.dim() == 1:
+        return losses
+    return losses.flatten(1).sum(1) / (targets != IGNORED_TOKEN).flatten(1).sum(1).clamp(min=1)
+
+
+def _refuse_unknown_classes(targets: Tensor, classes: int) -> None:
     known = (targets >= 0) & (targets < classes)
-    if tokens:
+    if targets.dim() > 1:
         known |= targets == IGNORED_TOKEN
     if not known.all():
         wrong = sorted(set(targets[~known].tolist()))[:5]
@@ -110,16 +117,20 @@ def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: shape (n, tokens, vocabulary).
         targets: token ids, int, shape (n, tokens); -100 is left out.
 
+    Raises:
+        ValueError: if the shapes do not fit or a label is not in the vocabulary.
+
     Example:
         >>> causal_lm_loss(torch.zeros(1, 3, 7), torch.tensor([[2, 5, -100]]))
         tensor([1.9459])
     """
-    vocabulary = logits.shape[-1]
-    _refuse_unknown_classes(targets, vocabulary, tokens=True)
+    if logits.dim() != 3 or targets.shape != logits.shape[:2]:
+        raise ValueError(
+            f"causal_lm_loss takes logits (example, token, vocabulary) and token ids (example, token), not shapes "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).movedim(-1, 1)
-    labels = targets[:, 1:].long()
-    losses = F.cross_entropy(wide, labels, reduction="none", ignore_index=IGNORED_TOKEN)
-    return losses.sum(1) / (labels != IGNORED_TOKEN).sum(1).clamp(min=1)
+    return _mean_over_positions(wide, targets[:, 1:])
 
 
 def example_losses(loss: Loss | None, logits: Tensor, targets: Tensor) -> Tensor:
@@ -138,7 +149,31 @@ def example_losses(loss: Loss | None, logits: Tensor, targets: Tensor) -> Tensor
     return losses
 
 
+def _refuse_bad_losses(losses: Tensor, what: str) -> None:
+    wrong = int((~torch.isfinite(losses)).sum())
+    if wrong:
+        raise ValueError(
+            f"the loss of {wrong} of {len(losses)} examples of {what} is NaN or infinite: look for bad inputs, or for "
+            f"a model that has diverged"
+        )
+
+
 # Gradients
+
+
+class _Within(nn.Module):
+    """A model and a function to be called while the model's parameters are replaced.
+
+    The backward pass runs in there too: activation checkpointing runs parts of the model again, and must meet the
+    same parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
 
 class _Differentiator:
@@ -159,8 +194,8 @@ class _Differentiator:
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "gradients cannot be computed inside torch.inference_mode(): leave it, or use torch.no_grad(), in which "
-                "this function works"
+                "gradients cannot be computed inside torch.inference_mode(): leave it, or use torch.no_grad(), in "
+                "which this function works"
             )
         if loss is None:
             refuse_shifted_labels(bare(model), "the default loss", "loss=neuronsurgery.causal_lm_loss")
@@ -169,9 +204,10 @@ class _Differentiator:
         self.loss, self.predict = loss, predict
         scored = layer_tensors(self.runner, self.layout)
         refuse_non_finite(norms(scored, self.layout), self.layout, "the model's weights are")
-        self.leaves = {name: tensor.detach().requires_grad_() for name, tensor in scored.items()}
-        rest = {name: tensor.parameter.detach() for name, tensor in named_tensors(self.runner).items()}
-        self.parameters = rest | self.leaves
+        self.leaves = {name: _differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
+        rest = {name: _differentiable(tensor.parameter) for name, tensor in named_tensors(self.runner).items()}
+        self.within = _Within(self.runner)
+        self.parameters = {f"model.{name}": tensor for name, tensor in (rest | self.leaves).items()}
         self.device = model_device(self.runner)
         self.warned = loss is not None
 
@@ -187,23 +223,23 @@ class _Differentiator:
         if self.device is not None:
             batch = move(batch, self.device)
         with torch.enable_grad(), _differentiable_rnns(self.runner, self.device):
-            output = functional_call(self.runner, self.parameters, batch.args, dict(batch.kwargs))
-            logits = extract_logits(output, self.predict, len(batch))
-            self._warn_of_probabilities(logits)
-            losses = example_losses(self.loss, logits, batch.targets)
-            if not torch.isfinite(losses).all():
-                wrong = int((~torch.isfinite(losses)).sum())
-                raise ValueError(
-                    f"the loss of {wrong} of {len(batch)} examples of group {group!r} is NaN or infinite: look for bad "
-                    f"inputs, or for a model that has diverged"
-                )
-            if not losses.requires_grad:
-                return
-            # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
-            gradients = torch.autograd.grad(losses.mean(), list(self.leaves.values()), allow_unused=True)
+            logits, gradients = functional_call(self.within, self.parameters, (self._gradients, batch, group))
+        self._warn_of_probabilities(logits)
         for total, gradient in zip(sums.values(), gradients, strict=True):
             if gradient is not None:
                 total.add_(gradient, alpha=len(batch))
+
+    def _gradients(self, batch: Batch, group: Group) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the logits and the gradients of the mean loss of a batch; to be called with the leaves in place."""
+        args, kwargs = map_tensors(batch.args, _differentiable), map_tensors(batch.kwargs, _differentiable)
+        logits = extract_logits(self.runner(*args, **kwargs), self.predict, len(batch))
+        losses = example_losses(self.loss, logits, batch.targets)
+        _refuse_bad_losses(losses, f"group {group!r}")
+        if not losses.requires_grad:
+            return logits.detach(), [None] * len(self.leaves)
+        # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
+        gradients = torch.autograd.grad(losses.mean(), list(self.leaves.values()), allow_unused=True)
+        return logits.detach(), gradients
 
     def norms(self, sums: dict[str, Tensor], count: int, group: Group) -> Tensor:
         """Return the norm of each neuron's gradient of the mean loss, float32, shape (M,)."""
@@ -211,11 +247,10 @@ class _Differentiator:
         refuse_non_finite(values, self.layout, f"the gradients of group {group!r} are")
         return values
 
-    def _warn_of_probabilities(self, logits: Tensor) -> None:
+    def _warn_of_probabilities(self, values: Tensor) -> None:
         if self.warned:
             return
         self.warned = True
-        values = logits.detach()
         axis = 1 if values.dim() != 3 else 2
         if values.dim() < 2 or values.shape[axis] < 2 or values.min() < 0:
             return
@@ -223,8 +258,13 @@ class _Differentiator:
             warnings.warn(
                 "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
                 "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss=",
-                stacklevel=4,
+                stacklevel=5,  # the caller of group_grad_norms, whose generator calls `add`
             )
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Return the tensor detached; one made in inference mode copied, since autograd cannot save such a tensor."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _differentiable_rnns(model: nn.Module, device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
@@ -292,7 +332,7 @@ def group_grad_norms(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    differentiator = _Differentiator(model, loss, where, extra, predict)
+    differentiator = _agreed(process_group, lambda: _Differentiator(model, loss, where, extra, predict))
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
     if isinstance(loaders, Mapping):
@@ -317,6 +357,20 @@ def group_grad_norms(
     )
 
 
+def _agreed(process_group: dist.ProcessGroup | None, make: Callable[[], _Differentiator]) -> _Differentiator:
+    """Return what `make` gives, once every rank has one of the same layers."""
+    made, error = None, None
+    try:
+        made = make()
+    except Exception as raised:
+        error = raised
+    digests = exchange(process_group, error, made and made.layout.digest)
+    assert made is not None
+    if len(set(digests)) > 1:
+        raise ValueError("the processes score different layers: give each the same model, where= and extra=")
+    return made
+
+
 Sums: TypeAlias = tuple[Group, dict[str, Tensor], int]
 
 
@@ -328,13 +382,14 @@ def _mapped_sums(
     process_group: dist.ProcessGroup | None,
 ) -> Iterator[Sums]:
     """Yield one group at a time, so that one copy of the gradients is enough."""
-    names = list(loaders)
+    names = list(dict.fromkeys(name for share in exchange(process_group, None, list(loaders)) for name in share))
     if not names:
         raise ValueError("the mapping of loaders is empty: give at least one group")
-    if process_group is not None:
-        names = list(dict.fromkeys(name for names in exchange(process_group, None, names) for name in names))
+    sums = differentiator.zeros()
     for name in names:
-        sums, count, error = differentiator.zeros(), 0, None
+        count, error = 0, None
+        for total in sums.values():
+            total.zero_()
         label = f"gradients of {name}" if progress else None
         try:
             for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label):
@@ -365,13 +420,13 @@ def _mixed_sums(
             counts[group] += len(batch)
     except Exception as raised:
         error = raised
-    if process_group is None and error is None and not sums:
+    present = ordered_groups(group for share in exchange(process_group, error, list(sums)) for group in share)
+    if not present:
         raise ValueError(
             "the loader yielded no batch. An iterator or generator is exhausted after one pass; give a list or a "
             "DataLoader"
         )
-    every = exchange(process_group, error, list(sums))
-    for group in ordered_groups(group for groups in every for group in groups):
+    for group in present:
         total = sums.pop(group) if group in sums else differentiator.zeros()
         yield group, total, _reduce(process_group, None, total, counts.get(group, 0))
 
@@ -393,21 +448,22 @@ def _regroup(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
         members = group_members(batch.groups or ["all"] * len(batch))
         groups |= set(members)
         shape = signature(batch)
+        batch = seal(batch)
         for group, indices in members.items():
             whole = len(members) == 1 and len(batch) == full and (group, shape) not in waiting
             part = batch if whole else take(batch, indices)  # what waits is a copy: a loader may reuse its memory
             if (group, shape) in waiting:
                 part = join([waiting.pop((group, shape)), part])
             while len(part) >= full:
-                yield group, take(part, range(full))
+                yield group, unseal(take(part, range(full)))
                 part = take(part, range(full, len(part)))
             if len(part):
                 waiting[group, shape] = part
         while sum(map(len, waiting.values())) > len(groups) * full:
             oldest = next(iter(waiting))
-            yield oldest[0], waiting.pop(oldest)
+            yield oldest[0], unseal(waiting.pop(oldest))
     for (group, _), part in waiting.items():
-        yield group, part
+        yield group, unseal(part)
 
 
 def _warn_of_memory(sums: Mapping[Group, Mapping[str, Tensor]]) -> None:
@@ -468,8 +524,11 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
         >>> grad_norms({"weight": model.weight.grad}, find_layout(model)).values
         tensor([[5., 5.]])
     """
-    named = {name.removeprefix("module.").replace("_orig_mod.", ""): value for name, value in gradients.items()}
-    named |= {layout[name].parameter: value for name, value in named.items() if name in layout}
+    named: dict[str, Tensor | None] = {}
+    for name, gradient in gradients.items():
+        known = name if name in layout else name.replace("_orig_mod.", "").removeprefix("module.")
+        if known in layout:
+            named[layout[known].parameter] = None if gradient is None else gradient.to_dense()
     wrong = []
     for layer in layout:
         expected = layer.weight(torch.empty((layer.count, *layer.row_shape), device="meta")).shape
@@ -512,17 +571,19 @@ def hard_batch(
         loader: an iterable of batches, all of one shape.
         top: from how many of the highest loss to draw (all, where there are fewer); ties go to the earlier example.
         sample: how many to draw without replacement (all, where there are fewer).
-        seed: of the draw.
+        seed: of the draw, an integer of at least 0.
         per_group: whether to take `top` and `sample` of each group of the batches instead of all examples.
         loss: (logits, targets) -> one loss per example; default `cross_entropy`.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
 
     Returns:
-        The batch, examples in the order of the loader, on the loader's device.
+        The batch, examples in the order of the loader (with `per_group` within each group, groups ascending), on the
+        loader's device.
 
     Raises:
-        ValueError: if `top` or `sample` is less than 1, there are no examples, or their shapes differ.
+        ValueError: if `top` or `sample` is less than 1, the seed is negative, there are no examples, their shapes
+            differ, or a loss is NaN or infinite.
 
     Example:
         >>> model = nn.Linear(1, 2, bias=False)
@@ -535,25 +596,34 @@ def hard_batch(
     """
     if top < 1 or sample < 1:
         raise ValueError(f"top and sample must be at least 1, not {top} and {sample}")
+    seed = checked_seed(seed)
     if loss is None:
         refuse_shifted_labels(bare(model), "the default loss", "loss=neuronsurgery.causal_lm_loss")
     runner = plain(model)
     device = model_device(runner)
     pools: dict[Group, _Hardest] = {}
+    shapes: set[Any] = set()
     with torch.no_grad():
         for batch in iterate(loader, unpack=unpack):
+            shapes.add(signature(batch))
+            if len(shapes) > 1:
+                raise ValueError(
+                    "examples of different shapes, or of batches with different further arguments, cannot be joined "
+                    "into one batch: pad them to one length in the loader"
+                )
             moved = batch if device is None else move(batch, device)
             logits = extract_logits(runner(*moved.args, **moved.kwargs), predict, len(batch))
-            losses = example_losses(loss, logits, moved.targets).float().cpu()
+            losses = example_losses(loss, logits, moved.targets).double().cpu()
+            _refuse_bad_losses(losses, "a batch")
             groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
             for group, indices in group_members(groups).items():
-                pools.setdefault(group, _Hardest(top)).add(take(batch, indices), losses[indices])
+                pools.setdefault(group, _Hardest(top)).add(take(seal(batch), indices), losses[indices])
     if not pools:
         raise ValueError(
             "the loader yielded no batch: an iterator is exhausted after one pass, give a list or a loader"
         )
     drawn = [pools[group].draw(sample, f"hard\0{seed}\0{group}") for group in ordered_groups(pools)]
-    return join(drawn)
+    return unseal(join(drawn))
 
 
 class _Hardest:
@@ -562,13 +632,9 @@ class _Hardest:
     def __init__(self, top: int) -> None:
         self.top = top
         self.batch: Batch | None = None
-        self.losses = torch.empty(0)
+        self.losses = torch.empty(0, dtype=torch.float64)
 
     def add(self, batch: Batch, losses: Tensor) -> None:
-        if self.batch is not None and signature(self.batch) != signature(batch):
-            raise ValueError(
-                "examples of different shapes cannot be joined into one batch: pad them to one length in the loader"
-            )
         together = batch if self.batch is None else join([self.batch, batch])
         self.losses = torch.cat([self.losses, losses])
         kept = self.losses.sort(descending=True, stable=True).indices[: self.top].sort().values

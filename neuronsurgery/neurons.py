@@ -441,6 +441,9 @@ def _masked(layer: Layer, array: np.ndarray) -> Sequence[int]:
         return [int(index) for index in np.flatnonzero(array)]
     if array.shape == full:
         rows = layer.rows(torch.from_numpy(array)).reshape(layer.count, -1)
+        partial = (rows.any(1) & ~rows.all(1)).nonzero().flatten().tolist()
+        if partial:
+            raise ValueError(f"{layer.parameter}: the mask marks a part of neurons {partial[:10]} only: mark all or none")
         return [int(index) for index in rows[:, 0].nonzero().flatten()]
     raise ValueError(
         f"{layer.parameter}: a mask has shape ({layer.count},) or {full}, not {array.shape}: give one entry per neuron"

@@ -280,8 +280,7 @@ def sample(population: Layout | Neurons, k: int, seed: int, exclude: Neurons | N
         population = population.neurons(range(population.count))
     if not isinstance(population, Neurons):
         raise TypeError(f"sample draws from a Layout or from Neurons, not from a {type(population).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
+    seed = checked_seed(seed)
     left = population - exclude if exclude is not None else population
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(left):
         raise ValueError(f"k must be an integer from 1 to the {len(left)} neurons there are to draw from, not {k!r}")
@@ -295,6 +294,17 @@ def sample(population: Layout | Neurons, k: int, seed: int, exclude: Neurons | N
     drawn = np.zeros(len(left), dtype=bool)
     drawn[np.argsort(ticket, kind="stable")[:k]] = True
     return left.where(drawn)
+
+
+def checked_seed(seed: int) -> int:
+    """Return the seed.
+
+    Raises:
+        ValueError: if it is not an integer of at least 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
+    return int(seed)
 
 
 def ranks(scores: Scores, of: Neurons) -> Tensor:

@@ -205,6 +205,8 @@ def iterate(
 ) -> Iterator[Batch]:
     """Yield the batches of a loader, unpacked and moved to a device, with a line of progress on standard error.
 
+    Batches without examples are left out.
+
     Args:
         loader: any iterable of batches.
         device: where tensors go; None leaves them.
@@ -214,9 +216,11 @@ def iterate(
     """
     started = shown = time.monotonic()
     examples = 0
-    total = f"/{len(loader)}" if isinstance(loader, Sized) else ""
+    total = _total(loader)
     for number, raw in enumerate(loader, start=1):
         batch = unpack_batch(raw, unpack)
+        if len(batch) == 0:
+            continue
         yield batch if device is None else move(batch, device)
         examples += len(batch)
         now = time.monotonic()
@@ -227,6 +231,13 @@ def iterate(
             end = "\n" if total == f"/{number}" else "\r"
             sys.stderr.write(f"{progress}: batch {number}{total}, {examples} examples, {rate}{end}")
             sys.stderr.flush()
+
+
+def _total(loader: Loader) -> str:
+    try:
+        return f"/{len(loader)}" if isinstance(loader, Sized) else ""
+    except TypeError:  # a DataLoader over a stream says only here that it has no length
+        return ""
 
 
 def iterate_groups(
@@ -254,16 +265,22 @@ def model_device(model: nn.Module) -> torch.device | None:
 # Batches as trees of tensors
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return `value` with every tensor in it, nested in tuples, lists and mappings, replaced by `function(tensor)`."""
-    if isinstance(value, Tensor):
+def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Return `value` with every tensor in it, nested in tuples, lists and mappings, replaced by `function(tensor)`.
+
+    Args:
+        value: anything.
+        function: what to do with a tensor.
+        kind: the class to look for in place of Tensor.
+    """
+    if isinstance(value, kind):
         return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, function) for item in value))
+        return type(value)(*(map_tensors(item, function, kind) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(map_tensors(item, function) for item in value)
+        return type(value)(map_tensors(item, function, kind) for item in value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        return {key: map_tensors(item, function, kind) for key, item in value.items()}
     return value
 
 
@@ -274,6 +291,37 @@ def move(batch: Batch, device: torch.device) -> Batch:
         return tensor.to(device, non_blocking=True)
 
     return Batch(map_tensors(batch.args, to), map_tensors(batch.kwargs, to), to(batch.targets), batch.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A tensor that belongs to a whole batch, out of sight of `take` and `join`."""
+
+    tensor: Tensor
+
+
+def seal(batch: Batch) -> Batch:
+    """Return the batch with its tensors that are not per example copied and sealed; `unseal` undoes it.
+
+    A part of a batch may happen to have as many examples as such a tensor has rows. Sealed, it passes through `take`
+    and `join` as it is, and a loader may reuse its memory.
+    """
+    n = len(batch)
+
+    def sealed(tensor: Tensor) -> Tensor | _Whole:
+        return tensor if tensor.dim() > 0 and len(tensor) == n else _Whole(tensor.clone())
+
+    return Batch(map_tensors(batch.args, sealed), map_tensors(batch.kwargs, sealed), batch.targets, batch.groups)
+
+
+def unseal(batch: Batch) -> Batch:
+    """Return the batch as it was before `seal`."""
+
+    def opened(whole: _Whole) -> Tensor:
+        return whole.tensor
+
+    args, kwargs = map_tensors(batch.args, opened, _Whole), map_tensors(batch.kwargs, opened, _Whole)
+    return Batch(args, kwargs, batch.targets, batch.groups)
 
 
 def take(batch: Batch, indices: Sequence[int]) -> Batch:

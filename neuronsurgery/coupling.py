@@ -1,0 +1,230 @@
+"""What else must be zero for a zeroed neuron to be silent: its bias entry, and the norm that reads it alone.
+
+A zeroed weight row leaves the bias, and a normalisation behind it turns even a constant zero into its own shift. Which
+entries belong to a neuron is read off the captured graph of the forward pass, not guessed from names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from neuronsurgery.capture import Graph, capture
+from neuronsurgery.neurons import LayerNeurons, Layout, Neurons, find_layout
+from neuronsurgery.structure import plain
+from neuronsurgery.types import Predict, Unpack, default_predict, model_device, move, unpack_batch
+
+CONVOLUTIONS = {f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3)} | {"convolution"}
+WEIGHTED = CONVOLUTIONS | {"linear", "addmm", "matmul", "mm", "bmm", "bilinear", "scaled_dot_product_attention"}
+NORMS = {
+    "batch_norm": (1, 2),
+    "instance_norm": (1, 2),
+    "group_norm": (2, 3),
+    "layer_norm": (2, 3),
+    "rms_norm": (2, None),
+}
+"""Normalisations and where their arguments have the scale and the shift."""
+
+ACTIVATIONS = {"relu", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "relu6", "hardtanh", "hardswish"}
+ELEMENTWISE = ACTIVATIONS | {"hardsigmoid", "mish", "sigmoid", "tanh", "softplus", "neg", "abs", "exp", "pow", "square"}
+ELEMENTWISE |= {"dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "to", "type_as"}
+ELEMENTWISE |= {"_to_copy", "clamp", "clamp_min", "clamp_max", "sqrt", "lift_fresh", "mul", "div"}
+"""Operators that keep every entry where it is; `mul` and `div` only by a number."""
+
+JOINS = {"add", "sub", "cat", "stack"}
+
+
+def coupled(
+    neurons: Neurons,
+    model: nn.Module,
+    batch: Any,
+    *,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+) -> Neurons:
+    """Return the neurons and whatever must be zeroed with them for their units to be silent.
+
+    Added are the neuron's own bias entry, and the scale and shift entries of an affine normalisation that reads this
+    output and nothing else, channel for channel, perhaps through element-wise operators and dropout. Zeroing the result
+    makes the normalised (or biased) output of each unit exactly zero. Where the output is first added to something (a
+    residual) or its channels are mixed before a normalisation, only the bias is added.
+
+    Args:
+        neurons: the neurons, as `topk` or `select` give them.
+        model: any module that can be captured (see `sweep`); not changed.
+        batch: one batch of two examples or more, as a loader yields it.
+        predict: the model's output -> logits.
+        unpack: what a loader yields -> `Batch`.
+
+    Returns:
+        The widened set; it has entries of 1-D parameters, each a neuron of row shape ().
+
+    Warns:
+        UserWarning: once, listing the neurons whose unit a later normalisation will not leave silent.
+
+    Raises:
+        CaptureError: if the forward pass cannot be captured; says why.
+        ValueError: if the neurons do not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from neuronsurgery import apply, select, zero_out
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+        >>> batch = (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+        >>> _ = model(batch[0])
+        >>> coupled(select(find_layout(model), {"0.weight": 2}), model, batch)
+        4 neurons in 4 layers: 0.weight[2], 0.bias[2], 1.weight[2], 1.bias[2]
+    """
+    runner = plain(model)
+    unpacked = unpack_batch(batch, unpack)
+    device = model_device(runner)
+    if device is not None:
+        unpacked = move(unpacked, device)
+    graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
+    layout = find_layout(runner, extra="*")
+    layout.flat(neurons)  # raises with every mismatch
+    found = _Found(graph, layout)
+    for part in neurons.parts:
+        found.couple(layout[part.layer.parameter].parameter, part)
+    if found.loud:
+        shown = ", ".join(found.loud[:8]) + (f" and {len(found.loud) - 8} more" if len(found.loud) > 8 else "")
+        warnings.warn(
+            f"the units of {shown} are joined with others before anything normalises them: only the bias was added, "
+            f"and a later normalisation will not leave them silent",
+            stacklevel=2,
+        )
+    return neurons | Neurons(found.parts)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The affine entries of a normalisation, as placeholders; None where it has none."""
+
+    scale: fx.Node | None
+    shift: fx.Node | None
+
+
+class _Found:
+    """What has been found to belong to some neurons."""
+
+    def __init__(self, graph: Graph, layout: Layout) -> None:
+        self.graph = graph
+        self.layout = layout
+        self.parts: list[LayerNeurons] = []
+        self.loud: list[str] = []
+
+    def couple(self, name: str, part: LayerNeurons) -> None:
+        """Add what belongs to the chosen neurons of one layer."""
+        quiet = True
+        for node in (user for held in self.graph.parameters[name] for user in held.users):
+            bias, channel = _unit(node, self.graph.parameters[name])
+            if channel is None:
+                quiet = False
+                continue
+            self._add(bias, part.indices)
+            for norm in _followers(node, channel):
+                if norm is None:
+                    quiet = False
+                    continue
+                self._add(norm.scale, part.indices)
+                self._add(norm.shift, part.indices)
+        if not quiet:
+            self.loud.extend(f"{part.layer.parameter}[{index}]" for index in part.indices)
+
+    def _add(self, node: fx.Node | None, indices: tuple[int, ...]) -> None:
+        name = None if node is None else self.graph.parameter(node)
+        if name is not None:
+            self.parts.append(LayerNeurons(self.layout[name], indices, self.layout.starts[name]))
+
+
+def _operator(node: fx.Node) -> str:
+    """Return the name of a node's operator without namespace, overload and the mark of a write in place."""
+    name = str(node.target).split(".")
+    return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
+
+
+def _dims(node: fx.Node) -> int:
+    return len(Graph.shape(node) or ())
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _unit(node: fx.Node, held: tuple[fx.Node, ...]) -> tuple[fx.Node | None, int | None]:
+    """Return (bias, channel axis) of an operator that reads a weight as its weight; (None, None) for any other."""
+    operator = _operator(node)
+    if operator in CONVOLUTIONS and node.args[1] in held:
+        return _node(_argument(node, 2, "bias")), 1
+    if operator == "linear" and node.args[1] in held:
+        return _node(_argument(node, 2, "bias")), _dims(node) - 1
+    if operator == "addmm" and node.args[2] in held:
+        return _node(node.args[0]), _dims(node) - 1
+    return None, None
+
+
+def _node(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def _followers(node: fx.Node, channel: int) -> Iterator[_Norm | None]:
+    """Yield the norms that read a unit's output alone, and None where it is joined with others before a norm."""
+    for user in node.users:
+        operator = _operator(user)
+        if operator in NORMS:
+            yield _affine(user, node, channel)
+        elif operator in WEIGHTED:
+            continue  # the next layer: what comes after reads other units
+        elif operator in ("permute", "transpose"):
+            yield from _followers(user, _moved(user, channel))
+        elif operator in ELEMENTWISE and len(user.all_input_nodes) == 1:
+            yield from _followers(user, channel)
+        elif (operator in JOINS and len(user.all_input_nodes) > 1) or _reaches_norm(user):
+            yield None
+
+
+def _moved(node: fx.Node, channel: int) -> int:
+    """Return where a permutation puts an axis."""
+    dims = _dims(node)
+    if _operator(node) == "permute":
+        order: Any = node.args[1]
+        return [axis % dims for axis in order].index(channel)
+    axes: Any = node.args[1:3]
+    first, second = (axis % dims for axis in axes)
+    moved: int = {first: second, second: first}.get(channel, channel)
+    return moved
+
+
+def _affine(norm: fx.Node, source: fx.Node, channel: int) -> _Norm | None:
+    """Return the affine entries of a norm if it treats axis `channel` of `source` entry for entry, else None."""
+    operator = _operator(norm)
+    at_scale, at_shift = NORMS[operator]
+    scale = _node(_argument(norm, at_scale, "weight"))
+    shift = None if at_shift is None else _node(_argument(norm, at_shift, "bias"))
+    if operator in ("layer_norm", "rms_norm"):
+        shape: Any = norm.args[1]
+        fits = len(shape) == 1 and channel == _dims(source) - 1
+    else:
+        fits = channel == 1
+    # A norm that is used twice would silence this unit's neighbour, too.
+    alone = all(len(node.users) == 1 for node in (scale, shift) if node is not None)
+    return _Norm(scale, shift) if fits and alone and scale is not None else None
+
+
+def _reaches_norm(node: fx.Node) -> bool:
+    """Return whether a norm reads what comes of a node before a further layer does."""
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        operator = _operator(current)
+        if operator in NORMS:
+            return True
+        if operator not in WEIGHTED:
+            new = set(current.users) - seen
+            seen |= new
+            queue.extend(new)
+    return False

@@ -1,0 +1,189 @@
+"""`coupled` makes the units it can silence exactly silent, and says which it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from snapshot import assert_unchanged, snapshot
+from torch import Tensor, nn
+from zoo import CASES
+
+import neuronsurgery as ns
+from neuronsurgery.capture import CaptureError
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """No parameter at a start value that would hide what is left of a unit."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def output_of(model: nn.Module, name: str, inputs: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    # A copy: what follows may write into it.
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: kept.append(output.clone()))
+    model(inputs)
+    hook.remove()
+    return kept[0]
+
+
+def silenced(model: nn.Module, layer: str, indices: Any, probe: str, inputs: Tensor, axis: int = 1) -> Tensor:
+    """What the probed module gives for the chosen units once the widened set is zeroed."""
+    neurons = ns.select(ns.find_layout(model), {layer: indices})
+    wide = ns.coupled(neurons, model, (inputs, torch.zeros(len(inputs), dtype=torch.int64)))
+    view = ns.apply(ns.zero_out(wide), model)
+    return output_of(view, probe, inputs).index_select(axis, torch.tensor(indices))
+
+
+IMAGES = (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "probe", "shape", "axis"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "0.weight", "1", IMAGES, 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.GroupNorm(2, 4)), "0.weight", "1", IMAGES, 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)), "0.weight", "2", IMAGES, 1),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)), "0.weight", "1", IMAGES, 1),
+        (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), "0.weight", "1", (2, 4, 5, 5), 1),
+        (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "0.weight", "1", (5, 3), -1),
+        (nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Dropout(), nn.LayerNorm(4)), "0.weight", "3", (5, 3), -1),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "0.weight", "0", IMAGES, 1),
+    ],
+    ids=[
+        "conv-bn",
+        "conv-gn",
+        "conv-relu-bn",
+        "transposed-bn",
+        "grouped-transposed-bn",
+        "linear-ln",
+        "gelu-ln",
+        "conv",
+    ],
+)
+def test_the_unit_is_exactly_zero(model: nn.Module, layer: str, probe: str, shape: tuple[int, ...], axis: int) -> None:
+    settled(model)
+    inputs = torch.randn(shape)
+    assert output_of(model, probe, inputs).abs().min(0).values.max() > 0
+    assert torch.count_nonzero(silenced(model, layer, (1, 2), probe, inputs, axis)) == 0
+
+
+def test_zeroing_the_weight_alone_leaves_the_unit_loud() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 1})), model)
+    assert output_of(view, "1", torch.randn(IMAGES))[:, 1].abs().max() > 0
+
+
+def test_other_units_of_a_batch_norm_are_untouched() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    inputs = torch.randn(IMAGES)
+    wide = ns.coupled(ns.select(ns.find_layout(model), {"0.weight": 1}), model, (inputs, torch.zeros(3).long()))
+    assert sorted(wide.by_layer()) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    after = output_of(ns.apply(ns.zero_out(wide), model), "1", inputs)
+    assert torch.equal(after[:, [0, 2, 3]], output_of(model, "1", inputs)[:, [0, 2, 3]])
+
+
+class Residual(nn.Module):
+    """The branch is added to the stream before the stream is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x + self.branch(x)))
+        return logits
+
+
+def test_a_residual_is_warned_of_and_gets_its_bias() -> None:
+    model = settled(Residual())
+    batch = (torch.randn(3, 4), torch.zeros(3).long())
+    neurons = ns.select(ns.find_layout(model), {"branch.weight": (0, 2)})
+    with pytest.warns(UserWarning, match=r"the units of branch.weight\[0\], branch.weight\[2\] are joined with others"):
+        wide = ns.coupled(neurons, model, batch)
+    assert wide.by_layer() == {"branch.weight": (0, 2), "branch.bias": (0, 2)}
+    assert torch.count_nonzero(output_of(ns.apply(ns.zero_out(wide), model), "branch", batch[0])[:, [0, 2]]) == 0
+
+
+class Mixing(nn.Module):
+    """Channels are reshaped into each other before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.LayerNorm(36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(self.conv(x).flatten(2))
+        return normed.mean(2)
+
+
+def test_mixed_channels_are_warned_of() -> None:
+    model = settled(Mixing())
+    neurons = ns.select(ns.find_layout(model), {"conv.weight": 0})
+    with pytest.warns(UserWarning, match=r"the units of conv.weight\[0\]"):
+        wide = ns.coupled(neurons, model, (torch.randn(2, 3, 8, 8), torch.zeros(2).long()))
+    assert wide.by_layer() == {"conv.weight": (0,), "conv.bias": (0,)}
+
+
+def test_a_norm_that_is_used_twice_is_left_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(3, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed: Tensor = self.norm(self.b(self.norm(self.a(x))))
+            return normed
+
+    model = settled(Twice())
+    with pytest.warns(UserWarning, match="joined with others"):
+        wide = ns.coupled(
+            ns.select(ns.find_layout(model), {"a.weight": 1}), model, (torch.randn(2, 3), torch.zeros(2).long())
+        )
+    assert sorted(wide.by_layer()) == ["a.bias", "a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "found"),
+    [
+        ("resnet18", "layer1.0.conv1.weight", {"layer1.0.bn1.weight", "layer1.0.bn1.bias"}),
+        ("resnet18", "layer1.0.conv2.weight", {"layer1.0.bn2.weight", "layer1.0.bn2.bias"}),
+    ],
+)
+def test_on_real_architectures(name: str, layer: str, found: set[str]) -> None:
+    model = CASES[name].build()
+    wide = ns.coupled(ns.select(ns.find_layout(model), {layer: 1}), model, CASES[name].batches()[0])
+    assert set(wide.by_layer()) == {layer, *found}
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "bert", "weight_norm", "tied"])
+def test_changes_nothing(name: str) -> None:
+    case = CASES[name]
+    model, batch = case.build(), case.batches()[0]
+    before = snapshot(model, batch)
+    neurons = ns.sample(ns.find_layout(model), 2, seed=0)
+    try:
+        wide = ns.coupled(neurons, model, batch)
+    except UserWarning:
+        return  # warnings are errors here; what it warns of is tested above
+    finally:
+        assert_unchanged(before, model, batch)
+    assert len(wide & neurons) == 2
+
+
+def test_errors() -> None:
+    model = nn.Linear(3, 2)
+    batch = (torch.randn(2, 3), torch.zeros(2).long())
+    other = ns.select(ns.find_layout(nn.Linear(5, 2)), {"weight": 0})
+    with pytest.raises(ValueError, match="the neurons do not fit the model"):
+        ns.coupled(other, model, batch)
+    model.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(CaptureError, match="hooks"):
+        ns.coupled(ns.select(ns.find_layout(model), {"weight": 0}), model, batch)
