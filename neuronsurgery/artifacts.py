@@ -73,6 +73,13 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, truncated, altered, foreign or from a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file(Neurons(), f"{folder}/chosen.safetensors")
+        ...     load_file(f"{folder}/chosen.safetensors")
+        0 neurons in 0 layers
     """
     path = Path(path)
     if not path.is_file():
@@ -85,8 +92,8 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): save it again") from error
     if KEY not in metadata:
         raise ValueError(
-            f"{path} is a safetensors file, but none that neuronsurgery wrote: for a checkpoint of a model use rewind or "
-            f"safetensors.torch.load_file"
+            f"{path} is a safetensors file, but none that neuronsurgery wrote: for a checkpoint of a model use rewind "
+            f"or safetensors.torch.load_file"
         )
     try:
         header = json.loads(metadata[KEY])
@@ -96,7 +103,8 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
     kind = next((kind for kind in _KINDS if kind.name == name), None)
     if schema > SCHEMA or kind is None:
         raise ValueError(
-            f"{path} is of schema {schema}, kind '{name}'; this version reads up to schema {SCHEMA}: update neuronsurgery"
+            f"{path} is of schema {schema}, kind '{name}'; this version reads up to schema {SCHEMA}: update "
+            f"neuronsurgery"
         )
     if header.pop("sha256", None) != _digest(header, tensors):
         raise ValueError(f"{path} was altered or damaged after it was saved, its digest does not match: save it again")
@@ -108,8 +116,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name in its folder and rename it: it is there whole or not at all.
 
     Raises:
-        OSError: if the folder cannot be written to; nothing is left behind.
+        OSError: if the folder is not there or cannot be written to; nothing is left behind.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to: make it first")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -195,8 +205,8 @@ def _write_edit(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
     said: dict[str, Any] = {"neurons": _write_neurons(edit.neurons, tensors)}
     if isinstance(edit, Rewind):
         if edit.path is None:
-            first = len(tensors)
-            said["rows"] = [f"rows.{first + number}" for number in range(len(edit.kept or ()))]
+            # Named by the digest: a rewind that is composed twice keeps its rows once, as safetensors demands.
+            said["rows"] = [f"rows.{edit.digest}.{number}" for number in range(len(edit.kept or ()))]
             tensors.update(zip(said["rows"], edit.kept or (), strict=True))
         return said | {"alpha": edit.alpha, "digest": edit.digest, "path": edit.path}
     return said | {name: value for name, value in vars(edit).items() if name != "neurons"}

@@ -12,11 +12,12 @@ forward is captured anew for that signature, and where that fails, too, every ed
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -153,6 +154,7 @@ class Graph:
             `node.all_input_nodes` the neighbours. Whatever does not lead to the logits is left out.
         parameters: for each of the model's parameters (its first name) its placeholders; several where the model knows
             it by several names, none where the forward does not use it.
+        buffers: for each buffer that the forward reads its placeholder.
         inputs: the placeholders of the inputs' tensors, in order.
         output: the node of the logits.
         constants: the values of the other nodes that no operator computes: parameters, buffers, constants.
@@ -162,6 +164,7 @@ class Graph:
 
     nodes: tuple[fx.Node, ...]
     parameters: Mapping[str, tuple[fx.Node, ...]]
+    buffers: Mapping[str, fx.Node]
     inputs: tuple[fx.Node, ...]
     output: fx.Node
     constants: Mapping[fx.Node, Any]
@@ -383,7 +386,7 @@ def capture(
 
     Raises:
         CaptureError: if the model cannot be captured: its Python depends on the values of tensors, it uses something
-            that has no operator, has hooks, or carries a buffer from one batch to the next.
+            that has no operator, or has hooks.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
@@ -405,12 +408,16 @@ def capture(
     with _evaluating():
         program = _export(forward, inputs.tensors, dims)
         try:
-            written = _make_functional(program.graph_module)
-        except _AliasedWrite:
+            _make_functional(program.graph_module)
+        except _AliasedWriteError:
             # Only then: it takes as long as the export did, and some programs cannot be functionalised.
             program = _functionalise(program)
-            written = _make_functional(program.graph_module, strict=True)
-    return _graph(program, written, forward, model, dims)
+            _make_functional(program.graph_module, strict=True)
+    return _graph(program, forward, model, dims)
+
+
+PREFIX = "model."
+"""Where the model stands in what is exported."""
 
 
 class _Forward(nn.Module):
@@ -455,7 +462,7 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
         for tensor, d in zip(tensors, dims, strict=True)
     ]
     # AUTO, not DYNAMIC: a size that the model's code makes a constant is no error, the check finds it.
-    shapes = [{dim: Dim.AUTO for dim in sorted(d)} for d in dims]
+    shapes = [dict.fromkeys(sorted(d), Dim.AUTO) for d in dims]
     with _quiet(), torch.random.fork_rng(devices=_cuda_devices(tensors)):
         try:
             program: ExportedProgram = torch.export.export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
@@ -467,20 +474,21 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
 def _functionalise(program: ExportedProgram) -> ExportedProgram:
     with _quiet():
         try:
-            return program.run_decompositions({})
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
         except Exception as error:
             raise CaptureError(f"its writes in place could not be undone: {_first_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch.export's advice: it is about exporting a program for others to run."""
+    """Silence torch.export's advice, and the graph that it prints where it fails: both are for those who deploy it."""
     loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -500,11 +508,11 @@ def _first_line(error: Exception) -> str:
 # Writes in place
 
 
-class _AliasedWrite(Exception):
+class _AliasedWriteError(Exception):
     """A node writes into a value that others see under another name."""
 
 
-def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bool = False) -> set[fx.Node]:
+def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bool = False) -> None:
     """Replace every write in place by an operator that returns a new value, in the graph and in graphs nested in it.
 
     Right where nobody else sees the value written to, which the storages of the recorded values tell: views of it that
@@ -512,13 +520,9 @@ def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bo
 
     Args:
         module: what to change.
-        strict: raise a CaptureError where it cannot be done, instead of _AliasedWrite.
+        strict: raise a CaptureError where it cannot be done, instead of _AliasedWriteError.
         nested: whether the placeholders are values of an outer graph.
-
-    Returns:
-        The placeholders that were written to.
     """
-    inputs = set()
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     family: dict[Any, list[fx.Node]] = {}
     for node in position:
@@ -533,14 +537,13 @@ def _make_functional(module: fx.GraphModule, *, strict: bool = False, nested: bo
         target = node.args[0]
         kin = {n for storage in _storages(target) for n in family[storage] if position[n] < position[node]} | {target}
         seen = [n for n in kin - {target} if any(position[user] > position[node] for user in n.users)]
-        inputs |= {n for n in kin if n.op == "placeholder"}
-        if written != [0] or seen or (nested and inputs):
+        outer = nested and any(n.op == "placeholder" for n in kin)
+        if written != [0] or seen or outer:
             if strict:
                 raise CaptureError(f"{node.target} writes into a value that others see")
-            raise _AliasedWrite
+            raise _AliasedWriteError
         target.replace_all_uses_with(node, delete_user_cb=lambda user, at=position[node]: position[user] > at)
         node.target = _functional(node)
-    return inputs
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
@@ -588,12 +591,13 @@ class OnCopy:
 # From an exported program to a graph
 
 
-def _graph(program: ExportedProgram, written: set[fx.Node], forward: _Forward, model: nn.Module, dims: Dims) -> Graph:
+def _graph(program: ExportedProgram, forward: _Forward, model: nn.Module, dims: Dims) -> Graph:
     signature, module = program.graph_signature, program.graph_module
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     output = _logits(program)
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters: dict[str, list[fx.Node]] = {name: [] for name in first_names.values()}
+    buffers: dict[str, fx.Node] = {}
     constants: dict[fx.Node, Any] = {}
     inputs = []
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
@@ -604,16 +608,18 @@ def _graph(program: ExportedProgram, written: set[fx.Node], forward: _Forward, m
         # By identity: each name of a tied parameter has a placeholder of its own.
         if spec.kind == InputKind.PARAMETER and id(value) in first_names:
             parameters[first_names[id(value)]].append(node)
+        if spec.kind == InputKind.BUFFER:
+            buffers[str(spec.target).removeprefix(PREFIX)] = node
     live = _ancestors(output)
     for node in module.graph.nodes:
         if node.op == "get_attr" and node in live:
             constants[node] = _attribute(module, node)
-    _refuse_state(program, written, live)
     nodes = tuple(node for node in module.graph.nodes if node in live.union(inputs))
     _drop_dead(module.graph, output, live)
     return Graph(
         nodes,
         {name: tuple(node for node in found if node in live) for name, found in parameters.items()},
+        {name: node for name, node in buffers.items() if node in live},
         tuple(inputs),
         output,
         {node: value for node, value in constants.items() if node in live},
@@ -659,25 +665,6 @@ def _drop_dead(graph: fx.Graph, output: fx.Node, live: set[fx.Node]) -> None:
     for node in reversed(graph.nodes):
         if node not in live and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
-
-
-def _refuse_state(program: ExportedProgram, written: set[fx.Node], live: set[fx.Node]) -> None:
-    """Raise where something that the forward changes has an effect on the logits: batches would depend on each other.
-
-    Counters that nobody reads are left out of the graph, so a replay does not touch them.
-    """
-    signature = program.graph_signature
-    for node in live:
-        # The one write that no schema declares: the running statistics of a norm that runs as if in training.
-        if str(node.target) in ("aten.batch_norm.default", "aten.instance_norm.default") and node.args[5]:
-            written = written.union(node.all_input_nodes[-2:])
-    names = set(signature.buffers_to_mutate.values())
-    changing = set()
-    for node, spec in zip(program.graph.nodes, signature.input_specs, strict=False):
-        if node in live and spec.kind != InputKind.USER_INPUT and (node in written or spec.target in names):
-            changing.add(str(spec.target).removeprefix("model."))
-    if changing:
-        raise CaptureError(f"it carries {', '.join(sorted(changing))} from one batch to the next")
 
 
 # Trust
@@ -765,13 +752,12 @@ class CheckedForward:
         """
         with _evaluating():
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._model.named_buffers()}
-            before = {name: (tensor, tensor._version) for name, tensor in buffers.items()}
             weights = {name: as_parameter(edited[name], self._parameters[name]) for name in edited}
             given = {**weights, **buffers}
             args, kwargs = inputs.call(as_parameter(tensor.clone(), tensor) for tensor in inputs.tensors)
             logits = self._predict(functional_call(self._model, given, args, kwargs))
-        for name, (tensor, version) in before.items():
-            if given[name] is not tensor or tensor._version != version:
+        for name, tensor in self._model.named_buffers():
+            if not same_bits(given[name], changed.get(name, tensor)):
                 changed[name] = given[name]
         return logits
 
@@ -786,15 +772,16 @@ class CheckedForward:
         if known is not None and not self._reads_values:
             return known
         with torch.random.fork_rng(devices=_cuda_devices(inputs.tensors)):
+            changed: dict[str, Tensor] = {}
             with _Reads() as reads:
-                expected = self._eager(inputs, {}, {})
+                expected = self._eager(inputs, {}, changed)
             self._reads_values |= reads.seen
             if known is not None:
                 if _agrees(known, inputs, expected):
                     return known
                 self._warn("it reads the values of its inputs and took another path for this batch than when captured")
                 return None
-            graph, reason = self._find(inputs, expected)
+            graph, reason = self._find(inputs, expected, set(changed))
         if graph is None:
             self.fallbacks[signature] = reason
             self._warn(reason)
@@ -802,19 +789,28 @@ class CheckedForward:
             self._trusted[signature] = graph
         return graph
 
-    def _find(self, inputs: Inputs, expected: Tensor) -> tuple[Graph | None, str]:
-        """Return a graph whose replay gives `expected`, or None and the reason."""
-        reason = ""
+    def _find(self, inputs: Inputs, expected: Tensor, changed: set[str]) -> tuple[Graph | None, str]:
+        """Return a graph to trust for these inputs, or None and the reason.
+
+        Args:
+            inputs: the arguments.
+            expected: what the model itself gives.
+            changed: the buffers that it changed meanwhile.
+        """
+        reason = "a replay of its captured graph gives other bits than the model itself"
         try:
             inputs.refuse_objects()
             for graph in self._candidates(inputs):
+                carried = sorted(changed.intersection(graph.buffers))
+                if carried:
+                    return None, f"it carries {', '.join(carried)} from one batch to the next"
                 if _agrees(graph, inputs, expected):
                     return graph, ""
         except CaptureError as error:
             reason = str(error)
         if not same_bits(self._eager(inputs, {}, {}), expected):
-            return None, "its own output differs from one run to the next"
-        return None, reason or "a replay of its captured graph gives other bits than the model itself"
+            reason = "its own output differs from one run to the next"
+        return None, reason
 
     def _candidates(self, inputs: Inputs) -> Iterator[Graph]:
         """Yield the graph of earlier inputs of this kind, one of the sizes that were seen to vary, one of these sizes.
@@ -850,14 +846,14 @@ class CheckedForward:
         if reason not in self._warned:
             self._warned.add(reason)
             text = f"no part of the model's forward is shared between edits (each costs a forward of its own): {reason}"
-            warnings.warn(text, stacklevel=5)
+            warnings.warn(text, stacklevel=4)
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
     """See whether Python reads a value from a tensor (`.item()`, `if mask.all():`)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -869,7 +865,7 @@ def _agrees(graph: Graph, inputs: Inputs, expected: Tensor) -> bool:
     args, kwargs = inputs.call(inputs.tensors)
     try:
         (replayed,) = (logits for _, logits in graph.run(args, kwargs, {"base": {}}))
-    except Exception:  # noqa: BLE001  # shapes that a graph was not made for fail in any operator
+    except Exception:  # shapes that a graph was not made for fail in any operator
         return False
     return same_bits(replayed, expected)
 

@@ -530,6 +530,8 @@ def _checked(neurons: Neurons) -> Neurons:
 
 
 def _finite(name: str, value: float) -> float:
+    if not isinstance(value, float | int | np.number):
+        raise TypeError(f"{name} must be a finite number, not {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value}")
     return float(value)
@@ -545,7 +547,7 @@ def _one_scale(std: float | None, relative_std: float | None) -> tuple[float | N
     if (std is None) == (relative_std is None):
         raise ValueError(f"give exactly one of std= and relative_std=, not std={std}, relative_std={relative_std}")
     for name, value in (("std", std), ("relative_std", relative_std)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and _finite(name, value) < 0:
             raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
     return (
         None if std is None else float(std),

@@ -204,7 +204,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class LayerNeurons:
-    """The chosen neurons of one layer: its indices in ascending order, and where it stood in the layout they are from."""
+    """The chosen neurons of one layer, their indices ascending, and where it stood in the layout they are from."""
 
     layer: Layer
     indices: tuple[int, ...]
@@ -361,8 +361,8 @@ def refuse_misfit(parts: Iterable[LayerNeurons], layout: Layout, names: Iterable
             found.groups,
         ):
             wrong.append(
-                f"  {wanted.parameter}: expected {wanted.count} neurons of {wanted.row_shape} along axis {wanted.axis}, "
-                f"the model has {found.count} of {found.row_shape} along axis {found.axis}"
+                f"  {wanted.parameter}: expected {wanted.count} neurons of {wanted.row_shape} along axis {wanted.axis}"
+                f", the model has {found.count} of {found.row_shape} along axis {found.axis}"
             )
     if wrong:
         raise ValueError(
@@ -443,7 +443,9 @@ def _masked(layer: Layer, array: np.ndarray) -> Sequence[int]:
         rows = layer.rows(torch.from_numpy(array)).reshape(layer.count, -1)
         partial = (rows.any(1) & ~rows.all(1)).nonzero().flatten().tolist()
         if partial:
-            raise ValueError(f"{layer.parameter}: the mask marks a part of neurons {partial[:10]} only: mark all or none")
+            raise ValueError(
+                f"{layer.parameter}: the mask marks a part of neurons {partial[:10]} only: mark all or none"
+            )
         return [int(index) for index in rows[:, 0].nonzero().flatten()]
     raise ValueError(
         f"{layer.parameter}: a mask has shape ({layer.count},) or {full}, not {array.shape}: give one entry per neuron"
@@ -488,7 +490,7 @@ def find_layout(model: nn.Module, where: Where | None = None, extra: str | Seque
     if where is not None:
         chosen = _filter(chosen, where)
     if extra is not None:
-        wanted = {tensor.name for tensor in _glob([t for t in tensors.values() if t.parameter.dim() > 0], extra)}
+        wanted = {tensor.name for tensor in _glob([t for t in tensors.values() if _has_rows(t)], extra)}
         wanted |= {tensor.name for tensor in chosen}
         chosen = [tensor for name, tensor in tensors.items() if name in wanted]
     if not chosen:
@@ -520,10 +522,15 @@ def touched_layout(model: nn.Module, neurons: Neurons) -> Layout:
     """
     named = {name: tensor for tensor in _readable(model).values() for name in (tensor.name, *tensor.aliases)}
     wanted = {part.layer.parameter for part in neurons.parts}
-    touched = {tensor.name: tensor for name, tensor in named.items() if name in wanted and tensor.parameter.dim() > 0}
+    touched = {tensor.name: tensor for name, tensor in named.items() if name in wanted and _has_rows(tensor)}
     layout = _layout(touched.values())
     refuse_misfit(neurons.parts, layout, named)
     return layout
+
+
+def _has_rows(tensor: NamedTensor) -> bool:
+    """Return whether it has a first dimension; one that is not yet initialised is refused later."""
+    return isinstance(tensor.parameter, UninitializedTensorMixin) or tensor.parameter.dim() > 0
 
 
 def _is_layer(tensor: NamedTensor) -> bool:

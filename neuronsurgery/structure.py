@@ -10,6 +10,7 @@ gets a class of its own.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import types
 import weakref
@@ -79,6 +80,12 @@ class NamedTensor:
         if self.parametrized:
             return _originals(module, attribute)[0]
         return module._parameters[attribute]  # type: ignore[return-value]  # None entries are never named
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it requires a gradient, or one of the tensors that a parametrization computes it from does."""
+        originals = _originals(*self.uses[0]) if self.parametrized else [self.parameter]
+        return any(original.requires_grad for original in originals)
 
 
 def named_tensors(model: nn.Module) -> dict[str, NamedTensor]:
@@ -185,13 +192,14 @@ def _unsupported(named: NamedTensor) -> str:
 # Copies
 
 
+@torch.inference_mode(mode=False)  # a copy outlives the caller's mode
 def copy_structure(
     model: nn.Module, *, replace: Mapping[int, Tensor] | None = None, buffers: Buffers = "own"
 ) -> nn.Module:
     """Return a new module of the same classes whose parameters are the model's own.
 
     It is a deep copy in which parameters, hooks and tensors that are not leaves of autograd (cached activations) are
-    shared instead of copied. Nothing of `model` changes, and a wrapper (DDP, torch.compile) is taken off wherever it is.
+    shared instead of copied. Nothing of `model` changes, and wrappers (DDP, torch.compile) are taken off everywhere.
 
     Args:
         model: any module.
@@ -203,7 +211,7 @@ def copy_structure(
     """
     root = bare(model)
     names: dict[nn.Module, str] = {}
-    for prefix, module in _all_modules(root):
+    for prefix, module in all_modules(root):
         names.setdefault(module, prefix.removesuffix("."))
     memo: dict[int, Any] = {}
     for module, name in names.items():
@@ -225,11 +233,12 @@ def copy_structure(
     return copied
 
 
-def _all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (prefix, module) for every path to a module, wrappers taken off, parametrizations too."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _all_modules(bare(child), f"{prefix}{name}.")
+            yield from all_modules(bare(child), f"{prefix}{name}.")
 
 
 def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers) -> None:
@@ -322,6 +331,9 @@ def own_class(module: nn.Module, *, assignable: bool = False) -> None:
     setter = _assign if assignable else _refuse_assignment
     for name in parametrizations(module):
         namespace[name] = property(_named(_compute, name), _named(setter, name))
+    namespace.pop("register_parameter", None)
+    if not assignable:
+        namespace["register_parameter"] = functools.partialmethod(_register_parameter, kind.__bases__[0])
     metaclass: Callable[..., type[nn.Module]] = type(kind)
     module.__class__ = metaclass(kind.__name__, kind.__bases__, namespace)
 
@@ -345,6 +357,13 @@ def _refuse_assignment(name: str, module: nn.Module, value: object) -> None:
         f"from; assigning it, or passing it to functional_call under its plain name, would overwrite the original. "
         f"Use the key 'parametrizations.{name}.original', or bake the edit first"
     )
+
+
+def _register_parameter(module: nn.Module, base: type[nn.Module], name: str, parameter: nn.Parameter | None) -> None:
+    """Refuse to assign a parameter as a tensor is refused; torch would only say that the attribute exists."""
+    if name in parametrizations(module):
+        _refuse_assignment(name, module, parameter)
+    base.register_parameter(module, name, parameter)
 
 
 def set_eval(module: nn.Module) -> nn.Module:

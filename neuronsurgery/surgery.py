@@ -22,6 +22,7 @@ from neuronsurgery.structure import (
     TENSOR_ORDER,
     Buffers,
     NamedTensor,
+    all_modules,
     bare,
     copy_structure,
     named_tensors,
@@ -57,10 +58,12 @@ class LayerPlan:
     Attributes:
         layer: the layer as the model has it.
         steps: the edits from left to right.
+        trainable: whether the weight is computed by a parametrization from a parameter that requires a gradient.
     """
 
     layer: Layer
     steps: tuple[Step, ...]
+    trainable: bool
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the edited weight: the same shape, dtype and strides, all other rows bit for bit as they were."""
@@ -73,9 +76,13 @@ class LayerPlan:
             # Kernels, and so the last bits of their results, are chosen by the strides.
             strided = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
             edited = strided.copy_(edited)
+        if not torch.is_grad_enabled() and (weight.requires_grad or self.trainable):
+            # matmul folds its batch, and so changes the last bits, where this flag is set, also without a graph.
+            return nn.Parameter(edited)
         return edited
 
 
+@torch.inference_mode(mode=False)  # what it makes outlives the caller's mode
 def plan(edit: Edit, model: nn.Module) -> dict[str, LayerPlan]:
     """Return what an edit does to each layer of a model that it touches, by the layer's first name in the model.
 
@@ -87,14 +94,14 @@ def plan(edit: Edit, model: nn.Module) -> dict[str, LayerPlan]:
     """
     parts = leaves(edit)
     layout = touched_layout(model, edit.neurons)
-    devices = _devices(model)
+    tensors = named_tensors(model)
     steps: dict[str, list[Step]] = {}
     for leaf in parts:
         loaded = leaf.load() if isinstance(leaf, Rewind) else leaf
         for part in leaf.neurons.parts:
             name = layout[part.layer.parameter].parameter
             constants = loaded.constants(part)
-            device = devices[name]
+            device = tensors[name].parameter.device
             steps.setdefault(name, []).append(
                 Step(
                     loaded,
@@ -102,11 +109,13 @@ def plan(edit: Edit, model: nn.Module) -> dict[str, LayerPlan]:
                     None if constants is None else constants.to(device),
                 )
             )
-    return {layer.parameter: LayerPlan(layer, tuple(steps[layer.parameter])) for layer in layout}
-
-
-def _devices(model: nn.Module) -> dict[str, torch.device]:
-    return {name: tensor.parameter.device for name, tensor in named_tensors(model).items()}
+    plans = {}
+    for layer in layout:
+        tensor = tensors[layer.parameter]
+        plans[layer.parameter] = LayerPlan(
+            layer, tuple(steps[layer.parameter]), tensor.parametrized and tensor.trainable
+        )
+    return plans
 
 
 class EditedRows(nn.Module):
@@ -133,8 +142,8 @@ def apply(edit: Edit, model: nn.Module, *, buffers: Buffers = "own") -> nn.Modul
 
     `model` is not changed, and no weight is copied: the edited weights are computed from the shared ones at every
     forward pass. So training the view trains the shared weights, the rows that an edit hides getting no gradient where
-    it replaces them (an optimiser with weight decay or momentum moves them all the same). `apply(b, apply(a, m))` equals
-    `apply(compose(a, b), m)`; parametrizations that the model has stay and come first.
+    it replaces them (an optimiser with weight decay or momentum moves them all the same). `apply(b, apply(a, m))`
+    equals `apply(compose(a, b), m)`; parametrizations that the model has stay and come first.
 
     `train()` and `eval()` are the view's own. `requires_grad_` and `zero_grad` reach the shared parameters, and hooks
     are shared and fire in both. A wrapper (DDP, torch.compile) is taken off: the result is a view of the bare module.
@@ -181,6 +190,7 @@ again, or use bake for an independent copy
     return view
 
 
+@torch.inference_mode(mode=False)  # its weights outlive the caller's mode
 def bake(edit: Edit, model: nn.Module) -> nn.Module:
     """Return an independent, plain copy of the model with the edit in its own weights.
 
@@ -234,8 +244,8 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TypeError: if `edit` is not an edit.
-        ValueError: if the edit does not fit the model (lists every mismatch), or an edited tensor is parametrized:
-            `functional_call` with its plain name would overwrite the caller's weights.
+        ValueError: if the edit does not fit the model (lists every mismatch), or an edited tensor is parametrized or in
+            a module that has several names: `functional_call` would overwrite the caller's weights.
 
     Example:
         >>> from neuronsurgery import find_layout, select, zero_out
@@ -252,6 +262,13 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             f"parametrized tensors cannot be passed to functional_call under their plain names, it would overwrite the "
             f"model's weights: {', '.join(wrong)}; bake the edit first, bake(edit, model)"
+        )
+    # functional_call swaps such a tensor once for each name, and puts the edited one back in the end.
+    wrong = [name for name in plans if 1 + len(tensors[name].aliases) > len(tensors[name].uses)]
+    if wrong:
+        raise ValueError(
+            f"functional_call would overwrite the tensors of a module that is in the model under several names: "
+            f"{', '.join(wrong)}; bake the edit, bake(edit, model), or use a view, apply(edit, model)"
         )
     return {name: layer_plan(tensors[name].parameter) for name, layer_plan in plans.items()}
 
@@ -275,16 +292,24 @@ def _parametrize(tensor: NamedTensor, edited: EditedRows) -> None:
         if held is None:
             held = parametrizations(module)[attribute]
             held._parameters["original"] = shared  # type: ignore[assignment]  # a Parameter, since it is not computed
-        module._modules["parametrizations"]._modules[attribute] = held  # type: ignore[union-attr]
+            held.training = module.training
+        every: nn.Module = module._modules["parametrizations"]  # type: ignore[assignment]  # just registered
+        every._modules[attribute] = held
+        every.training = module.training
+        made_by_torch = type(module)
         own_class(module)
+        # Its property holds the module, in a cycle, and a view is to be freed as soon as it is dropped.
+        delattr(made_by_torch, attribute)
 
 
 def _refuse_unreachable(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
     """Raise if a touched parameter is also held by a plain attribute, whose use an edit would not reach."""
     tensors = named_tensors(model)
     touched = {id(tensors[name].parameter): name for name in plans}
-    modules = {id(module): None for module in bare(model).modules()}
-    for path, module in bare(model).named_modules():
+    # Wrappers inside the model are left out: DDP lists the parameters, but the view runs without it.
+    named = {module: path.removesuffix(".") for path, module in all_modules(bare(model))}
+    modules = {id(module): None for module in named}
+    for module, path in named.items():
         if isinstance(module, nn.RNNBase):
             continue  # its flat list of weights is brought up to date at every forward pass
         for held in tensors_in_attributes(module, modules):

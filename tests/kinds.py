@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import neuronsurgery as ns
 import numpy as np
 import reference
 import torch
 from torch import Tensor, nn
 from zoo import CASES, Case
+
+import neuronsurgery as ns
 
 SEED = 7
 
@@ -81,9 +82,7 @@ KINDS: dict[str, Kind] = {
         lambda n, _: ns.random_noise(n, relative_std=0.9, seed=SEED),
         lambda t, s: reference.noised(t, s.axis, s.groups, draws(t, s), relative_std=0.9),
     ),
-    "rewind": Kind(
-        lambda n, then: ns.rewind(n, then), lambda t, s: reference.rewound(t, *s.where, earlier=s.earlier)
-    ),
+    "rewind": Kind(lambda n, then: ns.rewind(n, then), lambda t, s: reference.rewound(t, *s.where, earlier=s.earlier)),
     "rewind_half": Kind(
         lambda n, then: ns.rewind(n, then, 0.5),
         lambda t, s: reference.rewound(t, *s.where, earlier=s.earlier, alpha=0.5),

@@ -7,16 +7,17 @@ import pickle
 from typing import Any
 
 import hypothesis.strategies as st
-import neuronsurgery as ns
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from kinds import built, few, tensor_of
-from neuronsurgery import Layer, Layout, Neuron, Neurons
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from zoo import CASES, FAST, Case, Custom, Rows, Tied, UNet, every_case, fast_case
+
+import neuronsurgery as ns
+from neuronsurgery import Layer, Layout, Neuron, Neurons
 
 LAYOUT = Layout((Layer("a.weight", 0, 4, (3,)), Layer("b.weight", 1, 3, (2, 2)), Layer("a.bias", 0, 4, ())))
 EVERY = [Neuron(layer.parameter, index) for layer in LAYOUT for index in range(layer.count)]
@@ -161,7 +162,7 @@ def test_a_tied_head_answers_to_each_of_its_names(head_first: bool) -> None:
 @pytest.mark.parametrize("name", ["shared_module", "shared_parameter"])
 def test_a_shared_weight_is_one_layer_under_its_first_name(name: str) -> None:
     layout = ns.find_layout(CASES[name].build(), where="second.weight", extra="*.bias")
-    assert list(found(layout))[0] == "first.weight"
+    assert next(iter(found(layout))) == "first.weight"
     assert ("second.weight", "first.weight") in layout.aliases
     assert (("second.bias", "first.bias") in layout.aliases) == (name == "shared_module")
 

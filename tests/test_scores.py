@@ -112,7 +112,7 @@ def test_ranks_follow_the_order_of_the_set_and_refuse_another_model() -> None:
     of = ns.select(smaller, {"0.weight": 1, "3.weight": 0})
     expected = [100 * (LAYOUT.flat(ns.select(LAYOUT, {n.parameter: n.index})).item() + 1) / COUNT for n in of]
     assert ns.ranks(scores(range(COUNT)), of=of).tolist() == [pytest.approx(expected)]
-    with pytest.raises(ValueError, match="the neurons do not fit the model, 1 mismatched:\n  9.weight: not in the mode"):
+    with pytest.raises(ValueError, match=r"the neurons do not fit the model, 1 mismatched:\n  9\.weight: not in the"):
         ns.ranks(scores(range(COUNT)), of=ns.select(layout([2] * 10), {"9.weight": 0}))
 
 
@@ -183,7 +183,8 @@ def test_the_draw_depends_on_names_and_seed_alone() -> None:
 
 def test_golden_samples() -> None:
     """The same on every machine and in every version: a published control group stays that group."""
-    assert [numbers(ns.sample(LAYOUT, 4, seed)) for seed in (0, 1, 2**64)] == GOLDEN
+    golden = {0: [2, 6, 8, 10], 1: [1, 4, 8, 10], 2**64: [0, 3, 4, 8]}
+    assert {seed: numbers(ns.sample(LAYOUT, 4, seed)) for seed in golden} == golden
 
 
 def test_samples_are_uniform() -> None:
@@ -294,6 +295,8 @@ def test_a_weight_that_is_no_number_is_named(bad: float) -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight[1:3, 0] = bad
-    with pytest.raises(ValueError, match="weights are NaN or infinite in 1 layers:\n  0.weight: 2 of 4 neurons\nFind"):
+    with pytest.raises(
+        ValueError, match=r"weights are NaN or infinite in 1 layers:\n  0\.weight: 2 of 4 neurons"
+    ):
         ns.magnitudes(model)
     assert ns.magnitudes(model, where="1.*").layout.count == 2

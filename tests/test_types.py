@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,7 +120,8 @@ def test_a_batch_takes_a_tuple_and_a_mapping() -> None:
 
 def test_a_batch_says_what_it_is() -> None:
     assert repr(POSITIONAL) == "Batch(3 examples, args=[3x2 float32], groups 0 5)"
-    assert repr(ns.Batch((), {"x": X, "flag": True}, Y)) == "Batch(3 examples, args=[], kwargs={x: 3x2 float32, flag: bool})"
+    text = "Batch(3 examples, args=[], kwargs={x: 3x2 float32, flag: bool})"
+    assert repr(ns.Batch((), {"x": X, "flag": True}, Y)) == text
 
 
 def test_groups_in_order() -> None:
@@ -145,7 +147,7 @@ def test_the_join_of_the_parts_is_the_batch(n: int, rows: int, cuts: list[int]) 
     batch = rich(n, rows)
     edges = [0, *sorted(min(cut, n) for cut in cuts), n]
     sealed = seal(batch)
-    parts = [take(sealed, range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [take(sealed, range(a, b)) for a, b in pairwise(edges)]
     assert same(unseal(join(parts)), batch)
     assert same(unseal(join([take(sealed, [i]) for i in range(n)])), batch)
 

@@ -1,37 +1,31 @@
-"""The command line: `neuronsurgery study`."""
+"""The command line: `neuronsurgery study`, `neuronsurgery report`, `neuronsurgery show`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import neuronsurgery as ns
-from neuronsurgery.artifacts import write_atomically
 from neuronsurgery.study import data
-from neuronsurgery.study.experiments import (
-    CONTROL_FRACTIONS,
-    Outcome,
-    critical_neurons,
-    global_zero_out,
-    is_convolution,
-    measure,
-    random_controls,
-)
 from neuronsurgery.study.network import small_resnet
-from neuronsurgery.study.training import RECIPES, print_progress, train
+from neuronsurgery.study.run import RunFolder, Settings, Trained, read_results, stage_one
+from neuronsurgery.study.training import (
+    RECIPES,
+    checkpoint_epochs,
+    checkpoint_path,
+    print_progress,
+    read_trajectory,
+    train,
+)
 
-DATA = {"digits": data.digits, "synthetic": data.synthetic}
-QUICK_EPOCHS = 4
+EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
+QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "quick": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"neuronsurgery: error: {error}", file=sys.stderr)
         return 1
 
@@ -49,15 +43,31 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     study = commands.add_parser(
         "study",
-        help="train a network on data with a spurious correlation and cut its critical neurons",
-        description="Train a small residual network by empirical risk minimisation, score every neuron for every group, "
-        "zero the top ones (experiment 1a) and random ones (1g), and print what that changes on the training set.",
+        help="train a network on data with a spurious correlation and operate on its critical neurons",
+        description="Stage 1 of the paper: train by empirical risk minimisation with a checkpoint an epoch, score "
+        "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
+        "beside them. A run that was killed goes on where it was.",
     )
-    study.add_argument("--data", choices=list(DATA), default="digits", help="the embedded data set (default: digits)")
-    study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-seed-N)")
-    study.add_argument("--seed", type=_seed, default=0, help="of the data, the weights and the batches (default: 0)")
+    study.add_argument("--data", choices=list(EMBEDDED), default="synthetic", help="the data (default: %(default)s)")
+    study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-PRESET-seed-N)")
+    study.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
+    study.add_argument("--preset", choices=list(RECIPES), default="adam", help="how to train (default: %(default)s)")
+    study.add_argument("--epochs", type=int, help="passes over the training images (default: the preset's)")
+    study.add_argument(
+        "--split",
+        action="append",
+        choices=("train", "validation", "test"),
+        help="measure the changes on this split; may be given more than once (default: train)",
+    )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
+    study.add_argument("--overwrite", action="store_true", help="delete another run in the folder")
     study.set_defaults(run=_study)
+    report = commands.add_parser("report", help="make the report of a run folder again")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    report.set_defaults(run=_report)
+    show = commands.add_parser("show", help="print what a file of ours holds: neurons, scores, an edit, metrics")
+    show.add_argument("file", type=Path, metavar="FILE")
+    show.set_defaults(run=_show)
     return parser
 
 
@@ -68,117 +78,110 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _study(options: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    name = f"{options.data}-seed-{options.seed}" + ("-quick" if options.quick else "")
-    folder: Path = options.out or Path("runs") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = DATA[options.data](options.seed)
-    recipe = replace(RECIPES["adam"], epochs=QUICK_EPOCHS) if options.quick else RECIPES["adam"]
-    print(f"{dataset}\nrun folder: {folder}", flush=True)
-    model = train(
-        small_resnet(options.seed),
-        dataset.train,
-        folder,
-        recipe=recipe,
-        seed=options.seed,
-        augmentation=dataset.augmentation,
-        progress=print_progress,
-    )
-    loaders = dataset.loaders("train")
-    scores = ns.group_grad_norms(model, loaders, where=is_convolution, progress=True)
-    cut = global_zero_out(scores, ns.magnitudes(model, where=is_convolution))
-    controls = random_controls(scores.layout, critical_neurons(cut), draws=2 if options.quick else 10)
-    baseline, outcomes = measure(model, cut + controls, loaders, progress=True)
-    test = ns.evaluate(model, dataset.loaders("test"))
-    _write(folder, options, scores, baseline, test, outcomes, recipe.epochs)
-    print(_report(baseline, test, outcomes))
-    print(f"{time.perf_counter() - started:.0f} s; everything is in {folder}")
+def _show(options: argparse.Namespace) -> int:
+    print(ns.load_file(options.file))
     return 0
 
 
-def _write(
-    folder: Path,
-    options: argparse.Namespace,
-    scores: ns.Scores,
-    baseline: ns.GroupMetrics,
-    test: ns.GroupMetrics,
-    outcomes: Sequence[Outcome],
-    epochs: int,
-) -> None:
-    specs = folder / "specs"
-    specs.mkdir(exist_ok=True)
-    ns.save_file(scores, folder / "scores.safetensors")
-    for outcome in outcomes:
-        ns.save_file(outcome.intervention.edit, specs / f"{outcome.intervention.label}.safetensors")
-    results: dict[str, Any] = {
-        "schema": 1,
+def _report(options: argparse.Namespace) -> int:
+    from neuronsurgery.study.report import write_report
+
+    print(write_report(read_results(options.folder), options.folder))
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    settings = _settings(options)
+    name = f"{settings.data}-{settings.preset}-seed-{settings.seed}" + ("-quick" if settings.quick else "")
+    folder = RunFolder(options.out or Path("runs") / name, settings, overwrite=options.overwrite)
+    dataset = EMBEDDED[settings.data](settings.seed)
+    print(f"{dataset}\nrun folder: {folder.path}", flush=True)
+    model = train(
+        small_resnet(settings.seed),
+        dataset.train,
+        folder.path,
+        recipe=replace(RECIPES[settings.preset], epochs=settings.epochs),
+        seed=settings.seed,
+        augmentation=dataset.augmentation,
+        progress=print_progress,
+    )
+    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
+    results = stage_one(folder, dataset, Trained(model, checkpoints, read_trajectory(folder.path)))
+    print(summary(results))
+    _report(argparse.Namespace(folder=folder.path))
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    chosen: dict[str, Any] = {
         "data": options.data,
+        "preset": options.preset,
         "seed": options.seed,
-        "epochs": epochs,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
-        "train accuracy": baseline.to_records(),
-        "test accuracy": test.to_records(),
-        "outcomes": [outcome.to_record() for outcome in outcomes],
+        "epochs": RECIPES[options.preset].epochs,
+        "splits": tuple(dict.fromkeys(options.split or ["train"])),
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
+    if options.quick:
+        chosen |= QUICK
+    if options.epochs is not None:
+        chosen["epochs"] = options.epochs
+    return Settings(**chosen)
 
 
-# The printed report
+# What is printed
 
 
-def _report(baseline: ns.GroupMetrics, test: ns.GroupMetrics, outcomes: Sequence[Outcome]) -> str:
-    groups = [str(group) for group in baseline.groups]
+def summary(results: Mapping[str, Any]) -> str:
+    """Return the printed tables of a run: accuracy per group, what 1a changes, what the controls of 1g change."""
+    groups = results["groups"]
+    split = results["settings"]["splits"][0]
     header = ["", *groups]
-    accuracy = [
-        ["training images", *map(str, baseline.counts)],
-        ["training accuracy, %", *(f"{100 * value:.1f}" for value in baseline.values)],
-        ["test accuracy, %", *(f"{100 * value:.1f}" for value in test.values)],
+    accuracy = [[f"{part} images", *map(str, results["counts"][part])] for part in results["counts"]] + [
+        [f"{part} accuracy, %", *(f"{100 * value:.1f}" for value in values)]
+        for part, values in results["accuracy"].items()
     ]
     cut = [
-        [f"top-{outcome.intervention.size:g} by {_criterion(outcome)}", *_points(outcome.change[g] for g in groups)]
-        for outcome in outcomes
-        if outcome.intervention.experiment == "1a"
+        [
+            f"top-{record['k']} by {record['criterion']}"
+            + ("" if record["chosen_for"] == "all" else f" of {record['chosen_for']}"),
+            *_points(change["change"] for change in record["changes"]),
+        ]
+        for record in results["experiments"]["1a"][split]
     ]
-    controls = []
-    for fraction in CONTROL_FRACTIONS:
-        draws = [o for o in outcomes if o.intervention.experiment == "1g" and o.intervention.size == fraction]
-        means = _points(statistics.mean(outcome.change[group] for outcome in draws) for group in groups)
-        largest = _points(max((outcome.change[group] for outcome in draws), key=abs) for group in groups)
-        neurons = len(draws[0].intervention.edit.neurons)
-        cells = [f"{mean} ({far})" for mean, far in zip(means, largest, strict=True)]
-        controls.append([f"{100 * fraction:g} % ({neurons} neuron{'s' * (neurons > 1)}, {len(draws)} draws)", *cells])
-    steps = ", ".join(f"{100 / count:.2g}" for count in baseline.counts)
+    steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in results["counts"][split])
     return "\n\n".join(
         [
             _table("Empirical risk minimisation", header, accuracy),
-            _table("1a  Zero the top neurons of the model: change of training accuracy, points", header, cut),
-            _table("1g  Zero random other neurons: mean change (largest), points", header, controls),
-            f"One image is {steps} points in the four groups.",
+            _table(f"1a  Zero the top neurons of the model: change of {split} accuracy, points", header, cut),
+            _table("1g  Zero random other neurons: mean change (largest), points", header, _controls(results, split)),
+            f"One image is {steps} points in these groups. Every experiment is in the report.",
         ]
     )
 
 
-def _criterion(outcome: Outcome) -> str:
-    said = outcome.intervention
-    return said.criterion if said.chosen_for == "all" else f"{said.criterion} of {said.chosen_for}"
+def _controls(results: Mapping[str, Any], split: str) -> list[list[str]]:
+    rows = []
+    records = [record for record in results["experiments"]["1g"][split] if record["fraction"] is not None]
+    for fraction in dict.fromkeys(record["fraction"] for record in records):
+        draws = [record for record in records if record["fraction"] == fraction]
+        columns = list(zip(*([c["change"] for c in record["changes"]] for record in draws), strict=True))
+        means = _points(statistics.mean(column) for column in columns)
+        largest = _points(max(column, key=abs) for column in columns)
+        neurons = draws[0]["neurons"]
+        cells = [f"{mean} ({far})" for mean, far in zip(means, largest, strict=True)]
+        rows.append([f"{100 * fraction:g} % ({neurons} neuron{'s' * (neurons > 1)}, {len(draws)} draws)", *cells])
+    return rows
 
 
-def _points(changes: Any) -> list[str]:
-    return [f"{change:+.1f}" if round(change, 1) else "0.0" for change in changes]
+def _points(changes: Iterable[float]) -> list[str]:
+    return [f"{100 * change:+.1f}" if round(100 * change, 1) else "0.0" for change in changes]
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
-        "  ".join(
-            cell.ljust(width) if not i else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in [header, *rows]
     ]
     return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])

@@ -77,7 +77,7 @@ class Augmentation:
     """
 
     flip: bool = True
-    shift: int = 2
+    shift: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,11 @@ class DataSet:
     def test(self) -> Split:
         """The test images."""
         return self.splits["test"]
+
+    @property
+    def minority(self) -> tuple[int, ...]:
+        """The groups in which class and attribute disagree."""
+        return (1, 2)
 
     def loaders(self, split: str, size: int = 250) -> dict[str, Batches]:
         """One loader per group of a split, by group name; groups without images are left out."""
@@ -322,7 +327,7 @@ def _finish(canvas: Floats, groups: Integers, *key: str | int) -> Split:
 
 def _draw_birds(groups: Integers, seed: int, split: str) -> Split:
     key = ("synthetic", seed, split)
-    canvas = _draw_backgrounds(groups % 2, 32, 0.09, 0.09, *key)
+    canvas = _draw_backgrounds(groups % 2, 32, 0.06, 0.06, *key)
     capsules = _place(_build_birds(_draw_traits(groups // 2, seed, split)), *key)
     colours = _draw_colours(len(groups), *key)[:, PALETTE]
     for start in range(0, len(groups), _CHUNK):
@@ -334,9 +339,10 @@ def _draw_birds(groups: Integers, seed: int, split: str) -> Split:
 def _draw_traits(targets: Integers, seed: int, split: str) -> Doubles:
     """(N, traits): class mean, plus the deviation of one of the 12 species, plus that of the individual."""
     land, water, among, within = np.array(list(TRAITS.values())).T
-    species_draws = bells((2, SPECIES, len(TRAITS)), "synthetic", seed, "species")
+    half = bells((2, SPECIES // 2, len(TRAITS)), "synthetic", seed, "species")
+    draws = np.concatenate([half, -half], axis=1)  # in opposite pairs: the class means are as far apart for every seed
     side = SEPARATION * np.array([-0.5, 0.5])[:, None, None]
-    species = (land + water) / 2 + side * (water - land) + species_draws * among
+    species = (land + water) / 2 + side * (water - land) + draws * among
     which = np.floor(uniforms((len(targets),), "synthetic", seed, split, "species") * SPECIES).astype(np.int64)
     individuals: Doubles = bells((len(targets), len(TRAITS)), "synthetic", seed, split, "traits") * within
     individuals += species[targets, which]
@@ -487,7 +493,7 @@ def digits(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> Data
         pools = [pool[number:] for pool, number in zip(pools, taken, strict=True)]
         splits[split] = _draw_digits(sources[chosen], groups, seed, split)
     names = ("digit 0-4 on land", "digit 0-4 on water", "digit 5-9 on land", "digit 5-9 on water")
-    return DataSet("digits", names, Augmentation(flip=False, shift=1), MappingProxyType(splits))
+    return DataSet("digits", names, Augmentation(flip=False), MappingProxyType(splits))
 
 
 def _load_digits() -> tuple[Doubles, Integers]:

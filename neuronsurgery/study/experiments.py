@@ -1,35 +1,48 @@
 """Stage 1 of the paper: which edits each experiment makes, and what they change.
 
-An experiment is a list of interventions: a labelled edit with what it was chosen by. Measuring them is one function for
-all experiments. A change is always between the same examples, before and after.
+An experiment is a list of interventions: an edit with what it was chosen by. Measuring is one sweep for each experiment
+and split, so a change is always between the same examples, before and after, and has a paired interval.
 
-Source: You et al., "The Silent Majority", 2025, experiments 1a (global zero-out) and 1g (control).
+Source: You et al., "The Silent Majority", 2025, experiments 1a to 1g. The same-layer controls and their p-values are an
+addition: the paper's control is drawn from the whole model, where most neurons lie in layers that matter less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.types import Loader
 
+SIZES: Final = (1, 2, 3)
+STANDARD_DEVIATIONS: Final = (0.005, 0.01, 0.02)
+"""The paper's absolute scales; RELATIVE_STD stands beside them, since 0.02 means little to a layer of another scale."""
+
+RELATIVE_STD: Final = 1.0
+DISTANCES: Final = (5, 10, 20, 30, 40)
 CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0.02, 0.03)
-"""Shares of the model that the control prunes, 0.01 % to 3 %."""
+RANK_SHARES: Final = (0.0001, 0.05)
+SENSITIVE: Final = 0.01
+"""A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
 
-CONTROL_SEED: Final = 20250101
-"""First seed of the controls' draws: fixed, so that no run's seed chooses its own controls."""
+DRAW_SEED: Final = 20250101
+"""First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
 
 
-def is_convolution(name: str, module: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a layer is studied: convolutions are, the classifier's own rows are not.
+def is_studied(name: str, module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a layer is studied: convolutions and inner linear layers are, a classifier's own rows are not.
 
     To zero one of those decides between the classes by construction and says nothing about memorisation.
     """
-    return isinstance(module, nn.Conv2d)
+    return name.removesuffix(".weight").split(".")[-1] not in ("head", "fc", "classifier", "head_dist", "heads")
 
 
 @dataclass(frozen=True)
@@ -37,100 +50,327 @@ class Intervention:
     """One edit of an experiment.
 
     Attributes:
-        experiment: "1a" or "1g".
-        criterion: what the neurons were chosen by: "gradient", "magnitude" or "random".
-        chosen_for: the group whose gradient chose them, or "all".
-        size: k of top-k, or the share of the model for a control.
-        draw: the number of the random draw, 0 where nothing is drawn.
         edit: the edit.
+        criterion: what chose the neurons: "gradient", "magnitude", "random", "same layers" or "rewind".
+        chosen_for: the group whose gradient chose them, or "all".
+        k: of top-k, or None.
+        fraction: the share of the model for a control, or None.
+        std: absolute scale of a random edit, or None.
+        relative_std: relative scale of a random edit, or None.
+        layer: the layer, where the experiment goes through the layers.
+        distance: epochs back of a rewind, or None.
+        with_norm: whether the normalisation that follows is rewound with the layer.
+        draw: the number of the random draw.
     """
 
-    experiment: str
-    criterion: str
-    chosen_for: str
-    size: float
-    draw: int
     edit: ns.Edit
+    criterion: str
+    chosen_for: str = "all"
+    k: int | None = None
+    fraction: float | None = None
+    std: float | None = None
+    relative_std: float | None = None
+    layer: str | None = None
+    distance: int | None = None
+    with_norm: bool = False
+    draw: int = 0
 
-    @property
-    def label(self) -> str:
-        """A name that no other intervention of a run has, fit for a file."""
-        words = (self.experiment, self.criterion, self.chosen_for, f"{self.size:g}", f"draw {self.draw}")
-        return " ".join(words).replace(" ", "-")
+    def to_record(self) -> dict[str, Any]:
+        """Return what was done as JSON values."""
+        neurons = self.edit.neurons
+        said = {name: value for name, value in vars(self).items() if name != "edit"}
+        names = [str(neuron) for _, neuron in zip(range(20), neurons, strict=False)]
+        return {**said, "neurons": len(neurons), "names": names}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an intervention changed.
+class Subject:
+    """The trained model and all that the experiments choose by.
 
     Attributes:
-        intervention: the intervention.
-        change: by group, accuracy after minus accuracy before, in percentage points.
+        model: the trained model.
+        gradients: the norms of every group's gradient.
+        magnitudes: the norms of the weights.
+        draws: how many random draws are averaged (10 in the paper).
+        control_draws: how many controls an empirical p-value rests on.
+        checkpoints: by epoch, the files to rewind to; the last is the model's own.
+        batch: one batch, to see which norm follows which layer.
     """
 
-    intervention: Intervention
-    change: Mapping[str, float]
+    model: nn.Module
+    gradients: ns.Scores
+    magnitudes: ns.Scores
+    draws: int
+    control_draws: int
+    checkpoints: Mapping[int, Path]
+    batch: Any
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the outcome as JSON values."""
-        said = self.intervention
-        return {
-            "experiment": said.experiment,
-            "criterion": said.criterion,
-            "chosen_for": said.chosen_for,
-            "size": said.size,
-            "draw": said.draw,
-            "neurons": [str(neuron) for neuron in said.edit.neurons],
-            "change": dict(self.change),
-        }
+    @property
+    def layout(self) -> ns.Layout:
+        """The studied layers."""
+        return self.gradients.layout
+
+    @property
+    def epochs(self) -> int:
+        """The epoch of the trained model."""
+        return max(self.checkpoints)
+
+    def chosen(self, per: Any = "model") -> Iterator[tuple[str, str, int, ns.Neurons]]:
+        """Yield (criterion, group, k, neurons) of every way to choose the top neurons."""
+        for k in SIZES:
+            if per == "layer" or k <= self.layout.count:
+                for group in self.gradients.groups:
+                    yield "gradient", str(group), k, ns.topk(self.gradients[group], k, per=per)
+                yield "magnitude", "all", k, ns.topk(self.magnitudes, k, per=per)
+
+    @functools.cached_property
+    def critical(self) -> ns.Neurons:
+        """Every neuron that is among the top three of the model by any criterion."""
+        return functools.reduce(lambda a, b: a | b, (neurons for *_, neurons in self.chosen()))
 
 
-def global_zero_out(
-    gradients: ns.Scores, magnitudes: ns.Scores, sizes: Sequence[int] = (1, 2, 3)
-) -> list[Intervention]:
-    """Return experiment 1a: zero the top-k neurons of the whole model, by each group's gradient and by magnitude."""
-    chosen = [
-        ("gradient", str(group), k, ns.topk(gradients[group], k)) for group in gradients.groups for k in sizes
-    ] + [("magnitude", "all", k, ns.topk(magnitudes, k)) for k in sizes]
-    return [Intervention("1a", criterion, group, k, 0, ns.zero_out(neurons)) for criterion, group, k, neurons in chosen]
+# The experiments
 
 
-def random_controls(
-    layout: ns.Layout, critical: ns.Neurons, draws: int, fractions: Sequence[float] = CONTROL_FRACTIONS
-) -> list[Intervention]:
-    """Return experiment 1g: zero random neurons that are not critical, a share of the model, at least one neuron."""
+def global_zero_out(subject: Subject) -> list[Intervention]:
+    """Return 1a: zero the top neurons of the whole model."""
     return [
-        Intervention(
-            "1g",
-            "random",
-            "all",
-            fraction,
-            draw,
-            ns.zero_out(
-                ns.sample(layout, max(1, round(fraction * layout.count)), seed=CONTROL_SEED + draw, exclude=critical)
-            ),
-        )
-        for fraction in fractions
-        for draw in range(draws)
+        Intervention(ns.zero_out(neurons), criterion, group, k) for criterion, group, k, neurons in subject.chosen()
     ]
 
 
-def critical_neurons(interventions: Sequence[Intervention]) -> ns.Neurons:
-    """Return every neuron that some interventions touch."""
-    united = ns.Neurons()
-    for intervention in interventions:
-        united |= intervention.edit.neurons
-    return united
+def random_init(subject: Subject) -> list[Intervention]:
+    """Return 1c: replace the top neurons by normal draws."""
+    return _randomised(subject, ns.random_init)
+
+
+def random_noise(subject: Subject) -> list[Intervention]:
+    """Return 1d: add normal draws to the top neurons."""
+    return _randomised(subject, ns.random_noise)
+
+
+def _randomised(subject: Subject, edit: Callable[..., ns.Edit]) -> list[Intervention]:
+    scales: list[dict[str, float]] = [{"std": std} for std in STANDARD_DEVIATIONS] + [{"relative_std": RELATIVE_STD}]
+    return [
+        Intervention(
+            edit(neurons, **scale, seed=DRAW_SEED + draw),
+            criterion,
+            group,
+            k,
+            std=scale.get("std"),
+            relative_std=scale.get("relative_std"),
+            draw=draw,
+        )
+        for criterion, group, k, neurons in subject.chosen()
+        for scale in scales
+        for draw in range(subject.draws)
+    ]
+
+
+def zero_out_within_layers(subject: Subject) -> list[Intervention]:
+    """Return 1e: zero the top neurons within each layer in turn."""
+    return [
+        Intervention(ns.zero_out(part), criterion, group, k, layer=layer.parameter)
+        for criterion, group, k, neurons in subject.chosen(per="layer")
+        for layer in subject.layout
+        for part in [neurons & ns.select(subject.layout, {layer.parameter: ...})]
+    ]
+
+
+def rewind_layers(subject: Subject) -> list[Intervention]:
+    """Return 1f: every layer in turn as it was some epochs earlier, alone and with the norm that follows it."""
+    interventions = []
+    every = ns.find_layout(subject.model, extra="*")
+    for layer in subject.layout:
+        prefix = layer.parameter.rpartition(".")[0]
+        own = [name for name in every.starts if name.rpartition(".")[0] == prefix]
+        whole = ns.select(every, dict.fromkeys(own, ...))
+        wide = whole | _following_norm(subject, layer, every)
+        for distance in distances(subject.epochs):
+            path = subject.checkpoints[subject.epochs - distance]
+            variants = [(whole, False)] + ([(wide, True)] if len(wide) > len(whole) else [])
+            interventions += [
+                Intervention(
+                    ns.rewind(part, path), "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm
+                )
+                for part, with_norm in variants
+            ]
+    return interventions
+
+
+def distances(epochs: int) -> list[int]:
+    """Return the paper's distances that a run of so many epochs has a checkpoint for."""
+    return [distance for distance in DISTANCES if distance <= epochs]
+
+
+def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.Neurons:
+    """Return all entries of the normalisation that reads a layer alone; none where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: not news here
+        coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+    return ns.select(every, {name: ... for name in coupled.by_layer() if name != layer.parameter})
+
+
+def random_controls(subject: Subject) -> list[Intervention]:
+    """Return the paper's 1g: zero random neurons that are not critical, a share of the model (at least one)."""
+    layout = subject.layout
+    left = layout.count - len(subject.critical)
+    return [
+        Intervention(
+            ns.zero_out(ns.sample(layout, size, seed=DRAW_SEED + draw, exclude=subject.critical)),
+            "random",
+            fraction=fraction,
+            draw=draw,
+        )
+        for fraction in CONTROL_FRACTIONS
+        for size in [min(left, max(1, round(fraction * layout.count)))]
+        for draw in range(subject.draws)
+    ]
+
+
+def matched_controls(subject: Subject) -> list[Intervention]:
+    """Return the controls for p-values: for each critical set as many random neurons, from its layers and from all."""
+    interventions = []
+    for criterion, group, k, neurons in subject.chosen():
+        for kind in ("same layers", "random"):
+            for draw in range(subject.control_draws):
+                drawn = _matched(subject, neurons, kind, DRAW_SEED + draw)
+                name = group if criterion == "gradient" else "all"
+                interventions.append(Intervention(ns.zero_out(drawn), kind, name, k, draw=draw))
+    return interventions
+
+
+def _matched(subject: Subject, neurons: ns.Neurons, kind: str, seed: int) -> ns.Neurons:
+    if kind == "random":
+        return ns.sample(subject.layout, len(neurons), seed=seed, exclude=subject.critical)
+    drawn = ns.Neurons()
+    for name, indices in neurons.by_layer().items():
+        layer = ns.select(subject.layout, {name: ...})
+        left = layer - subject.critical
+        drawn |= ns.sample(left, min(len(indices), len(left)), seed=seed)
+    return drawn
+
+
+EXPERIMENTS: Final[Mapping[str, Callable[[Subject], list[Intervention]]]] = {
+    "1a": global_zero_out,
+    "1c": random_init,
+    "1d": random_noise,
+    "1e": zero_out_within_layers,
+    "1f": rewind_layers,
+    "1g": lambda subject: random_controls(subject) + matched_controls(subject),
+}
+
+
+# What comes out
 
 
 def measure(
     model: nn.Module, interventions: Sequence[Intervention], loaders: Mapping[str, Loader], *, progress: bool = False
-) -> tuple[ns.GroupMetrics, list[Outcome]]:
-    """Return the accuracy per group of the model as it is, and what each intervention changes."""
-    edits = {intervention.label: intervention.edit for intervention in interventions}
-    swept = ns.sweep(model, edits, loaders, progress=progress)
-    outcomes = [
-        Outcome(intervention, {group: 100 * swept.change(intervention.label)[group] for group in loaders})
-        for intervention in interventions
+) -> list[dict[str, Any]]:
+    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count."""
+    swept = ns.sweep(model, {str(i): said.edit for i, said in enumerate(interventions)}, loaders, progress=progress)
+    cached: dict[ns.Edit, list[dict[str, Any]]] = {}
+    records = []
+    for i, said in enumerate(interventions):
+        if said.edit not in cached:
+            cached[said.edit] = _changes(swept, str(i))
+        records.append({**said.to_record(), "changes": cached[said.edit]})
+    return records
+
+
+def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
+    change, interval, p = swept.change(label), swept.interval(label), swept.p_value(label)
+    return [
+        {
+            "group": group,
+            "before": swept.baseline[group],
+            "after": swept[label][group],
+            "change": change[group],
+            "low": interval[group][0],
+            "high": interval[group][1],
+            "p": p[group],
+            "count": count,
+        }
+        for group, count in zip(swept.baseline.groups, swept.baseline.counts, strict=True)
     ]
-    return swept.baseline, outcomes
+
+
+def rank_histograms(subject: Subject, shares: Sequence[float] = RANK_SHARES) -> list[dict[str, Any]]:
+    """Return 1b: where the top neurons by one criterion rank by the other, percentiles and counts in 20 bins."""
+    records = []
+    for share in shares:
+        for group in subject.gradients.groups:
+            own = subject.gradients[group]
+            for chosen_by, chooser, ranked_by, ranker in (
+                ("gradient", own, "magnitude", subject.magnitudes),
+                ("magnitude", subject.magnitudes, "gradient", own),
+            ):
+                chosen = ns.top_fraction(chooser, share)
+                percentiles = ns.ranks(ranker, of=chosen)[0]
+                bins = torch.clamp(torch.ceil(percentiles / 5).long() - 1, 0, 19)
+                records.append(
+                    {
+                        "chosen_by": chosen_by,
+                        "ranked_by": ranked_by,
+                        "group": str(group),
+                        "share": share,
+                        "neurons": len(chosen),
+                        "percentiles": percentiles.tolist(),
+                        "histogram": torch.bincount(bins, minlength=20).tolist(),
+                    }
+                )
+    return records
+
+
+def sensitive_layers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each distance of 1f, how many layers are sensitive for each group, in the order of the groups."""
+    counted = []
+    for with_norm in (False, True):
+        for distance in dict.fromkeys(record["distance"] for record in records):
+            chosen = [r for r in records if r["distance"] == distance and r["with_norm"] == with_norm]
+            if chosen:
+                # A hundredth itself counts, whatever its last bit.
+                hits = [[abs(c["change"]) >= SENSITIVE - 1e-9 for c in record["changes"]] for record in chosen]
+                counted.append(
+                    {
+                        "distance": distance,
+                        "with_norm": with_norm,
+                        "layers": len(chosen),
+                        "sensitive": [sum(column) for column in zip(*hits, strict=True)],
+                    }
+                )
+    return counted
+
+
+def control_p_values(
+    critical: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return by critical set and group the share of controls that change it as much: (1 + as much) / (1 + draws).
+
+    Args:
+        critical: the records of 1a.
+        controls: the records of 1g; those with a k are matched to the sets of 1a.
+    """
+    values = []
+    for record in critical:
+        for kind in ("same layers", "random"):
+            matched = [
+                c
+                for c in controls
+                if (c["criterion"], c["chosen_for"], c["k"]) == (kind, record["chosen_for"], record["k"])
+            ]
+            for position, change in enumerate(record["changes"]):
+                as_much = sum(abs(c["changes"][position]["change"]) >= abs(change["change"]) - 1e-12 for c in matched)
+                values.append(
+                    {
+                        "criterion": record["criterion"],
+                        "chosen_for": record["chosen_for"],
+                        "k": record["k"],
+                        "group": change["group"],
+                        "change": change["change"],
+                        "draws": len(matched),
+                        "p": (1 + as_much) / (1 + len(matched)),
+                        "kind": kind if kind == "same layers" else "whole model",
+                    }
+                )
+    return values

@@ -16,11 +16,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,6 +85,59 @@ class EpochReport:
         )
 
 
+class Source(Protocol):
+    """Where training images come from: `Embedded`, or images read from disk."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """All that the batches depend on but size, seed and epoch, as JSON values."""
+        ...
+
+    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide; it has a length."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """A split in memory and how its images vary from epoch to epoch."""
+
+    split: Split
+    augmentation: Augmentation | None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def describe(self) -> dict[str, object]:
+        """See `Source`."""
+        return {
+            "augmentation": None if self.augmentation is None else asdict(self.augmentation),
+            "images and targets": _digest([self.split.images, self.split.targets]),
+        }
+
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
+        """See `Source`."""
+        return batches(self.split, size, seed=seed, epoch=epoch, shuffle=True, augmentation=self.augmentation)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how the arithmetic of training is done.
+
+    Attributes:
+        device: of model and images; None leaves the model where it is.
+        bfloat16: whether to train under autocast to bfloat16.
+        channels_last: whether images and weights are laid out channels last.
+    """
+
+    device: str | None = None
+    bfloat16: bool = False
+    channels_last: bool = False
+
+
 def print_progress(report: EpochReport) -> None:
     """Writes an epoch as one line to stderr; pass it to `train` as `progress`."""
     sys.stderr.write(f"{report}\n")
@@ -92,15 +145,16 @@ def print_progress(report: EpochReport) -> None:
 
 def train(
     model: nn.Module,
-    split: Split,
+    source: Split | Source,
     folder: str | os.PathLike[str],
     *,
     recipe: Recipe = RECIPES["adam"],
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    hardware: Hardware = Hardware(),
     progress: Callable[[EpochReport], None] | None = None,
 ) -> nn.Module:
-    """A copy of `model`, trained on a split; `model` itself is the initialisation and stays as it is.
+    """A copy of `model`, trained; `model` itself is the initialisation and stays as it is.
 
     Leaves a checkpoint per epoch in `folder`. Where `folder` holds an unfinished run of the same arguments, that run is
     taken up after its last finished epoch; a finished run is only loaded. On one machine, with one number of threads,
@@ -108,11 +162,12 @@ def train(
 
     Args:
         model: the initialised network; its parameters must be floating point, its output logits (B, classes).
-        split: the training images.
+        source: the training images: a split in memory, or what else can give batches by (seed, epoch).
         folder: the run folder, made if it is missing.
         recipe: optimiser, rates, epochs and batch size.
         seed: of the order of the images, their augmentation, and dropout if there is any.
-        augmentation: how the images vary from epoch to epoch; None leaves them as they are.
+        augmentation: how the images of a split vary from epoch to epoch; None leaves them as they are.
+        hardware: device, precision and memory layout.
         progress: called after each epoch, once its files are written.
 
     Returns:
@@ -123,23 +178,38 @@ def train(
         FileNotFoundError: if the checkpoint to go on from is missing.
     """
     folder = Path(folder)
-    trained = copy.deepcopy(model).train()
+    if isinstance(source, Split):
+        source = Embedded(source, augmentation)
+    trained = copy.deepcopy(model).train().to(hardware.device)
+    if hardware.channels_last:
+        trained = trained.to(memory_format=torch.channels_last)
     optimizer = _make_optimizer(trained, recipe)
-    run = _describe_run(trained, split, recipe, seed, augmentation)
+    run = _describe_run(trained, source, recipe, seed, hardware)
     finished = _resume(trained, optimizer, folder, run)
     if finished is None:
         _write_epoch(trained, optimizer, folder, 0, run)
     for epoch in range((finished or 0) + 1, recipe.epochs + 1):
-        loader = batches(split, recipe.batch_size, seed=seed, epoch=epoch, shuffle=True, augmentation=augmentation)
         started = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             # Only dropout draws from this state. Not torch.manual_seed: that would reseed the GPUs too.
             torch.default_generator.manual_seed(int(raw_bits(1, "dropout", seed, epoch)[0]) >> 1)
-            loss, accuracy = _train_epoch(trained, optimizer, loader, recipe, epoch)
-        _write_epoch(trained, optimizer, folder, epoch, run)
+            loader = source.epoch(recipe.batch_size, seed, epoch)
+            loss, accuracy = _train_epoch(trained, optimizer, loader, recipe, epoch, hardware)
+        report = EpochReport(epoch, recipe.epochs, loss, accuracy, time.perf_counter() - started)
+        _write_epoch(trained, optimizer, folder, epoch, run, report)
         if progress is not None:
-            progress(EpochReport(epoch, recipe.epochs, loss, accuracy, time.perf_counter() - started))
+            progress(report)
     return trained.eval()
+
+
+def read_trajectory(folder: str | os.PathLike[str]) -> list[dict[str, object]]:
+    """By epoch of a run folder, the mean loss and the accuracy as met in training (None before training)."""
+    trajectory: list[dict[str, object]] = []
+    for epoch in checkpoint_epochs(folder):
+        header = _read_header(checkpoint_path(folder, epoch))
+        met = {name: float(header[name]) if name in header else None for name in ("loss", "accuracy")}
+        trajectory.append({"epoch": epoch, **met})
+    return trajectory
 
 
 def checkpoint_path(folder: str | os.PathLike[str], epoch: int) -> Path:
@@ -194,24 +264,34 @@ def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Batches, recipe: Recipe, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    recipe: Recipe,
+    epoch: int,
+    hardware: Hardware,
 ) -> tuple[float, float]:
     """Trains `model` in place for one epoch; its mean loss and accuracy."""
     device = next(model.parameters()).device
-    total_loss, correct = 0.0, 0
+    assert isinstance(loader, Sized), "a Source gives batches that have a length"
+    total_loss, correct, seen = 0.0, 0, 0
     for step, (images, targets, _) in enumerate(loader, start=(epoch - 1) * len(loader)):
         for group in optimizer.param_groups:  # a function of the step alone: nothing to save, nothing to restore
             group["lr"] = _cosine(recipe.learning_rate, step, recipe.epochs * len(loader))
-        images, targets = images.to(device), targets.to(device)
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if hardware.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.enable_grad():
-            logits = model(images)
-            loss = functional.cross_entropy(logits, targets)
+            with torch.autocast(device.type, torch.bfloat16, enabled=hardware.bfloat16):
+                logits = model(images)
+            loss = functional.cross_entropy(logits.float(), targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
         optimizer.step()
         total_loss += loss.item() * len(targets)
         correct += int((logits.argmax(dim=1) == targets).sum())
-    return total_loss / len(loader.split), correct / len(loader.split)
+        seen += len(targets)
+    return total_loss / seen, correct / seen
 
 
 def _cosine(start: float, step: int, steps: int) -> float:
@@ -221,16 +301,14 @@ def _cosine(start: float, step: int, steps: int) -> float:
 # The run folder
 
 
-def _describe_run(
-    model: nn.Module, split: Split, recipe: Recipe, seed: int, augmentation: Augmentation | None
-) -> dict[str, object]:
+def _describe_run(model: nn.Module, source: Source, recipe: Recipe, seed: int, hardware: Hardware) -> dict[str, object]:
     """All that the weights depend on, as JSON values: two runs with equal descriptions are the same run."""
     return {
         "recipe": asdict(recipe),
         "seed": seed,
-        "augmentation": None if augmentation is None else asdict(augmentation),
+        "hardware": asdict(hardware),
         "initial weights": _digest(model.state_dict().values()),
-        "images and targets": _digest([split.images, split.targets]),
+        **source.describe(),
     }
 
 
@@ -243,9 +321,15 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _write_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, epoch: int, run: Mapping[str, object]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    epoch: int,
+    run: Mapping[str, object],
+    report: EpochReport | None = None,
 ) -> None:
-    _write(model.state_dict(), checkpoint_path(folder, epoch), {"epoch": str(epoch)})
+    met = {} if report is None else {"loss": repr(report.loss), "accuracy": repr(report.accuracy)}
+    _write(model.state_dict(), checkpoint_path(folder, epoch), {"epoch": str(epoch), **met})
     moments = {
         f"{index}/{name}": tensor
         for index, values in optimizer.state_dict()["state"].items()
@@ -290,9 +374,13 @@ def _write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) ->
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file."""
+    header = _read_header(path)
+    return load_file(path), header
+
+
+def _read_header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        return load_file(path), header
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path}: expected safetensors, found {error}: empty the folder and train again") from error

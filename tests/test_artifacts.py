@@ -1,0 +1,275 @@
+"""Files give back what was saved, whole or not at all, and run no code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from kinds import built, few
+from snapshot import assert_unchanged, snapshot
+
+import neuronsurgery as ns
+
+LAYOUT = ns.find_layout(built("unet_grouped"), extra="*.bias")
+NEURONS = ns.select(LAYOUT, {"up.weight": (0, 5), "out.weight": 1})
+THEN = {name: parameter.detach() + 1 for name, parameter in built("unet_grouped").named_parameters()}
+NAN = ns.GroupMetrics(("a", 3, "3"), (math.nan, 0.1, math.inf), (0, 2, 7))
+
+
+def scores(groups: tuple[int | str, ...]) -> ns.Scores:
+    values = torch.randn(len(groups), LAYOUT.count)
+    return ns.Scores(values, groups, tuple(range(len(groups))), LAYOUT, "gradient norm")
+
+
+def rewound(alpha: float = 0.5) -> ns.Edit:
+    return ns.rewind(NEURONS, THEN, alpha)
+
+
+OBJECTS: dict[str, Callable[[], Any]] = {
+    "neurons": lambda: NEURONS,
+    "no neurons": ns.Neurons,
+    "tied neurons": lambda: ns.select(ns.find_layout(built("tied"), extra="head.*"), {"head.weight": 2}),
+    "scores": lambda: scores((3, 0, 1)),
+    "scores of strings": lambda: scores(("blond man", "ü")),
+    "scores of both": lambda: scores(("1", 1)),
+    "scores of a tied model": lambda: ns.magnitudes(built("tied"), extra="embed.*"),
+    "metrics": lambda: ns.GroupMetrics((0, 1), (0.1, 1 / 3), (10, 3)),
+    "zero_out": lambda: ns.zero_out(NEURONS),
+    "zero_out of nothing": lambda: ns.zero_out(ns.Neurons()),
+    "scale": lambda: ns.scale(NEURONS, 1 / 3),
+    "random_init": lambda: ns.random_init(NEURONS, std=0.1, seed=2**90),
+    "random_noise": lambda: ns.random_noise(NEURONS, relative_std=0.1, seed=0),
+    "rewind": rewound,
+    "rewind of nothing": lambda: ns.rewind(ns.Neurons(), {}),
+    "rewind in bfloat16": lambda: ns.rewind(NEURONS, {name: tensor.bfloat16() for name, tensor in THEN.items()}),
+    "the identity": ns.compose,
+    "compose": lambda: ns.compose(rewound(), ns.zero_out(few(LAYOUT)), rewound(1.0), ns.scale(NEURONS, 2)),
+    "compose of one rewind twice": lambda: ns.compose(rewound(), ns.scale(NEURONS, 2), rewound()),
+    "compose of the same object twice": lambda: (lambda edit: ns.compose(edit, edit))(rewound()),
+}
+every_object = pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+
+
+@every_object
+def test_what_is_saved_is_loaded(make: Callable[[], Any], tmp_path: Path) -> None:
+    made, path = make(), tmp_path / "it.safetensors"
+    before = snapshot(built("unet_grouped"), made, THEN)
+    ns.save_file(made, path)
+    assert_unchanged(before, built("unet_grouped"), made, THEN)
+    loaded = ns.load_file(str(path))
+    assert loaded == made and type(loaded) is type(made)
+    assert repr(loaded) == repr(made)
+    assert os.listdir(tmp_path) == ["it.safetensors"]
+    if isinstance(loaded, ns.Edit):
+        model = built("unet_grouped")
+        one, other = ns.bake(made, model).state_dict(), ns.bake(loaded, model).state_dict()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_metrics_that_are_not_finite_and_groups_of_both_kinds(tmp_path: Path) -> None:
+    ns.save_file(NAN, tmp_path / "metrics")
+    loaded = ns.load_file(tmp_path / "metrics")
+    assert isinstance(loaded, ns.GroupMetrics)
+    assert (loaded.groups, loaded.counts) == (NAN.groups, NAN.counts)
+    assert math.isnan(loaded["a"]) and loaded[3] == 0.1 and loaded["3"] == math.inf
+
+
+def test_a_rewind_from_a_path_keeps_the_path(tmp_path: Path) -> None:
+    checkpoint, path = tmp_path / "then.safetensors", tmp_path / "edit"
+    safetensors.torch.save_file(THEN, checkpoint)
+    edit = ns.compose(ns.rewind(NEURONS, checkpoint, 0.5), rewound(1.0))
+    ns.save_file(edit, path)
+    loaded = ns.load_file(path)
+    assert loaded == edit and str(checkpoint) in repr(loaded)
+    model = built("unet_grouped")
+    assert torch.equal(ns.apply(loaded, model).up.weight, ns.apply(edit, model).up.weight)
+    checkpoint.unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        ns.apply(loaded, model)
+    assert ns.load_file(path) == edit
+
+
+def test_scores_keep_their_order_and_choose_the_same(tmp_path: Path) -> None:
+    made = scores((2, 0, 1))
+    ns.save_file(made, tmp_path / "scores")
+    loaded = ns.load_file(tmp_path / "scores")
+    assert ns.topk(loaded, 3) == ns.topk(made, 3) and loaded.layout.digest == LAYOUT.digest
+    assert ns.topk(loaded[0], 3) == ns.topk(made[0], 3)
+
+
+# --- bad files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "edit.safetensors"
+    ns.save_file(rewound(), path)
+    return path
+
+
+def header_of(data: bytes) -> dict[str, Any]:
+    (length,) = struct.unpack("<Q", data[:8])
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    return header
+
+
+def with_header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The file with our part of its header changed."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = header_of(data)
+    ours = json.loads(header["__metadata__"]["neuronsurgery"])
+    change(ours)
+    header["__metadata__"]["neuronsurgery"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at:][1:]
+
+
+def set_(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header.__setitem__(key, value)
+
+
+ALTERED = r"edit\.safetensors was altered or damaged after it was saved"
+DAMAGED = r"edit\.safetensors is damaged or no safetensors file .*: save it again"
+BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", DAMAGED),
+    "cut in the header": (lambda data: data[:100], DAMAGED),
+    "cut in the tensors": (lambda data: data[:-4], DAMAGED),
+    "longer": (lambda data: data + b"\0" * 8, DAMAGED),
+    "text": (lambda data: b"not a file of tensors at all", DAMAGED),
+    "pickle": (lambda data: pickle.dumps({"a": 1}), DAMAGED),
+    "a byte of a tensor": (lambda data: flipped(data, len(data) - 3), ALTERED),
+    "another factor": (lambda data: with_header(data, lambda h: h["content"].update(alpha=0.75)), ALTERED),
+    "another neuron": (lambda data: data.replace(b"[0, 5]", b"[0, 4]"), ALTERED),
+    "no digest": (lambda data: with_header(data, lambda h: h.pop("sha256")), ALTERED),
+    "another kind": (lambda data: with_header(data, set_("kind", "zero_out")), ALTERED),
+    "newer": (lambda data: with_header(data, set_("schema", 2)), r"is of schema 2, kind 'rewind'; .*up to schema 1"),
+    "unknown kind": (lambda data: with_header(data, set_("kind", "graft")), r"kind 'graft'; .*update neuronsurgery"),
+    "no kind": (lambda data: with_header(data, lambda h: h.pop("kind")), r"header of .* is damaged \(KeyError"),
+    "foreign": (lambda data: safetensors.torch.save(THEN), r"but none that neuronsurgery wrote: for a checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_a_clear_error(change: Callable[[bytes], bytes], message: str, path: Path) -> None:
+    data = path.read_bytes()
+    assert ns.load_file(path) == rewound()
+    path.write_bytes(change(data))
+    assert path.read_bytes() != data
+    with pytest.raises(ValueError, match=message):
+        ns.load_file(path)
+
+
+def test_the_changes_above_are_what_is_noticed(path: Path) -> None:
+    """A header that is written again as it was is accepted."""
+    path.write_bytes(with_header(path.read_bytes(), lambda header: None))
+    assert ns.load_file(path) == rewound()
+
+
+def test_every_byte_of_the_tensors_and_of_our_header_counts(path: Path) -> None:
+    data = path.read_bytes()
+    ours = data.index(b"neuronsurgery")
+    for at in [*range(ours, ours + 300, 7), *range(len(data) - 60, len(data), 7)]:
+        path.write_bytes(flipped(data, at))
+        with pytest.raises(ValueError, match=r"edit\.safetensors"):
+            ns.load_file(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no file at {path}"):
+            ns.load_file(path)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_without_a_format_is_refused(tmp_path: Path) -> None:
+    for value in (LAYOUT, torch.ones(2), {"a": 1}, built("mlp")):
+        with pytest.raises(TypeError, match=r"no file format for a \w+; there is one for neurons, scores, metrics"):
+            ns.save_file(value, tmp_path / "it")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_a_disk_that_is_full_leaves_the_old_file(call: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    old = path.read_bytes()
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left on device"):
+        ns.save_file(ns.zero_out(NEURONS), path)
+    monkeypatch.undo()
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_folder_that_is_not_there_or_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing to write edit\.safetensors to: make it"):
+        ns.save_file(NEURONS, tmp_path / "missing" / "edit.safetensors")
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):  # root may write anywhere
+        monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    with pytest.raises(PermissionError, match="denied"):
+        ns.save_file(NEURONS, tmp_path / "edit.safetensors")
+    tmp_path.chmod(0o700)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_may_be_read_by_others_as_one_that_open_made(tmp_path: Path) -> None:
+    ns.save_file(NEURONS, tmp_path / "ours")
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# --- no code --------------------------------------------------------------------------------------------------------
+
+
+@every_object
+def test_nothing_is_pickled(make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle was read or written")
+
+    made = make()
+    for module, name in [
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (pickle, "dumps"),
+        (torch, "load"),
+    ]:
+        monkeypatch.setattr(module, name, refuse)
+    ns.save_file(made, tmp_path / "it")
+    assert ns.load_file(tmp_path / "it") == made
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": {"up.weight": Bomb()}}, tmp_path / "then.pt")
+    with pytest.raises(ValueError, match=r"neither a safetensors file nor a state dict that torch\.load"):
+        ns.rewind(NEURONS, tmp_path / "then.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_anyone_can_read_the_header(path: Path) -> None:
+    with safetensors.safe_open(path, framework="np") as file:
+        ours = json.loads(file.metadata()["neuronsurgery"])
+    assert (ours["schema"], ours["kind"]) == (1, "rewind")

@@ -1,0 +1,83 @@
+"""A view made after DistributedDataParallel was built: two ranks train as one process does."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from zoo import CASES
+
+import neuronsurgery as ns
+
+RANKS, STEPS = 2, 2
+MODELS = ("mlp", "attention", "weight_norm")
+
+
+def batch(name: str, step: int) -> tuple[Tensor, Tensor]:
+    inputs, targets, _ = CASES[name].batches(seed=step, sizes=(4 * RANKS,))[0]
+    return inputs, targets
+
+
+def edit_of(model: nn.Module) -> ns.Edit:
+    neurons = ns.select(ns.find_layout(model), {"*": slice(0, None, 2)})
+    return ns.compose(ns.zero_out(neurons), ns.random_noise(neurons, std=0.1, seed=0))
+
+
+def train(model: nn.Module, twin: nn.Module, name: str, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+    """Steps of SGD, the model and its twin in one backward; the state afterwards."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for step in range(STEPS):
+        inputs, targets = (tensor.chunk(ranks)[rank] for tensor in batch(name, step))
+        optimizer.zero_grad()
+        (cross_entropy(model(inputs), targets) + 0.5 * cross_entropy(twin(inputs), targets)).backward()
+        optimizer.step()
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    for name in MODELS:
+        wrapped = DistributedDataParallel(CASES[name].build())
+        twin = ns.apply(edit_of(wrapped), wrapped)
+        assert not any(isinstance(module, DistributedDataParallel) for module in twin.modules())
+        state = train(wrapped, twin, name, rank, RANKS)
+        torch.save(state, f"{folder}/{name}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks have left their weights."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_train_as_one_process_on_the_joined_batch(name: str, folder: Path) -> None:
+    model = CASES[name].build()
+    before = copy.deepcopy(model.state_dict())
+    alone = train(model, ns.apply(edit_of(model), model), name)
+    for rank in range(RANKS):
+        state = torch.load(folder / f"{name}.{rank}.pt")
+        assert list(state) == [f"module.{key}" for key in alone]
+        for key, value in alone.items():
+            torch.testing.assert_close(state[f"module.{key}"], value, rtol=1e-5, atol=1e-6)
+    assert all((alone[key] - before[key]).abs().max() > 1e-3 for key in alone if "in_proj_bias" not in key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_twin_has_a_part_in_it(name: str, folder: Path) -> None:
+    """Or the test above would pass for a twin that no gradient comes from."""
+    model = CASES[name].build()
+    without = train(model, copy.deepcopy(model), name)
+    state = torch.load(folder / f"{name}.0.pt")
+    assert max((state[f"module.{key}"] - value).abs().max() for key, value in without.items()) > 1e-2
