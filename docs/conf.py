@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from docutils import nodes
+
 project = "neuronsurgery"
 author = "The neuronsurgery authors"
 project_copyright = "The neuronsurgery authors"
@@ -29,29 +31,57 @@ autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 # Names that a reader looks up in api/types.md, instead of what they stand for.
-autodoc_type_aliases = {
-    name: name
-    for name in (
-        "Group Loader Loaders Loss Metric Predict Unpack Where Indices Per Checkpoint Buffers Artifact Constants"
-    ).split()
-}
+TYPES = (
+    "Group",
+    "Loader",
+    "Loaders",
+    "Loss",
+    "Metric",
+    "Predict",
+    "Unpack",
+    "Where",
+    "Indices",
+    "Per",
+    "Checkpoint",
+    "Buffers",
+    "Artifact",
+    "Constants",
+)
+autodoc_type_aliases = {name: name for name in TYPES}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
 
 
-def escape_bars(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Write the bars of norms and set operations so that reStructuredText does not take them for substitutions."""
+def escape(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep the bars of norms and the stars of shapes from being read as markup."""
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             pieces = re.split("(`+)", line)  # text, backticks, code, backticks, text, ...
             lines[number] = "".join(
-                piece if position % 4 == 2 else piece.replace("|", r"\|") for position, piece in enumerate(pieces)
+                piece if position % 4 == 2 else re.sub(r"([|]|[*](?=\w))", r"\\\1", piece)
+                for position, piece in enumerate(pieces)
             )
 
 
-def setup(app: Any) -> None:
-    """Connect the hook; before napoleon, which has priority 500."""
-    app.connect("autodoc-process-docstring", escape_bars, priority=400)
+def name_aliases(
+    app: object, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, ...]:
+    """Show a type alias by its name where autodoc shows the stand-in that it evaluates annotations with."""
+    stand_in = r"TypeAliasForwardRef\('(\w+)'\)"
+    return tuple(text and re.sub(stand_in, r"\1", text) for text in (signature, returns))
 
+
+def strip_examples(app: object, doctree: nodes.document) -> None:
+    """Take off the blank line that ends an example so that doctest does not read the closing fence as output."""
+    for block in doctree.findall(nodes.literal_block):
+        block.rawsource = block.rawsource.rstrip()
+        block[:] = [nodes.Text(block.rawsource)]
+
+
+def setup(app: Any) -> None:
+    """Connect the hooks; the first one before napoleon, which has priority 500."""
+    app.connect("autodoc-process-docstring", escape, priority=400)
+    app.connect("autodoc-process-signature", name_aliases)
+    app.connect("doctree-read", strip_examples)

@@ -12,6 +12,7 @@ forward is captured anew for that signature, and where that fails, too, every ed
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import operator
@@ -405,7 +406,7 @@ def capture(
     if dims is None:
         dims = batch_dims(inputs.tensors)
     forward = _Forward(model, predict, inputs)
-    with _evaluating():
+    with _evaluating(), _attributes_kept(model):
         program = _export(forward, inputs.tensors, dims)
         try:
             _make_functional(program.graph_module)
@@ -453,6 +454,37 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 def _hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give the modules their attributes back, and the containers among these their content.
+
+    What the forward stores while it is traced are tensors without values; older releases of torch leave them there.
+    """
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    contents: dict[int, tuple[Any, Any]] = {}
+    for values in attributes.values():
+        _collect_containers(list(values.values()), contents)
+    try:
+        yield
+    finally:
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+        for container, content in contents.values():
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _collect_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Add every list, dict and set within `value` to `found`, by its id, with a copy of what it holds."""
+    if not isinstance(value, (list, tuple, dict, set)) or id(value) in found:
+        return
+    if not isinstance(value, tuple):
+        found[id(value)] = (value, copy.copy(value))
+    for item in value.values() if isinstance(value, dict) else value:
+        _collect_containers(item, found)
 
 
 def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> ExportedProgram:

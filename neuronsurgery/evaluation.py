@@ -207,6 +207,8 @@ class Tally:
         present = [group for _, sums, _ in shares for group in sums]
         groups = ordered_groups(present) if order is None else list(dict.fromkeys(g for o, _, _ in shares for g in o))
         totals = {group: sum(counts.get(group, 0) for _, _, counts in shares) for group in groups}
+        if order is not None and not groups:
+            raise ValueError("the mapping of loaders is empty: give at least one group")
         empty = [group for group, count in totals.items() if count == 0]
         if empty or not groups:
             raise ValueError(

@@ -248,8 +248,6 @@ def iterate_groups(
         for batch in iterate(loaders, device=device, unpack=unpack, progress=progress, edits=edits):
             yield batch.groups or ["all"] * len(batch), batch
         return
-    if not loaders:
-        raise ValueError("the mapping of loaders is empty: give at least one group")
     for name, loader in loaders.items():
         label = None if progress is None else f"{progress} of {name}"
         for batch in iterate(loader, device=device, unpack=unpack, progress=label, edits=edits):

@@ -25,6 +25,7 @@ from neuronsurgery.study.training import (
 )
 
 EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
+EVERY_EXPERIMENT = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
 QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "quick": True}
 
 
@@ -48,8 +49,15 @@ def _parser() -> argparse.ArgumentParser:
         "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
         "beside them. A run that was killed goes on where it was.",
     )
-    study.add_argument("--data", choices=list(EMBEDDED), default="synthetic", help="the data (default: %(default)s)")
-    study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-PRESET-seed-N)")
+    study.add_argument("--data", choices=list(EMBEDDED), default="digits", help="the data (default: %(default)s)")
+    study.add_argument(
+        "--experiments",
+        nargs="+",
+        choices=(*EVERY_EXPERIMENT, "all"),
+        default=["1a", "1g"],
+        help="which experiments of Stage 1 (default: 1a 1g)",
+    )
+    study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-seed-N)")
     study.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
     study.add_argument("--preset", choices=list(RECIPES), default="adam", help="how to train (default: %(default)s)")
     study.add_argument("--epochs", type=int, help="passes over the training images (default: the preset's)")
@@ -93,10 +101,11 @@ def _report(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     settings = _settings(options)
-    name = f"{settings.data}-{settings.preset}-seed-{settings.seed}" + ("-quick" if settings.quick else "")
+    name = f"{settings.data}-seed-{settings.seed}" + ("-quick" if settings.quick else "")
     folder = RunFolder(options.out or Path("runs") / name, settings, overwrite=options.overwrite)
     dataset = EMBEDDED[settings.data](settings.seed)
     print(f"{dataset}\nrun folder: {folder.path}", flush=True)
+    training = time.perf_counter()
     model = train(
         small_resnet(settings.seed),
         dataset.train,
@@ -106,6 +115,7 @@ def _study(options: argparse.Namespace) -> int:
         augmentation=dataset.augmentation,
         progress=print_progress,
     )
+    folder.note_seconds("training", time.perf_counter() - training)
     checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
     results = stage_one(folder, dataset, Trained(model, checkpoints, read_trajectory(folder.path)))
     print(summary(results))
@@ -121,6 +131,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         "seed": options.seed,
         "epochs": RECIPES[options.preset].epochs,
         "splits": tuple(dict.fromkeys(options.split or ["train"])),
+        "experiments": EVERY_EXPERIMENT if "all" in options.experiments else tuple(sorted(set(options.experiments))),
     }
     if options.quick:
         chosen |= QUICK
@@ -141,28 +152,27 @@ def summary(results: Mapping[str, Any]) -> str:
         [f"{part} accuracy, %", *(f"{100 * value:.1f}" for value in values)]
         for part, values in results["accuracy"].items()
     ]
-    cut = [
-        [
-            f"top-{record['k']} by {record['criterion']}"
-            + ("" if record["chosen_for"] == "all" else f" of {record['chosen_for']}"),
-            *_points(change["change"] for change in record["changes"]),
-        ]
-        for record in results["experiments"]["1a"][split]
-    ]
     steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in results["counts"][split])
-    return "\n\n".join(
-        [
-            _table("Empirical risk minimisation", header, accuracy),
-            _table(f"1a  Zero the top neurons of the model: change of {split} accuracy, points", header, cut),
-            _table("1g  Zero random other neurons: mean change (largest), points", header, _controls(results, split)),
-            f"One image is {steps} points in these groups. Every experiment is in the report.",
-        ]
-    )
+    tables = [_table("Empirical risk minimisation", header, accuracy)]
+    done = results["experiments"]
+    if "1a" in done:
+        title = f"1a  Zero the top neurons of the model: change of {split} accuracy, points"
+        tables.append(_table(title, header, [_cut(record) for record in done["1a"][split]]))
+    if "1g" in done:
+        title = "1g  Zero random other neurons: mean change (largest), points"
+        tables.append(_table(title, header, _controls(done["1g"][split])))
+    return "\n\n".join([*tables, f"One image is {steps} points in these groups. Every number is in the report."])
 
 
-def _controls(results: Mapping[str, Any], split: str) -> list[list[str]]:
+def _cut(record: Mapping[str, Any]) -> list[str]:
+    chosen_for = "" if record["chosen_for"] == "all" else f" of {record['chosen_for']}"
+    points = _points(change["change"] for change in record["changes"])
+    return [f"top-{record['k']} by {record['criterion']}{chosen_for}", *points]
+
+
+def _controls(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = []
-    records = [record for record in results["experiments"]["1g"][split] if record["fraction"] is not None]
+    records = [record for record in records if record["fraction"] is not None]
     for fraction in dict.fromkeys(record["fraction"] for record in records):
         draws = [record for record in records if record["fraction"] == fraction]
         columns = list(zip(*([c["change"] for c in record["changes"]] for record in draws), strict=True))

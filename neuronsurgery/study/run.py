@@ -50,6 +50,7 @@ class Settings:
         epochs: passes over the training images.
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
+        experiments: which ones, "1a" to "1g".
         draws: how many random draws are averaged.
         control_draws: how many matched controls a p-value rests on.
         quick: whether this is only to see that it runs.
@@ -63,6 +64,7 @@ class Settings:
     epochs: int = 30
     seed: int = 0
     splits: tuple[str, ...] = ("train",)
+    experiments: tuple[str, ...] = ("1a", "1g")
     draws: int = 10
     control_draws: int = 100
     quick: bool = False
@@ -106,6 +108,12 @@ class RunFolder:
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return _read_json(file)
 
+    def note_seconds(self, what: str, seconds: float) -> None:
+        """Add to `timings.json` how long something took; apart from the results, which a resumed run must repeat."""
+        file = self.path / "timings.json"
+        timings = _read_json(file) if file.exists() else {}
+        write_atomically(file, json.dumps({**timings, what: round(seconds, 1)}, indent=1).encode())
+
     def scores(self, name: str, compute: Callable[[], ns.Scores]) -> ns.Scores:
         """Return the scores of an earlier time, or compute them and write them down."""
         file = self.path / f"{name}.safetensors"
@@ -129,7 +137,8 @@ def read_results(path: Path) -> dict[str, Any]:
     results: dict[str, Any] = _read_json(file)
     if results.get("schema") != SCHEMA:
         raise ValueError(f"{file} is of schema {results.get('schema')}; this version reads schema {SCHEMA}")
-    return results
+    timings = path / "timings.json"
+    return {**results, "seconds": _read_json(timings)} if timings.exists() else results
 
 
 def _is_empty(path: Path) -> bool:
@@ -205,15 +214,21 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool 
     batch = next(iter(next(iter(loaders.values()))))
     subject = Subject(model, gradients, magnitudes, settings.draws, settings.control_draws, trained.checkpoints, batch)
     results = _describe(folder, data, trained, subject)
-    results["experiments"] = {
+    done: dict[str, dict[str, Any]] = {
         name: {split: _remembered(folder, data, subject, name, split, progress) for split in settings.splits}
         for name in EXPERIMENTS
+        if name in settings.experiments
     }
-    results["experiments"]["1b"] = {"train": folder.remember("1b-train", lambda: rank_histograms(subject))}
-    done = results["experiments"]
-    results["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}
-    results["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
-    results["control_p"] = {split: control_p_values(done["1a"][split], done["1g"][split]) for split in settings.splits}
+    if "1b" in settings.experiments:
+        done["1b"] = {"train": folder.remember("1b-train", lambda: rank_histograms(subject))}
+    results["experiments"] = done
+    if "1f" in done:
+        results["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}
+        results["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
+    if "1a" in done and "1g" in done:
+        results["control_p"] = {
+            split: control_p_values(done["1a"][split], done["1g"][split]) for split in settings.splits
+        }
     write_atomically(folder.path / "results.json", json.dumps(results, indent=1).encode())
     return results
 
@@ -233,8 +248,7 @@ def _measure(folder: RunFolder, data: Any, subject: Subject, name: str, split: s
     if name in ("1a", "1e"):  # the sets that the report names; random edits are a seed away
         for number, said in enumerate(interventions):
             ns.save_file(said.edit, specs / f"{name}-{number:03d}.safetensors")
-    if progress:
-        sys.stderr.write(f"experiment {name} on {split}: {time.perf_counter() - started:.1f} s\n")
+    folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
     return records
 
 

@@ -1,0 +1,245 @@
+"""Two gloo ranks with a share of the data each give what one process gives, and fail together."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from zoo import CASES
+
+import neuronsurgery as ns
+
+RANKS = 2
+WORLD: dict[str, Any] = {}  # "process_group", in the ranks
+
+Outcome = Any
+
+
+# --- what the ranks run; each gives its share, one process gives both -----------------------------------------------
+
+
+def examples() -> tuple[Tensor, Tensor, Tensor]:
+    """24 examples; rank 0 has the first 10, in which there is no group 2."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 5, generator=generator), torch.randint(3, (24,), generator=generator)
+    return x, y, torch.tensor([0, 1, 1, 0, 1] * 2 + [2, 0, 1, 2, 2, 0, 1] * 2)
+
+
+def share(*ranks: int) -> list[Any]:
+    """Uneven mixed batches."""
+    parts = [[slice(0, 4), slice(4, 10)], [slice(10, 13), slice(13, 14), slice(14, 24)]]
+    return [tuple(tensor[part] for tensor in examples()) for rank in ranks for part in parts[rank]]
+
+
+def loaders(*ranks: int) -> dict[str, list[Any]]:
+    """Rank 0 knows dark and blond, rank 1 blond and red."""
+    names = [["dark", "blond"], ["blond", "red"]]
+    shares: dict[str, list[Any]] = {}
+    for rank in ranks:
+        for name, (x, y, _) in zip(names[rank], share(rank), strict=False):
+            shares.setdefault(name, []).append((x, y))
+    return shares
+
+
+def model() -> nn.Module:
+    return CASES["mlp"].build()
+
+
+def both(run: Callable[..., Any], data: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *ranks: run(model(), data(*ranks), **WORLD)
+
+
+def first_only(data: Callable[..., Any], nothing: Any) -> Callable[..., Any]:
+    """All of the data on rank 0, none on the other."""
+    return lambda *ranks: data(0, 1) if 0 in ranks else nothing
+
+
+def both_metrics(model: nn.Module, data: Any, **world: Any) -> dict[str, Any]:
+    return ns.evaluate(model, data, metric={"loss": ns.cross_entropy, "accuracy": ns.accuracy}, **world)
+
+
+def losses(model: nn.Module, data: Any, **world: Any) -> Any:
+    return ns.evaluate(model, data, metric=ns.cross_entropy, **world)
+
+
+def wrapped(*ranks: int) -> Any:
+    distributed = dist.is_initialized()
+    return ns.group_grad_norms(DistributedDataParallel(model()) if distributed else model(), share(*ranks), **WORLD)
+
+
+AGREE: dict[str, Callable[..., Any]] = {
+    "scores of mixed batches": both(ns.group_grad_norms, share),
+    "scores of a mapping": both(ns.group_grad_norms, loaders),
+    "scores, a rank without a batch": both(ns.group_grad_norms, first_only(share, [])),
+    "scores, a rank without a group": both(ns.group_grad_norms, first_only(loaders, {})),
+    "scores of a wrapped model": wrapped,
+    "metrics of mixed batches": both(losses, share),
+    "metrics of a mapping": both(losses, loaders),
+    "metrics, a rank without a batch": both(losses, first_only(share, [])),
+    "metrics, a rank without a group": both(losses, first_only(loaders, {})),
+    "several metrics": both(both_metrics, share),
+}
+
+
+def broken(run: Callable[..., Any], data: Any, change: Callable[[nn.Module], nn.Module] = lambda model: model) -> Any:
+    """Rank 1 has other data or another model."""
+
+    def fail(rank: int) -> Any:
+        return run(change(model()), data, **WORLD) if rank == 1 else run(model(), share(0), **WORLD)
+
+    return fail
+
+
+def stream_that_breaks() -> Iterator[Any]:
+    yield share(1)[0]
+    raise OSError("the disk is gone")
+
+
+def narrower(_: nn.Module) -> nn.Module:
+    return nn.Linear(5, 3)
+
+
+def poisoned(model: nn.Module) -> nn.Module:
+    nn.init.constant_(model[0].weight, torch.nan)  # type: ignore[index,arg-type]
+    return model
+
+
+def nan_inputs() -> list[Any]:
+    x, y, g = share(1)[0]
+    return [(x * torch.nan, y, g)]
+
+
+OTHER = "RuntimeError: another process failed, so none has a result:\nrank 1: "
+SCORES, METRICS = ns.group_grad_norms, ns.evaluate
+FAIL: dict[str, tuple[Callable[[int], Any], tuple[str, str]]] = {
+    "a batch of an unknown form": (
+        lambda rank: broken(SCORES, [3])(rank),
+        (
+            "RuntimeError: another process failed, so none has a result:\nrank 1: TypeError: a loader",
+            "TypeError: a loa",
+        ),
+    ),
+    "a loader that breaks": (
+        lambda rank: broken(SCORES, stream_that_breaks())(rank),
+        (OTHER + "OSError: the disk", "OSError: the disk"),
+    ),
+    "a loss that is no number": (
+        lambda rank: broken(SCORES, nan_inputs())(rank),
+        (
+            "RuntimeError: another process failed, so none has a result:\nrank 1: ValueError: the loss",
+            "ValueError: the ",
+        ),
+    ),
+    "a weight that is no number": (
+        lambda rank: broken(SCORES, share(1), poisoned)(rank),
+        (
+            "RuntimeError: another process failed, so none has a result:\nrank 1: ValueError: the model's weights",
+            "Valu",
+        ),
+    ),
+    "a model of other layers": (
+        lambda rank: broken(SCORES, share(1), narrower)(rank),
+        ("ValueError: the processes score different layers", "ValueError: the processes score different layers"),
+    ),
+    "no example anywhere": (
+        lambda rank: SCORES(model(), [], **WORLD),
+        ("ValueError: the loader yielded no batch", "ValueError: the loader yielded no batch"),
+    ),
+    "no group anywhere": (
+        lambda rank: SCORES(model(), {}, **WORLD),
+        ("ValueError: the mapping of loaders is empty", "ValueError: the mapping of loaders is empty"),
+    ),
+    "a group without examples": (
+        lambda rank: SCORES(model(), {"dark": []}, **WORLD),
+        ("ValueError: group 'dark' has no examples", "ValueError: group 'dark' has no examples"),
+    ),
+    "metrics of an unknown form": (
+        lambda rank: broken(METRICS, [3])(rank),
+        (
+            "RuntimeError: another process failed, so none has a result:\nrank 1: TypeError: a loader",
+            "TypeError: a loa",
+        ),
+    ),
+    "metrics of nothing": (
+        lambda rank: METRICS(model(), {"dark": []}, **WORLD),
+        ("ValueError: no examples of 'dark'", "ValueError: no examples of 'dark'"),
+    ),
+}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    if rank == 0:  # nobody else takes part
+        alone: list[Outcome] = [ns.group_grad_norms(model(), share(0)), ns.evaluate(model(), share(0))]
+    WORLD["process_group"] = dist.group.WORLD
+    results: dict[str, Outcome] = {name: run(rank) for name, run in AGREE.items()}
+    for name, (run, _) in FAIL.items():
+        try:
+            results[name] = run(rank)
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    results["alone"] = alone if rank == 0 else []
+    Path(f"{folder}/{rank}.pickle").write_bytes(pickle.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
+    """What each rank got."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_the_ranks_agree_to_the_last_bit(name: str, results: list[dict[str, Outcome]]) -> None:
+    assert results[0][name] == results[1][name]
+
+
+@pytest.mark.parametrize("name", [name for name in AGREE if "scores" in name])
+def test_scores_are_those_of_one_process(name: str, results: list[dict[str, Outcome]]) -> None:
+    found, right = results[0][name], AGREE[name](0, 1)
+    assert (found.groups, found.counts, found.layout) == (right.groups, right.counts, right.layout)
+    torch.testing.assert_close(found.values, right.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in AGREE if "metrics of" in name or "metrics," in name])
+def test_metrics_are_those_of_one_process(name: str, results: list[dict[str, Outcome]]) -> None:
+    found, right = results[0][name], AGREE[name](0, 1)
+    assert (found.groups, found.counts) == (right.groups, right.counts)
+    assert found.values == pytest.approx(right.values, rel=1e-6)
+
+
+def test_several_metrics_are_those_of_one_process(results: list[dict[str, Outcome]]) -> None:
+    found, right = results[0]["several metrics"], AGREE["several metrics"](0, 1)
+    assert found["accuracy"] == right["accuracy"]
+    assert found["loss"].values == pytest.approx(right["loss"].values, rel=1e-6)
+
+
+def test_groups_are_of_all_ranks(results: list[dict[str, Outcome]]) -> None:
+    assert results[0]["scores of mixed batches"].groups == (0, 1, 2)
+    assert results[1]["scores of a mapping"].groups == ("dark", "blond", "red")
+    assert results[1]["metrics, a rank without a batch"].counts == (8, 10, 6)
+
+
+def test_without_a_process_group_a_rank_is_alone(results: list[dict[str, Outcome]]) -> None:
+    scores, metrics = results[0]["alone"]
+    assert scores.counts == metrics.counts == (4, 6)
+    torch.testing.assert_close(scores.values, ns.group_grad_norms(model(), share(0)).values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAIL)
+def test_an_error_is_raised_on_every_rank(name: str, results: list[dict[str, Outcome]]) -> None:
+    for rank, text in enumerate(FAIL[name][1]):
+        assert str(results[rank][name]).startswith(text), results[rank][name]
