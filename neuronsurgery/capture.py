@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neuronsurgery.evaluation import one_numerical_path
+from neuronsurgery.structure import one_numerical_path, walk_modules
 from neuronsurgery.types import Predict, default_predict
 
 Label = TypeVar("Label", bound=Hashable)
@@ -719,6 +719,7 @@ class CheckedForward:
 
     Attributes:
         fallbacks: for each signature that no graph could be trusted for, the reason.
+        reasons: why any forward pass was not shared; each has been warned of once.
 
     Example:
         >>> model = nn.Linear(2, 2).eval()
@@ -734,12 +735,13 @@ class CheckedForward:
         self._model = model
         self._predict = predict
         self._parameters = dict(model.named_parameters())
+        self._places = _places(model)
         self._trusted: dict[Hashable, Graph] = {}
         self._general: dict[Hashable, Graph] = {}
         self._shapes: dict[Hashable, list[tuple[torch.Size, ...]]] = {}
         self._reads_values = False
         self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
-        self._warned: set[str] = set()
+        self.reasons: set[str] = set()
 
     def run(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
@@ -787,7 +789,10 @@ class CheckedForward:
             weights = {name: as_parameter(edited[name], self._parameters[name]) for name in edited}
             given = {**weights, **buffers}
             args, kwargs = inputs.call(as_parameter(tensor.clone(), tensor) for tensor in inputs.tensors)
-            logits = self._predict(functional_call(self._model, given, args, kwargs))
+            # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
+            placed = {place: given[name] for name in given for place in self._places[name]}
+            logits = self._predict(functional_call(self._model, placed, args, kwargs, tie_weights=False))
+            given = {name: placed[self._places[name][0]] for name in buffers}
         for name, tensor in self._model.named_buffers():
             if not same_bits(given[name], changed.get(name, tensor)):
                 changed[name] = given[name]
@@ -875,10 +880,24 @@ class CheckedForward:
         return capture(self._model, args, kwargs, self._predict, dims=dims)
 
     def _warn(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
+        if reason not in self.reasons:
+            self.reasons.add(reason)
             text = f"no part of the model's forward is shared between edits (each costs a forward of its own): {reason}"
             warnings.warn(text, stacklevel=4)
+
+
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """Return for each parameter and buffer, by its first name, one name for every module and attribute that hold it."""
+    places: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    met: set[tuple[int, str]] = set()
+    for prefix, module in walk_modules(model):
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and (id(module), attribute) not in met:
+                met.add((id(module), attribute))
+                name = first.setdefault(id(tensor), f"{prefix}{attribute}")
+                places.setdefault(name, []).append(f"{prefix}{attribute}")
+    return places
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neuronsurgery.gradients import exchange
-from neuronsurgery.structure import bare, plain
+from neuronsurgery.gradients import exchange, refuse_unknown_classes
+from neuronsurgery.structure import bare, one_numerical_path, plain
 from neuronsurgery.types import (
     IGNORED_TOKEN,
     Group,
@@ -39,7 +38,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
             (0 where there is none); or probabilities of the shape of the logits, whose largest counts.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or a label is not one of the classes.
 
     Example:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
@@ -56,6 +55,8 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
             f"class dimension, or probabilities with it, not {logits.dtype} of shape {tuple(logits.shape)} and "
             f"{targets.dtype} of shape {tuple(targets.shape)}: convert the targets, or pass metric="
         )
+    if wanted is targets:
+        refuse_unknown_classes(targets, logits.shape[axis])
     right = logits.argmax(axis) == wanted
     if right.dim() == 1:
         return right.float()
@@ -137,17 +138,6 @@ class GroupMetrics:
             lines.append(f"  ... {len(rows) - 14} more groups")
         said = f"worst {self.worst:.4f}, average {self.average:.4f}, balanced {self.balanced:.4f}"
         return "\n".join([f"GroupMetrics of {len(rows)} groups: {said}", *lines])
-
-
-@contextlib.contextmanager
-def one_numerical_path() -> Iterator[None]:
-    """Turn torch's fast path of multi-head attention off, whose last bits differ, and restore it afterwards."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def refuse_default_metric(model: nn.Module, *metrics: Metric) -> None:

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from neuronsurgery.neurons import Layout, Where, find_layout, layer_tensors, random_bits
 from neuronsurgery.scores import Scores, checked_seed, norms, refuse_non_finite
-from neuronsurgery.structure import bare, named_tensors, plain
+from neuronsurgery.structure import bare, named_tensors, one_numerical_path, plain
 from neuronsurgery.types import (
     IGNORED_TOKEN,
     Batch,
@@ -91,14 +91,19 @@ def _mean_of_each(losses: Tensor) -> Tensor:
 
 def _mean_over_positions(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross entropy of each example, classes on axis 1, averaged over its tokens or pixels that count."""
-    _refuse_unknown_classes(targets, logits.shape[1])
+    refuse_unknown_classes(targets, logits.shape[1])
     losses = F.cross_entropy(logits, targets.long(), reduction="none", ignore_index=IGNORED_TOKEN)
     if targets.dim() == 1:
         return losses
     return losses.flatten(1).sum(1) / (targets != IGNORED_TOKEN).flatten(1).sum(1).clamp(min=1)
 
 
-def _refuse_unknown_classes(targets: Tensor, classes: int) -> None:
+def refuse_unknown_classes(targets: Tensor, classes: int) -> None:
+    """Raise if a class index is not one of the classes; -100 marks a token or pixel that does not count.
+
+    Raises:
+        ValueError: if there is one; shows some of them.
+    """
     known = (targets >= 0) & (targets < classes)
     if targets.dim() > 1:
         known |= targets == IGNORED_TOKEN
@@ -603,7 +608,7 @@ def hard_batch(
     device = model_device(runner)
     pools: dict[Group, _Hardest] = {}
     shapes: set[Any] = set()
-    with torch.no_grad():
+    with torch.no_grad(), one_numerical_path():
         for batch in iterate(loader, unpack=unpack):
             shapes.add(signature(batch))
             if len(shapes) > 1:

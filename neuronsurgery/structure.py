@@ -9,6 +9,7 @@ gets a class of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -403,6 +404,22 @@ def _computed(module: nn.Module, attribute: str) -> Tensor:
     if not any(isinstance(original, nn.Parameter) for original in originals):
         return value
     return nn.Parameter(value, requires_grad=any(original.requires_grad for original in originals))
+
+
+@contextlib.contextmanager
+def one_numerical_path() -> Iterator[None]:
+    """Turn torch's fast path of multi-head attention off, whose last bits differ, and restore it afterwards.
+
+    Casts of weights that autocast has kept meanwhile are forgotten too: made without gradient, they would cut the
+    caller's next backward pass off.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def take_off(module: nn.Module, attribute: str, value: Tensor) -> None:

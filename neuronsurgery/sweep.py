@@ -25,11 +25,10 @@ from neuronsurgery.evaluation import (
     Tally,
     accuracy,
     example_values,
-    one_numerical_path,
     refuse_default_metric,
 )
 from neuronsurgery.gradients import exchange
-from neuronsurgery.structure import named_tensors, plain
+from neuronsurgery.structure import named_tensors, one_numerical_path, plain
 from neuronsurgery.surgery import LayerPlan, plan
 from neuronsurgery.types import (
     Group,
@@ -304,7 +303,7 @@ class _Run:
                 values = example_values(self.metric, logits, batch.targets)
                 self.outcomes[edit].add(values)
                 self.tallies[edit].add(groups, values)
-        self.reasons = sorted(set(forward.fallbacks.values()))
+        self.reasons = sorted(forward.reasons)
 
     def result(
         self,

@@ -276,6 +276,13 @@ def outer_value_inside_autocast(a: Tensor, b: Tensor) -> Tensor:
     return a + c.float().sum(1, keepdim=True)
 
 
+def view_of_an_outer_value_inside_autocast(a: Tensor, b: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        a[:, :2].mul_(2)
+        c = b @ b.T
+    return a + c.float().sum(1, keepdim=True)
+
+
 WRITES = [
     plain_chain,
     target_read_again,
@@ -287,6 +294,7 @@ WRITES = [
     chunks,
     inside_autocast,
     outer_value_inside_autocast,
+    view_of_an_outer_value_inside_autocast,
 ]
 
 

@@ -149,6 +149,11 @@ LABELS: dict[str, ErrorRow] = {
     "label negative": (scored(with_labels(Y - 1)), ValueError, r"labels must be 0\.\.2 for 3 classes, found \[-1\]"),
     "label ignored": (scored(with_labels(Y * 0 - 100)), ValueError, r"for 3 classes, found \[-100\]"),
     "labels of hard examples": (hard(with_labels(Y + 9)), ValueError, r"for 3 classes, found \[9, 10, 11\]"),
+    "labels of accuracy": (
+        evaluated(with_labels(Y + 1)),
+        ValueError,
+        r"labels must be 0\.\.2 for 3 classes, found \[3\]",
+    ),
     "labels of one logit": (
         lambda: ns.group_grad_norms(ONE_LOGIT, with_labels(Y)),
         ValueError,
@@ -324,6 +329,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # deprecated, and still about
 @pytest.mark.parametrize(("build", "reason"), MODELS.values(), ids=MODELS)
 def test_weights_that_cannot_be_read_are_refused(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()

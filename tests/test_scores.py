@@ -295,8 +295,6 @@ def test_a_weight_that_is_no_number_is_named(bad: float) -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight[1:3, 0] = bad
-    with pytest.raises(
-        ValueError, match=r"weights are NaN or infinite in 1 layers:\n  0\.weight: 2 of 4 neurons"
-    ):
+    with pytest.raises(ValueError, match=r"weights are NaN or infinite in 1 layers:\n  0\.weight: 2 of 4 neurons"):
         ns.magnitudes(model)
     assert ns.magnitudes(model, where="1.*").layout.count == 2

@@ -190,6 +190,39 @@ def test_a_model_without_a_graph_falls_back_with_a_warning() -> None:
     assert torch.equal(swept.values("cut"), one_by_one(model, edits, noise(4, 4, 3))["cut"])
 
 
+class ReadingAndShared(Reading):
+    """One module under two names, in a model without a graph: torch's functional_call would keep the edit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+        self.norm = nn.BatchNorm1d(3)
+        self.same_norm = self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.same_norm(self.second(self.norm(self.first(x)))))
+
+
+def test_one_edit_of_a_shared_module_does_not_leak_into_the_next() -> None:
+    torch.manual_seed(0)
+    model = ReadingAndShared()
+    layout = ns.find_layout(model)
+    edits = {name: ns.zero_out(ns.select(layout, {name: (0, 1)})) for name in layout.starts}
+    with pytest.warns(UserWarning, match="each costs a forward of its own"):
+        assert_equal_one_by_one(model, edits, noise(4, 4, 3))
+
+
+def test_reasons_name_a_path_that_changes_with_the_values() -> None:
+    case = CASES["bert"]
+    model = case.build()
+    batches = [(torch.randn(4, 3), torch.zeros(4).long()), (-torch.randn(4, 3).abs(), torch.zeros(4).long())]
+    with pytest.warns(UserWarning, match="forward of its own"):
+        swept = ns.sweep(Reading(), {}, batches)
+    assert swept.reasons
+    assert ns.sweep(model, {}, case.batches()).reasons == ()
+
+
 def test_a_model_with_hooks_falls_back_and_they_fire() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
