@@ -183,6 +183,7 @@ def table(repeats: int, batches: int) -> None:
         with tempfile.TemporaryDirectory() as where:
             folder = Path(where)
             data = write_files(model, folder, make_data(size, batch, batches))
+            ns.evaluate(model, data)  # to warm up
             seconds = medians(
                 {
                     "one by one": lambda m=model, e=edits, d=data: one_by_one(m, e, d),

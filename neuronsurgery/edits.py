@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from neuronsurgery.neurons import Layer, LayerNeurons, Neurons, nearest, random_bits
+from neuronsurgery.scores import checked_seed
 
 Constants: TypeAlias = "Tensor | None"
 Checkpoint: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -102,8 +103,8 @@ class Scale(Edit):
 
 
 @dataclass(frozen=True, repr=False)
-class RandomInit(Edit):
-    """See `random_init`."""
+class RandomEdit(Edit):
+    """An edit that draws one standard normal number per entry, scaled by `std` or relative to what stands there."""
 
     neurons: Neurons
     seed: int
@@ -114,6 +115,11 @@ class RandomInit(Edit):
     def constants(self, part: LayerNeurons) -> Constants:
         """Return one standard normal draw per entry."""
         return draws(self.seed, part)
+
+
+@dataclass(frozen=True, repr=False)
+class RandomInit(RandomEdit):
+    """See `random_init`."""
 
     @override
     def rows(self, layer: Layer, indices: Tensor, weight: Tensor, constants: Constants = None) -> Tensor:
@@ -126,18 +132,8 @@ class RandomInit(Edit):
 
 
 @dataclass(frozen=True, repr=False)
-class RandomNoise(Edit):
+class RandomNoise(RandomEdit):
     """See `random_noise`."""
-
-    neurons: Neurons
-    seed: int
-    std: float | None = None
-    relative_std: float | None = None
-
-    @override
-    def constants(self, part: LayerNeurons) -> Constants:
-        """Return one standard normal draw per entry."""
-        return draws(self.seed, part)
 
     @override
     def rows(self, layer: Layer, indices: Tensor, weight: Tensor, constants: Constants = None) -> Tensor:
@@ -298,7 +294,7 @@ def random_init(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    return RandomInit(_checked(neurons), _seed(seed), *_one_scale(std, relative_std))
+    return RandomInit(_checked(neurons), checked_seed(seed), *_one_scale(std, relative_std))
 
 
 def random_noise(
@@ -324,7 +320,7 @@ def random_noise(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    return RandomNoise(_checked(neurons), _seed(seed), *_one_scale(std, relative_std))
+    return RandomNoise(_checked(neurons), checked_seed(seed), *_one_scale(std, relative_std))
 
 
 def rewind(neurons: Neurons, checkpoint: Checkpoint, alpha: float = 1.0) -> Rewind:
@@ -404,7 +400,7 @@ def _normals(key: str, size: int) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:size]
 
 
-def _drawn(edit: RandomInit | RandomNoise, layer: Layer, indices: Tensor, weight: Tensor, given: Constants) -> Tensor:
+def _drawn(edit: RandomEdit, layer: Layer, indices: Tensor, weight: Tensor, given: Constants) -> Tensor:
     drawn = draws(edit.seed, LayerNeurons(layer, tuple(indices.tolist()))) if given is None else given
     return drawn.to(weight.device, _wide_dtype(weight))
 
@@ -418,7 +414,7 @@ def _wide(layer: Layer, indices: Tensor, weight: Tensor) -> Tensor:
     return layer.rows(weight).index_select(0, indices).to(_wide_dtype(weight))
 
 
-def _scale(edit: RandomInit | RandomNoise, rows: Tensor) -> Tensor:
+def _scale(edit: RandomEdit, rows: Tensor) -> Tensor:
     """Return the scale of each row's draw, relative to its root mean square, a constant for autograd; (k, 1, ...)."""
     flat = rows.detach().reshape(len(rows), -1).to(_wide_dtype(rows))
     root_mean_square = flat.square().mean(1).sqrt().reshape(-1, *[1] * (rows.dim() - 1))
@@ -537,12 +533,6 @@ def _finite(name: str, value: float) -> float:
     return float(value)
 
 
-def _seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
-    return int(seed)
-
-
 def _one_scale(std: float | None, relative_std: float | None) -> tuple[float | None, float | None]:
     if (std is None) == (relative_std is None):
         raise ValueError(f"give exactly one of std= and relative_std=, not std={std}, relative_std={relative_std}")
@@ -555,5 +545,5 @@ def _one_scale(std: float | None, relative_std: float | None) -> tuple[float | N
     )
 
 
-def _scale_text(edit: RandomInit | RandomNoise) -> str:
+def _scale_text(edit: RandomEdit) -> str:
     return f"std={edit.std:g}" if edit.std is not None else f"relative_std={edit.relative_std:g}"
