@@ -1,8 +1,9 @@
 """Group gradients and their norms: how much the mean loss over a group depends on each neuron.
 
 The model runs through `torch.func.functional_call` on a copy in evaluation mode, with the scored parameters as the only
-leaves, and `torch.autograd.grad` differentiates. `torch.func.grad` gives the same numbers and is about as fast, but
-holds more at once: with ResNet-18 at 64x64 and a batch of 128 its peak was 573 MB against 413 MB (CPU, torch 2.14).
+leaves, and `torch.autograd.grad` differentiates. `torch.func.grad` gives the same numbers in about the same time, but
+holds more at once: for one batch of 128 of a ResNet-18 at 64x64 the peak of the process rose by 491 to 505 MB against
+300 to 312 MB (two runs of benchmarks/scoring.py --memory; CPU, two threads, torch 2.14.1).
 """
 
 from __future__ import annotations

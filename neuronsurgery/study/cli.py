@@ -13,10 +13,13 @@ from typing import Any
 
 import neuronsurgery as ns
 from neuronsurgery.study import data
-from neuronsurgery.study.network import small_resnet
+from neuronsurgery.study.models import DEFAULTS, build_model
+from neuronsurgery.study.readers import READERS, Loading, describe_counts, training_source
 from neuronsurgery.study.run import RunFolder, Settings, Trained, read_results, stage_one
 from neuronsurgery.study.training import (
     RECIPES,
+    Hardware,
+    Recipe,
     checkpoint_epochs,
     checkpoint_path,
     print_progress,
@@ -49,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
         "beside them. A run that was killed goes on where it was.",
     )
-    study.add_argument("--data", choices=list(EMBEDDED), default="digits", help="the data (default: %(default)s)")
+    study.add_argument(
+        "--data",
+        choices=[*EMBEDDED, *READERS],
+        default="digits",
+        help="embedded data, or images on disk in --root (default: %(default)s)",
+    )
     study.add_argument(
         "--experiments",
         nargs="+",
@@ -59,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-seed-N)")
     study.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
-    study.add_argument("--preset", choices=list(RECIPES), default="adam", help="how to train (default: %(default)s)")
+    study.add_argument("--preset", choices=list(RECIPES), help="how to train (default: adam; on disk, the data's own)")
     study.add_argument("--epochs", type=int, help="passes over the training images (default: the preset's)")
     study.add_argument(
         "--split",
@@ -68,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the changes on this split; may be given more than once (default: train)",
     )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
+    _add_disk_options(study.add_argument_group("images on disk"))
+    _add_hardware_options(study.add_argument_group("hardware"))
     study.add_argument("--overwrite", action="store_true", help="delete another run in the folder")
     study.set_defaults(run=_study)
     report = commands.add_parser("report", help="make the report of a run folder again")
@@ -77,6 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path, metavar="FILE")
     show.set_defaults(run=_show)
     return parser
+
+
+def _add_disk_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--root", type=Path, metavar="DIR", help="the folder of the data set")
+    group.add_argument("--arch", help="small_resnet, or any name of torchvision or timm (default: resnet50)")
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="initial weights: safetensors or a torch state dict"
+    )
+    group.add_argument("--batch-size", type=int, help="images per step (default: the data's own)")
+    group.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
+    group.add_argument("--pin-memory", action="store_true", help="for a faster way to the device")
+    group.add_argument("--verify", action="store_true", help="open every image before training starts")
+    group.add_argument("--table", help="--data folder: the CSV file (default: metadata.csv)")
+    for column in ("path", "label", "attribute", "split"):
+        group.add_argument(f"--{column}-column", help=f"--data folder: the column's name (default: {column})")
+
+
+def _add_hardware_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", help="for instance cuda (default: the CPU)")
+    group.add_argument("--bf16", action="store_true", help="train under autocast to bfloat16")
+    group.add_argument("--channels-last", action="store_true", help="lay images and weights out channels last")
 
 
 def _seed(text: str) -> int:
@@ -103,16 +134,17 @@ def _study(options: argparse.Namespace) -> int:
     settings = _settings(options)
     name = f"{settings.data}-seed-{settings.seed}" + ("-quick" if settings.quick else "")
     folder = RunFolder(options.out or Path("runs") / name, settings, overwrite=options.overwrite)
-    dataset = EMBEDDED[settings.data](settings.seed)
-    print(f"{dataset}\nrun folder: {folder.path}", flush=True)
+    dataset = _dataset(options, settings)
+    built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
+    print(f"{dataset}\n{built.note}\nrun folder: {folder.path}", flush=True)
     training = time.perf_counter()
     model = train(
-        small_resnet(settings.seed),
-        dataset.train,
+        built.model,
+        training_source(dataset),
         folder.path,
-        recipe=replace(RECIPES[settings.preset], epochs=settings.epochs),
+        recipe=replace(_recipe(options), epochs=settings.epochs),
         seed=settings.seed,
-        augmentation=dataset.augmentation,
+        hardware=Hardware(options.device, options.bf16, options.channels_last),
         progress=print_progress,
     )
     folder.note_seconds("training", time.perf_counter() - training)
@@ -124,12 +156,36 @@ def _study(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dataset(options: argparse.Namespace, settings: Settings) -> Any:
+    if settings.data in EMBEDDED:
+        return EMBEDDED[settings.data](settings.seed)
+    loading = Loading(options.workers, options.pin_memory)
+    chosen = {name: getattr(options, f"{name}_column") for name in ("path", "label", "attribute", "split")}
+    columns = {name: value for name, value in {"table": options.table, **chosen}.items() if value is not None}
+    if columns and settings.data != "folder":
+        raise ValueError(f"--table and the columns are for --data folder; {settings.data} has its own")
+    dataset = READERS[settings.data](options.root, loading=loading, verify=options.verify, **columns)
+    print(describe_counts(dataset))
+    return dataset
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    recipe = RECIPES[options.preset] if options.preset else DEFAULTS[options.data].recipe
+    return recipe if options.batch_size is None else replace(recipe, batch_size=options.batch_size)
+
+
 def _settings(options: argparse.Namespace) -> Settings:
+    if (options.root is None) != (options.data in EMBEDDED):
+        needed = "is embedded and takes no" if options.data in EMBEDDED else "is read from disk and needs"
+        raise ValueError(f"--data {options.data} {needed} --root DIR")
     chosen: dict[str, Any] = {
         "data": options.data,
-        "preset": options.preset,
+        "root": None if options.root is None else str(options.root),
+        "arch": options.arch or DEFAULTS[options.data].arch,
+        "weights": None if options.weights is None else str(options.weights),
+        "preset": options.preset or ("adam" if options.data in EMBEDDED else options.data),
         "seed": options.seed,
-        "epochs": RECIPES[options.preset].epochs,
+        "epochs": _recipe(options).epochs,
         "splits": tuple(dict.fromkeys(options.split or ["train"])),
         "experiments": EVERY_EXPERIMENT if "all" in options.experiments else tuple(sorted(set(options.experiments))),
     }

@@ -39,11 +39,11 @@ class Defaults:
     recipe: Recipe
 
 
-# Waterbirds and CelebA: epochs of the paper (paper.md); the rest is the ERM of DFR, Kirichenko et al. 2022 (methods.md
-# 3.5, github.com/PolinaKirichenko/deep_feature_reweighting: README, and momentum 0.9 in train_classifier.py). DFR's
+# Waterbirds and CelebA: epochs of the paper; the rest is the ERM of DFR, Kirichenko et al. 2022
+# (github.com/PolinaKirichenko/deep_feature_reweighting: README, and momentum 0.9 in train_classifier.py). DFR's
 # learning rate is constant unless --scheduler is given, ours always falls along its cosine; DFR trains for 100 and 50
-# epochs. Group DRO and JTT report ERM with batch 128 and 64, and on Waterbirds a weight decay of 1e-4 (methods.md 3.2,
-# 3.3). "folder" is for data sets of one's own: Waterbirds' settings, for want of better.
+# epochs. Group DRO and JTT report ERM with batch 128 and 64, and on Waterbirds a weight decay of 1e-4. "folder" is for
+# data sets of one's own: Waterbirds' settings, for want of better.
 _WATERBIRDS: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-3, momentum=0.9, epochs=40, batch_size=32)
 _CELEBA: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128)
 DEFAULTS: Final[Mapping[str, Defaults]] = MappingProxyType(
