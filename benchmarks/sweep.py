@@ -260,7 +260,7 @@ def peak(way: str, name: str) -> None:
     build, size, batch = MODELS[name]
     torch.manual_seed(0)
     model = build().eval()
-    data = make_data(size, batch, 2)
+    data = make_data(size, 4 * batch, 1)  # large enough that the activations outweigh what the capture itself holds
     edits = one_per_layer(model)
     if way == "sweep":  # the capture machinery itself, once, on a small input
         swept(nn.Sequential(nn.Linear(2, 2)), {}, [(torch.ones(2, 2), torch.zeros(2).long(), torch.zeros(2).long())])

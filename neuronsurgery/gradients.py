@@ -477,7 +477,7 @@ def _warn_of_memory(sums: Mapping[Group, Mapping[str, Tensor]]) -> None:
     if one * len(sums) > MEMORY_WARNING >= one * (len(sums) - 1):
         warnings.warn(
             f"a mixed stream holds one copy of the scored gradients per group, so far {len(sums)} of "
-            f"{one / 1e9:.1f} GB: a mapping group -> loader needs one copy in all",
+            f"{one / 1e9:.2g} GB: a mapping group -> loader needs one copy in all",
             stacklevel=4,
         )
 
