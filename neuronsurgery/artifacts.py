@@ -6,11 +6,12 @@ damaged or altered file is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,13 +119,28 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the folder is not there or cannot be written to; nothing is left behind.
     """
+    with replaced_atomically(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file beside `path`, which takes its place, on the disk for good, at the end.
+
+    For writers that need not have the whole file in memory. An error within leaves nothing behind but the old file; a
+    process that is killed within leaves the temporary file, whose name is that of the file between a "." and a suffix.
+
+    Raises:
+        OSError: if the folder is not there or cannot be written to; nothing is left behind.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to: make it first")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        os.close(handle)
+        yield temporary
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         # mkstemp makes files that only the owner reads; give what an ordinary open would have given.
         mask = os.umask(0)
@@ -132,7 +148,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

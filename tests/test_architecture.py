@@ -18,7 +18,7 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "structure", "neurons", "scores", "gradients", "edits", "surgery", "evaluation", "capture"),
-    *("sweep", "coupling", "fragility", "objectives", "artifacts", "study"),
+    *("sweep", "coupling", "fragility", "objectives", "artifacts", "memorization", "study"),
 ]
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}
 FOREIGN = {"sklearn", "torchvision", "timm", "transformers", "matplotlib", "scipy", "pandas", "PIL", "pytest"}

@@ -13,9 +13,16 @@ from typing import Any
 
 import neuronsurgery as ns
 from neuronsurgery.study import data
-from neuronsurgery.study.models import DEFAULTS, build_model
+from neuronsurgery.study.claims import render
+from neuronsurgery.study.experiments import studied
+from neuronsurgery.study.methods import FINE_TUNING
+from neuronsurgery.study.models import DEFAULTS, Built, build_model
 from neuronsurgery.study.readers import READERS, Loading, describe_counts, training_source
-from neuronsurgery.study.run import RunFolder, Settings, Trained, read_results, stage_one
+from neuronsurgery.study.run import EXPERIMENTS, STAGES, RunFolder, Settings, describe_run, read_results, write_results
+from neuronsurgery.study.seeds import combine, refuse_other_files
+from neuronsurgery.study.stage_fragility import stage_fragility
+from neuronsurgery.study.stage_one import Trained, stage_one
+from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, stage_two
 from neuronsurgery.study.training import (
     RECIPES,
     Hardware,
@@ -28,8 +35,16 @@ from neuronsurgery.study.training import (
 )
 
 EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
-EVERY_EXPERIMENT = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
-QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "quick": True}
+QUICK = {
+    "epochs": 5,
+    "draws": 2,
+    "control_draws": 5,
+    "fine_tuning_epochs": 1,
+    "comparison_epochs": 2,
+    "quick": True,
+}
+QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
+QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,18 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--data",
         choices=[*EMBEDDED, *READERS],
-        default="digits",
+        default="synthetic",
         help="embedded data, or images on disk in --root (default: %(default)s)",
     )
     study.add_argument(
         "--experiments",
         nargs="+",
-        choices=(*EVERY_EXPERIMENT, "all"),
-        default=["1a", "1g"],
-        help="which experiments of Stage 1 (default: 1a 1g)",
+        choices=(*EXPERIMENTS, "all"),
+        default=["all"],
+        help="which experiments of Stage 1 (default: all)",
     )
     study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-seed-N)")
     study.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
+    study.add_argument(
+        "--seeds", type=_count, default=1, metavar="N", help="run this many seeds, from --seed on, and compare them"
+    )
     study.add_argument("--preset", choices=list(RECIPES), help="how to train (default: adam; on disk, the data's own)")
     study.add_argument("--epochs", type=int, help="passes over the training images (default: the preset's)")
     study.add_argument(
@@ -75,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=("train", "validation", "test"),
         help="measure the changes on this split; may be given more than once (default: train)",
     )
+    study.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages (default: all)")
+    study.add_argument("--full", action="store_true", help="Stage 2 at the paper's lengths, and with more rates")
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
     _add_disk_options(study.add_argument_group("images on disk"))
     _add_hardware_options(study.add_argument_group("hardware"))
@@ -117,6 +137,13 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"a number of seeds is at least 1, not {count}")
+    return count
+
+
 def _show(options: argparse.Namespace) -> int:
     print(ns.load_file(options.file))
     return 0
@@ -132,33 +159,85 @@ def _report(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     settings = _settings(options)
-    name = f"{settings.data}-seed-{settings.seed}" + ("-quick" if settings.quick else "")
-    folder = RunFolder(options.out or Path("runs") / name, settings, overwrite=options.overwrite)
-    dataset = _dataset(options, settings)
-    built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
-    print(f"{dataset}\n{built.note}\nrun folder: {folder.path}", flush=True)
-    training = time.perf_counter()
-    model = train(
-        built.model,
-        training_source(dataset),
-        folder.path,
-        recipe=replace(_recipe(options), epochs=settings.epochs),
-        seed=settings.seed,
-        hardware=Hardware(options.device, options.bf16, options.channels_last),
-        progress=print_progress,
-    )
-    folder.note_seconds("training", time.perf_counter() - training)
-    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
-    results = stage_one(folder, dataset, Trained(model, checkpoints, read_trajectory(folder.path)))
-    print(summary(results))
-    _report(argparse.Namespace(folder=folder.path))
+    name = settings.data + ("-quick" if settings.quick else "")
+    if options.seeds == 1:
+        path = options.out or Path("runs") / f"{name}-seed-{settings.seed}"
+        print(summary(_run(options, settings, path)))
+    else:
+        seeds = range(settings.seed, settings.seed + options.seeds)
+        path = options.out or Path("runs") / f"{name}-seeds-{seeds[0]}-{seeds[-1]}"
+        refuse_other_files(path)
+        results = combine({n: _run(options, replace(settings, seed=n), path / f"seed-{n}") for n in seeds})
+        write_results(path, results)
+        print(render(results["claims"]))
+    _report(argparse.Namespace(folder=path))
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 
 
+def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[str, Any]:
+    """Return the results of one run, which is taken up where its folder has it."""
+    folder = RunFolder(path, settings, overwrite=options.overwrite)
+    dataset = _dataset(options, settings)
+    built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
+    print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
+    trained = _train(options, folder, dataset, built)
+    results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
+    if "1" in settings.stages:
+        results |= stage_one(folder, dataset, trained)
+        write_results(path, results)
+    if "2" in settings.stages:
+        results["stage_two"] = stage_two(
+            folder, dataset, _setting(options, settings, dataset, trained, built), _hardware(options)
+        )
+        write_results(path, results)
+    if "fragility" in settings.stages:
+        results["fragility"] = stage_fragility(folder, dataset, trained)
+        write_results(path, results)
+    if options.seeds > 1:
+        _report(argparse.Namespace(folder=path))
+    return results
+
+
+def _train(options: argparse.Namespace, folder: RunFolder, dataset: Any, built: Built) -> Trained:
+    started = time.perf_counter()
+    model = train(
+        built.model,
+        training_source(dataset),
+        folder.path,
+        recipe=replace(_recipe(options), epochs=folder.settings.epochs),
+        seed=folder.settings.seed,
+        hardware=_hardware(options),
+        progress=print_progress,
+    )
+    folder.note_seconds("training", time.perf_counter() - started)
+    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
+    return Trained(model, checkpoints, read_trajectory(folder.path), studied(built.head))
+
+
+def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
+    return Setting(
+        trained,
+        training_source(dataset),
+        replace(_recipe(options), epochs=settings.epochs),
+        settings.seed,
+        tuple(dataset.train.counts),
+        built.pretrained,
+        settings.fine_tuning_epochs,
+        settings.comparison_epochs,
+        MORE_RATES if settings.full else RATES,
+    )
+
+
+def _hardware(options: argparse.Namespace) -> Hardware:
+    return Hardware(options.device, options.bf16, options.channels_last)
+
+
 def _dataset(options: argparse.Namespace, settings: Settings) -> Any:
     if settings.data in EMBEDDED:
-        return EMBEDDED[settings.data](settings.seed)
+        held_out = QUICK_HELD_OUT if settings.data == "synthetic" else {}
+        counts = QUICK_COUNTS | held_out if settings.quick else None
+        return EMBEDDED[settings.data](settings.seed, counts=counts)
     loading = Loading(options.workers, options.pin_memory)
     chosen = {name: getattr(options, f"{name}_column") for name in ("path", "label", "attribute", "split")}
     columns = {name: value for name, value in {"table": options.table, **chosen}.items() if value is not None}
@@ -187,8 +266,12 @@ def _settings(options: argparse.Namespace) -> Settings:
         "seed": options.seed,
         "epochs": _recipe(options).epochs,
         "splits": tuple(dict.fromkeys(options.split or ["train"])),
-        "experiments": EVERY_EXPERIMENT if "all" in options.experiments else tuple(sorted(set(options.experiments))),
+        "stages": tuple(sorted(set(options.stages))),
+        "experiments": EXPERIMENTS if "all" in options.experiments else tuple(sorted(set(options.experiments))),
     }
+    chosen["comparison_epochs"] = max(1, chosen["epochs"] // 2)
+    if options.full:
+        chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": chosen["epochs"], "full": True}
     if options.quick:
         chosen |= QUICK
     if options.epochs is not None:
@@ -200,24 +283,46 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """Return the printed tables of a run: accuracy per group, what 1a changes, what the controls of 1g change."""
+    """Return the printed tables of a run: accuracy per group, what 1a and 1g change, the worst groups of Stage 2."""
     groups = results["groups"]
-    split = results["settings"]["splits"][0]
     header = ["", *groups]
     accuracy = [[f"{part} images", *map(str, results["counts"][part])] for part in results["counts"]] + [
         [f"{part} accuracy, %", *(f"{100 * value:.1f}" for value in values)]
         for part, values in results["accuracy"].items()
     ]
-    steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in results["counts"][split])
     tables = [_table("Empirical risk minimisation", header, accuracy)]
-    done = results["experiments"]
+    split = results["settings"]["splits"][0]
+    done = results.get("experiments", {})
     if "1a" in done:
         title = f"1a  Zero the top neurons of the model: change of {split} accuracy, points"
         tables.append(_table(title, header, [_cut(record) for record in done["1a"][split]]))
     if "1g" in done:
         title = "1g  Zero random other neurons: mean change (largest), points"
         tables.append(_table(title, header, _controls(done["1g"][split])))
+    if "stage_two" in results:
+        rules = list(results["stage_two"]["selections"])
+        title = "Stage 2  Worst group of the test images, %; epoch chosen by"
+        tables.append(_table(title, ["", *rules], [_worst(arm, rules) for arm in results["stage_two"]["arms"]]))
+    if "mitigation" in results.get("fragility", {}):
+        title = "Last layer retrained: test accuracy, %"
+        rows = [
+            [row["name"], *(f"{100 * a:.1f}" for a in row.get("test", ()))]
+            for row in results["fragility"]["mitigation"]
+        ]
+        tables.append(_table(title, header, [row + ["-"] * (len(header) - len(row)) for row in rows]))
+    steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in results["counts"][split])
     return "\n\n".join([*tables, f"One image is {steps} points in these groups. Every number is in the report."])
+
+
+def _worst(arm: Mapping[str, Any], rules: Sequence[str]) -> list[str]:
+    selected = arm["selected"]
+    return [arm["name"], *(f"{100 * selected[rule]['worst']:.1f}" if rule in selected else "-" for rule in rules)]
+
+
+def _retrained(row: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
+    return [row["name"], *(f"{100 * accuracy:.1f}" for accuracy in row.get("test", ()))] + ["-"] * (
+        0 if "test" in row else len(groups)
+    )
 
 
 def _cut(record: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,12 @@ Integers = npt.NDArray[np.int64]
 Counts = Sequence[int]
 
 SYNTHETIC_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
-    {"train": (1749, 92, 28, 528), "validation": (60,) * 4, "test": (250,) * 4}
+    {
+        "train": (1749, 92, 28, 528),
+        "held-out": (875, 46, 14, 264),  # distributed as the training images, which the other two are not
+        "validation": (60,) * 4,
+        "test": (250,) * 4,
+    }
 )
 DIGITS_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
     {"train": (600, 32, 10, 180), "validation": (30,) * 4, "test": (100,) * 4}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,12 +37,15 @@ DRAW_SEED: Final = 20250101
 """First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
 
 
-def is_studied(name: str, module: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a layer is studied: convolutions and inner linear layers are, a classifier's own rows are not.
+def studied(head: Collection[str]) -> Callable[[str, nn.Module, Tensor], bool]:
+    """Return the predicate of the layers that are studied: all but a classifier's own rows.
 
     To zero one of those decides between the classes by construction and says nothing about memorisation.
+
+    Args:
+        head: the names of the classifier's parameters.
     """
-    return name.removesuffix(".weight").split(".")[-1] not in ("head", "fc", "classifier", "head_dist", "heads")
+    return lambda name, module, parameter: name not in head
 
 
 @dataclass(frozen=True)
@@ -295,15 +298,17 @@ def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
     ]
 
 
-def rank_histograms(subject: Subject, shares: Sequence[float] = RANK_SHARES) -> list[dict[str, Any]]:
+def rank_histograms(
+    gradients: ns.Scores, magnitudes: ns.Scores, shares: Sequence[float] = RANK_SHARES
+) -> list[dict[str, Any]]:
     """Return 1b: where the top neurons by one criterion rank by the other, percentiles and counts in 20 bins."""
     records = []
     for share in shares:
-        for group in subject.gradients.groups:
-            own = subject.gradients[group]
+        for group in gradients.groups:
+            own = gradients[group]
             for chosen_by, chooser, ranked_by, ranker in (
-                ("gradient", own, "magnitude", subject.magnitudes),
-                ("magnitude", subject.magnitudes, "gradient", own),
+                ("gradient", own, "magnitude", magnitudes),
+                ("magnitude", magnitudes, "gradient", own),
             ):
                 chosen = ns.top_fraction(chooser, share)
                 percentiles = ns.ranks(ranker, of=chosen)[0]

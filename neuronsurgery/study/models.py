@@ -65,11 +65,13 @@ class Built:
         model: float32, on the CPU, in training mode.
         note: one line for the user and for the report.
         pretrained: whether the weights come from a file.
+        head: the names of the parameters whose shape depends on the number of classes.
     """
 
     model: nn.Module = field(repr=False)
     note: str
     pretrained: bool
+    head: frozenset[str]
 
     def __str__(self) -> str:
         return self.note
@@ -114,13 +116,13 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
         model = construct(classes, seed).float()
     count = sum(parameter.numel() for parameter in model.parameters())
     title = f"{arch}, {count:,} parameters"
-    if weights is None or tensors is None:
-        return Built(model, f"{title}: RANDOM weights (seed {seed}), nothing pre-trained", False)
     head = _head_names(construct, classes)
+    if weights is None or tensors is None:
+        return Built(model, f"{title}: RANDOM weights (seed {seed}), nothing pre-trained", False, head)
     fitting = _fit(model, _strip_prefixes(tensors, model.state_dict()), head, f"{weights} does not fit {arch}")
     model.load_state_dict(fitting, strict=False)
     said = "head included" if head <= fitting.keys() else f"new head for {classes} classes (seed {seed})"
-    return Built(model, f"{title}: weights of {weights}, {said}", True)
+    return Built(model, f"{title}: weights of {weights}, {said}", True, head)
 
 
 # Which network
@@ -187,10 +189,10 @@ def _timm_model(name: str, classes: int) -> nn.Module:
     return model
 
 
-def _head_names(construct: Construct, classes: int) -> set[str]:
+def _head_names(construct: Construct, classes: int) -> frozenset[str]:
     """The tensors whose shape depends on the number of classes."""
     few, more = _shapes(construct, classes), _shapes(construct, classes + 1)
-    return {name for name, shape in few.items() if shape != more[name]}
+    return frozenset(name for name, shape in few.items() if shape != more[name])
 
 
 def _shapes(construct: Construct, classes: int) -> dict[str, torch.Size]:
@@ -268,7 +270,7 @@ def _bare_name(name: str, expected: Collection[str]) -> str:
     return bare
 
 
-def _fit(model: nn.Module, tensors: Mapping[str, Tensor], head: set[str], problem: str) -> dict[str, Tensor]:
+def _fit(model: nn.Module, tensors: Mapping[str, Tensor], head: frozenset[str], problem: str) -> dict[str, Tensor]:
     """The tensors to load; a head that is not there whole, with these shapes, is left out."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

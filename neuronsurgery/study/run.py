@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -23,23 +21,19 @@ from torch import nn
 
 import neuronsurgery as ns
 from neuronsurgery.artifacts import write_atomically
-from neuronsurgery.study.experiments import (
-    DISTANCES,
-    EXPERIMENTS,
-    Subject,
-    control_p_values,
-    is_studied,
-    measure,
-    rank_histograms,
-    sensitive_layers,
-)
 
 SCHEMA: Final = 1
+ADDED_TO: Final = ("splits", "experiments", "stages")
+"""Settings that may differ from those of a run that is there: more of the same run is added to it."""
+
+
+EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
+STAGES: Final = ("1", "2", "fragility")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on; two runs of equal settings are the same run.
+    """What a run depends on; two runs are the same run if all but `ADDED_TO` is equal.
 
     Attributes:
         data: the name of the data set.
@@ -50,9 +44,13 @@ class Settings:
         epochs: passes over the training images.
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
-        experiments: which ones, "1a" to "1g".
+        stages: which stages, of `STAGES`.
+        experiments: which ones of Stage 1, "1a" to "1g".
         draws: how many random draws are averaged.
         control_draws: how many matched controls a p-value rests on.
+        fine_tuning_epochs: of Stage 2.
+        comparison_epochs: of the methods of Stage 2 that train from the first weights again.
+        full: whether Stage 2 searches more rates.
         quick: whether this is only to see that it runs.
     """
 
@@ -64,9 +62,13 @@ class Settings:
     epochs: int = 30
     seed: int = 0
     splits: tuple[str, ...] = ("train",)
-    experiments: tuple[str, ...] = ("1a", "1g")
+    stages: tuple[str, ...] = STAGES
+    experiments: tuple[str, ...] = EXPERIMENTS
     draws: int = 10
-    control_draws: int = 100
+    control_draws: int = 50
+    fine_tuning_epochs: int = 5
+    comparison_epochs: int = 15
+    full: bool = False
     quick: bool = False
 
 
@@ -141,6 +143,49 @@ def read_results(path: Path) -> dict[str, Any]:
     return {**results, "seconds": _read_json(timings)} if timings.exists() else results
 
 
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write `results.json` of a run folder: every number of the report."""
+    write_atomically(path / "results.json", json.dumps(results, indent=1).encode())
+
+
+def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any, note: str) -> dict[str, Any]:
+    """Return the entries of `results.json` that belong to no stage: what was trained on what, and how well.
+
+    Args:
+        folder: the run folder.
+        data: the data set: group names, minority, counts and loaders per split.
+        model: the trained model.
+        trajectory: by epoch, loss and accuracy as met in training.
+        note: where the model's first weights came from.
+    """
+
+    def accuracy(split: str) -> list[float]:
+        values: list[float] = folder.remember(
+            f"accuracy-{split}", lambda: list(ns.evaluate(model, data.loaders(split)).values)
+        )
+        return values
+
+    splits = [split for split in data.splits if any(data.splits[split].counts)]
+    return {
+        "schema": SCHEMA,
+        "version": version("neuronsurgery"),
+        "settings": _plain(folder.settings),
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.machine(),
+        },
+        "network": note,
+        "groups": list(data.group_names),
+        "minority": list(data.minority),
+        "counts": {split: list(data.splits[split].counts) for split in splits},
+        "expected_counts": getattr(data, "expected_counts", None),
+        "accuracy": {split: accuracy(split) for split in splits},
+        "trajectory": trajectory,
+    }
+
+
 def _is_empty(path: Path) -> bool:
     return not path.exists() or not any(path.iterdir())
 
@@ -158,12 +203,12 @@ def _read_json(file: Path) -> Any:
 
 
 def _refuse_other(path: Path, expected: Mapping[str, Any], found: Any) -> None:
-    if not isinstance(found, Mapping) or "settings" not in found:
+    if not isinstance(found, Mapping) or not isinstance(found.get("settings"), Mapping):
         raise ValueError(f"{path} holds a run.json that is not of this study: choose another folder with --out")
     differing = [
         f"{key}: this run {value!r}, the folder {found['settings'].get(key)!r}"
         for key, value in expected["settings"].items()
-        if found["settings"].get(key) != value
+        if found["settings"].get(key) != value and key not in ADDED_TO
     ]
     differing += [
         f"{key}: this run {expected[key]!r}, the folder {found.get(key)!r}"
@@ -175,107 +220,3 @@ def _refuse_other(path: Path, expected: Mapping[str, Any], found: Any) -> None:
             f"{path} holds another run; {'; '.join(differing)}: choose another folder with --out, or delete that run "
             f"with --overwrite"
         )
-
-
-# Stage 1
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What training leaves for the experiments.
-
-    Attributes:
-        model: the trained model.
-        checkpoints: the checkpoint of every epoch, 0 before training.
-        trajectory: by epoch, loss and accuracy as met in training.
-    """
-
-    model: nn.Module
-    checkpoints: Mapping[int, Path]
-    trajectory: list[dict[str, Any]]
-
-
-def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> dict[str, Any]:
-    """Return the results of Stage 1, every experiment done or read from the folder, and write `results.json`.
-
-    Args:
-        folder: the run folder.
-        data: the data set, embedded or read from disk: group names, counts and loaders per split.
-        trained: the trained model and its checkpoints.
-        progress: whether to write lines of progress to standard error.
-    """
-    model = trained.model
-    loaders = data.loaders("train")
-    gradients = folder.scores(
-        "gradients", lambda: ns.group_grad_norms(model, loaders, where=is_studied, progress=progress)
-    )
-    magnitudes = folder.scores("magnitudes", lambda: ns.magnitudes(model, where=is_studied))
-    settings = folder.settings
-    batch = next(iter(next(iter(loaders.values()))))
-    subject = Subject(model, gradients, magnitudes, settings.draws, settings.control_draws, trained.checkpoints, batch)
-    results = _describe(folder, data, trained, subject)
-    done: dict[str, dict[str, Any]] = {
-        name: {split: _remembered(folder, data, subject, name, split, progress) for split in settings.splits}
-        for name in EXPERIMENTS
-        if name in settings.experiments
-    }
-    if "1b" in settings.experiments:
-        done["1b"] = {"train": folder.remember("1b-train", lambda: rank_histograms(subject))}
-    results["experiments"] = done
-    if "1f" in done:
-        results["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}
-        results["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
-    if "1a" in done and "1g" in done:
-        results["control_p"] = {
-            split: control_p_values(done["1a"][split], done["1g"][split]) for split in settings.splits
-        }
-    write_atomically(folder.path / "results.json", json.dumps(results, indent=1).encode())
-    return results
-
-
-def _remembered(folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool) -> Any:
-    return folder.remember(f"{name}-{split}", lambda: _measure(folder, data, subject, name, split, progress))
-
-
-def _measure(folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool) -> Any:
-    started = time.perf_counter()
-    interventions = EXPERIMENTS[name](subject)
-    if progress:
-        sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
-    records = measure(subject.model, interventions, data.loaders(split), progress=progress)
-    specs = folder.path / "specs"
-    specs.mkdir(exist_ok=True)
-    if name in ("1a", "1e"):  # the sets that the report names; random edits are a seed away
-        for number, said in enumerate(interventions):
-            ns.save_file(said.edit, specs / f"{name}-{number:03d}.safetensors")
-    folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
-    return records
-
-
-def _describe(folder: RunFolder, data: Any, trained: Trained, subject: Subject) -> dict[str, Any]:
-    def accuracy(split: str) -> list[float]:
-        values: list[float] = folder.remember(
-            f"accuracy-{split}", lambda: list(ns.evaluate(trained.model, data.loaders(split)).values)
-        )
-        return values
-
-    splits = list(data.splits)
-    return {
-        "schema": SCHEMA,
-        "version": version("neuronsurgery"),
-        "settings": _plain(folder.settings),
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "platform": platform.machine(),
-        },
-        "groups": list(data.group_names),
-        "minority": list(data.minority),
-        "counts": {split: list(data.splits[split].counts) for split in splits},
-        "expected_counts": getattr(data, "expected_counts", None),
-        "accuracy": {split: accuracy(split) for split in splits},
-        "trajectory": trained.trajectory,
-        "layers": [{"name": layer.parameter, "neurons": layer.count} for layer in subject.layout],
-        "neurons": subject.layout.count,
-    }

@@ -1,55 +1,86 @@
-"""Empirical risk minimisation with a checkpoint per epoch, which resumes to the same bits wherever it was killed.
+"""Training by any method, with a checkpoint per epoch, which resumes to the same bits wherever it was killed.
+
+What a step minimises is a `Method`: empirical risk here, the paper's fine-tuning and those it is compared with in
+`methods`. Which images it is given is a `Source`. Under a process group each process takes its part of every batch.
 
 A run folder holds `checkpoints/epoch-000.safetensors` (before training) to `epoch-N`, and `optimizer.safetensors`: the
-state of the optimiser after the epoch that its header names. Each file is complete or absent. The optimiser's file is
-written last and is the one that counts: an epoch whose checkpoint is there without it is trained again, to the same
-bits, because the batches of an epoch depend on (seed, epoch) alone.
+state of optimiser and method after the epoch that its header names. Each file is complete or absent. The optimiser's
+file is written last and is the one that counts: an epoch whose checkpoint is there without it is trained again, to the
+same bits, because the batches of an epoch depend on (seed, epoch) alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
+from neuronsurgery.artifacts import replaced_atomically
+from neuronsurgery.gradients import exchange
 from neuronsurgery.study.data import Augmentation, Batches, Split, batches, raw_bits
+
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, H, W), int64 targets (B,), int64 groups (B,)."""
+
+Outputs: TypeAlias = tuple[Tensor, ...]
+"""What a method's passes give: tensors of one row per image, the logits (B, classes) of the trained model first."""
+
+Passes: TypeAlias = Callable[[nn.Module, Tensor], Outputs]
+"""(model, images) -> outputs: the forward passes of one step."""
+
+State: TypeAlias = Mapping[str, Tensor]
+"""What a method carries from step to step; saved with the optimiser."""
+
+T = TypeVar("T")
+
+_METHOD: Final = "method"
+"""Stands before the names of a method's tensors in the optimiser's file, where those of the optimiser have a number."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The learning rate falls from `learning_rate` to 0 along half a cosine, step by step.
+    """How to train.
 
     Attributes:
-        optimizer: "adamw", or "sgd" with `momentum`.
+        optimizer: "adamw"; "adam", which adds the weight decay to the gradient; or "sgd" with `momentum`.
         learning_rate: of the first step.
-        weight_decay: decoupled for AdamW, an L2 term for SGD; it acts on every parameter.
-        momentum: of SGD; AdamW does not look at it.
+        weight_decay: decoupled for AdamW, an L2 term for the others; it acts on every parameter.
+        momentum: of SGD; the others do not look at it.
         epochs: passes over the training images.
         batch_size: images per step.
+        schedule: "cosine": the rate falls to 0 along half a cosine, step by step. "constant". "plateau": it is halved
+            when the mean loss of two epochs in a row was not below the best so far by one part in 10,000
+            (ReduceLROnPlateau with factor 0.5 and patience 1).
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.0
     epochs: int = 30
     batch_size: int = 64
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
 
 
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
@@ -67,7 +98,7 @@ class EpochReport:
     Attributes:
         epoch: 1 ... epochs.
         epochs: of the whole run.
-        loss: mean cross entropy of the epoch's (augmented) images, each as it was met.
+        loss: mean over the epoch's (augmented) images of what the method minimises, each as it was met.
         accuracy: share of them that was met with the right answer, in [0, 1].
         seconds: that the epoch took.
     """
@@ -96,7 +127,7 @@ class Source(Protocol):
         """All that the batches depend on but size, seed and epoch, as JSON values."""
         ...
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
         """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide; it has a length."""
         ...
 
@@ -115,12 +146,61 @@ class Embedded:
         """See `Source`."""
         return {
             "augmentation": None if self.augmentation is None else asdict(self.augmentation),
-            "images and targets": _digest([self.split.images, self.split.targets]),
+            "images and targets": digest([self.split.images, self.split.targets]),
         }
 
     def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`."""
         return batches(self.split, size, seed=seed, epoch=epoch, shuffle=True, augmentation=self.augmentation)
+
+
+class Method(Protocol):
+    """What a step of training computes and minimises. A value: what changes from step to step is its `State`."""
+
+    def describe(self) -> dict[str, object]:
+        """All that the weights depend on by the method, as JSON values; nothing for empirical risk minimisation."""
+        ...
+
+    def initial_state(self) -> State:
+        """What the first step is given."""
+        ...
+
+    def begin_epoch(self, model: nn.Module, seed: int, epoch: int) -> Passes:
+        """The passes of this epoch's steps, as the model's weights and (seed, epoch) alone decide.
+
+        The model comes in training mode and may be put into another one for this epoch. The passes are called with
+        this model, or with `DistributedDataParallel` around it: gradients must come by way of the module passed in,
+        or of views of this model.
+        """
+        ...
+
+    def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
+        """What is to be minimised, a scalar with a gradient to the outputs; and the state of the next step.
+
+        A function of tensors: outputs, targets and groups are of the whole batch, in its order, on every process.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Erm:
+    """Empirical risk minimisation: the mean cross entropy of the batch."""
+
+    def describe(self) -> dict[str, object]:
+        """See `Method`."""
+        return {}
+
+    def initial_state(self) -> State:
+        """See `Method`."""
+        return {}
+
+    def begin_epoch(self, model: nn.Module, seed: int, epoch: int) -> Passes:
+        """See `Method`."""
+        return lambda network, images: (network(images),)
+
+    def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
+        """See `Method`."""
+        return functional.cross_entropy(outputs[0].float(), targets), state
 
 
 @dataclass(frozen=True)
@@ -151,6 +231,7 @@ def train(
     recipe: Recipe = RECIPES["adam"],
     seed: int = 0,
     augmentation: Augmentation | None = None,
+    method: Method = Erm(),
     hardware: Hardware = Hardware(),
     progress: Callable[[EpochReport], None] | None = None,
 ) -> nn.Module:
@@ -160,45 +241,55 @@ def train(
     taken up after its last finished epoch; a finished run is only loaded. On one machine, with one number of threads,
     the weights are the same bits whether or not a run was interrupted.
 
+    Under an initialised process group (see `distributed`) every process must make this call with the same arguments,
+    and sees the same folder; the first one writes and reports. Each loads every batch and runs its part of it; the
+    outputs are gathered, so that losses are of the whole batch, and the gradient is averaged. With a network that
+    treats every image by itself this is training in one process, but for the rounding of sums. Not so with
+    batch norm: it normalises by the part that the process has, and the running statistics are averaged over the
+    processes after each epoch; dropout is drawn for each process. An unfinished run is taken up to the same bits by
+    two processes; with more, the order of sums may change the last one. An error of one process is raised in all of
+    them where it is met in loading images or files; elsewhere the others fail when it leaves the process group.
+
     Args:
         model: the initialised network; its parameters must be floating point, its output logits (B, classes).
         source: the training images: a split in memory, or what else can give batches by (seed, epoch).
         folder: the run folder, made if it is missing.
         recipe: optimiser, rates, epochs and batch size.
-        seed: of the order of the images, their augmentation, and dropout if there is any.
+        seed: of the order of the images, their augmentation, dropout if there is any, and what the method draws.
         augmentation: how the images of a split vary from epoch to epoch; None leaves them as they are.
+        method: what is minimised.
         hardware: device, precision and memory layout.
         progress: called after each epoch, once its files are written.
 
     Returns:
-        The trained copy, in evaluation mode.
+        The trained copy, in evaluation mode; the same on every process.
 
     Raises:
-        ValueError: if `folder` holds a run of other arguments, or files that cannot be read.
+        ValueError: if the recipe is unknown, `folder` holds a run of other arguments or files that cannot be read, or
+            the processes have different arguments.
         FileNotFoundError: if the checkpoint to go on from is missing.
+        RuntimeError: if another process failed; says which and why.
     """
     folder = Path(folder)
     if isinstance(source, Split):
         source = Embedded(source, augmentation)
+    processes = _Processes.current()
     trained = copy.deepcopy(model).train().to(hardware.device)
     if hardware.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     optimizer = _make_optimizer(trained, recipe)
-    run = _describe_run(trained, source, recipe, seed, hardware)
-    finished = _resume(trained, optimizer, folder, run)
+    run = _describe_run(trained, source, recipe, seed, method, hardware, processes)
+    finished = _take_up(trained, optimizer, folder, run, processes)
     if finished is None:
-        _write_epoch(trained, optimizer, folder, 0, run)
-    for epoch in range((finished or 0) + 1, recipe.epochs + 1):
+        finished = _Finished(0, (), method.initial_state())
+        processes.first(partial(_conclude_epoch, trained, optimizer, folder, finished, run))
+    loop = _Loop(trained, processes.wrap(trained), optimizer, recipe, method, hardware, processes)
+    for epoch in range(finished.epoch + 1, recipe.epochs + 1):
         started = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            # Only dropout draws from this state. Not torch.manual_seed: that would reseed the GPUs too.
-            torch.default_generator.manual_seed(int(raw_bits(1, "dropout", seed, epoch)[0]) >> 1)
-            loader = source.epoch(recipe.batch_size, seed, epoch)
-            loss, accuracy = _train_epoch(trained, optimizer, loader, recipe, epoch, hardware)
+        loss, accuracy, state = loop.run_epoch(source, seed, epoch, finished)
         report = EpochReport(epoch, recipe.epochs, loss, accuracy, time.perf_counter() - started)
-        _write_epoch(trained, optimizer, folder, epoch, run, report)
-        if progress is not None:
-            progress(report)
+        finished = _Finished(epoch, (*finished.losses, loss), state)
+        processes.first(partial(_conclude_epoch, trained, optimizer, folder, finished, run, report, progress))
     return trained.eval()
 
 
@@ -251,111 +342,367 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str], epoch: int
     return loaded.eval()
 
 
+# Several processes
+
+
+@contextlib.contextmanager
+def distributed(device: str | None = None) -> Iterator[int]:
+    """Yields the rank of this process, 0 where it is alone; in between, `train` works as one of `WORLD_SIZE` processes.
+
+    For programs that `torchrun` starts, which says by environment variables who takes part:
+
+        with distributed() as rank:
+            trained = train(model, source, folder)
+        if rank == 0:
+            ...  # the rest, alone
+
+    The process group is there inside only: after an error in one process the others do not wait for it, but fail in
+    turn. A group that is there already is used and left alone.
+
+    Args:
+        device: what the model is trained on. With "cuda" each process gets the GPU of its `LOCAL_RANK`.
+
+    Raises:
+        ValueError: if `WORLD_SIZE` is above 1, but the variables to meet the others by are missing.
+    """
+    if dist.is_initialized():
+        yield dist.get_rank()
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield 0
+        return
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def made_once(make: Callable[[], T]) -> T:
+    """What `make` gives on the first of the processes that train together, on all of them; an error too.
+
+    For what a method decides by computing: the last bit of a score may differ between two machines.
+    """
+    processes = _Processes.current()
+    made = processes.together(lambda: make() if processes.rank == 0 else None)[0]
+    assert processes.rank > 0 or made is not None
+    return made  # type: ignore[return-value]  # the first process has made it
+
+
+@dataclass(frozen=True, eq=False)
+class _Processes:
+    """The processes that train together: this one alone, or all of the default process group.
+
+    A batch of B images is dealt out like cards; where B is no multiple of the number of processes, the first images
+    are dealt again and their outputs not looked at, so that every process has as many.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def current(cls) -> _Processes:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What the action gives on each process; an error on one of them is raised on all."""
+        if self.group is None:
+            return [action()]
+        value, error = None, None
+        try:
+            value = action()
+        except Exception as raised:
+            error = raised
+        return exchange(self.group, error, value)
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Runs the action on the first process only; an error in it is raised on all."""
+        self.together(lambda: action() if self.rank == 0 else None)
+
+    def iterate(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of a loader; where it fails on one process it does on all, and none waits for another."""
+        if self.group is None:
+            yield from loader
+            return
+        assert isinstance(loader, Sized), "a Source gives batches that have a length"
+        batches = iter(loader)
+        for _ in range(len(loader)):
+            batch: list[Batch] = []
+            self.together(lambda: batch.append(next(batches)))  # noqa: B023  # called at once
+            yield batch[0]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to run: one that averages the gradients of the processes at each backward pass."""
+        if self.group is None:
+            return model
+        # Buffers are averaged after each epoch instead: to overwrite them before a pass breaks a step of two passes.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
+        return DistributedDataParallel(model, **option)
+
+    def share(self, images: Tensor) -> Tensor:
+        """The images of a batch that this process runs."""
+        if self.group is None:
+            return images
+        dealt = -(-len(images) // self.count) * self.count
+        return images[torch.arange(self.rank, dealt, self.count) % len(images)]
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows (count, ...) of the whole batch in its order, a gradient going to those of this process.
+
+        Every process computes the same loss from them, so that none needs to be sent the gradients of its own rows.
+        """
+        if self.group is None:
+            return rows
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        shares = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(shares, rows.detach(), group=self.group)
+        shares[self.rank] = rows
+        return torch.stack(shares, dim=1).flatten(0, 1)[:count]
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Replaces the floating-point buffers, in place, by their means over the processes."""
+        if self.group is None:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer, group=self.group)
+                buffer /= self.count
+
+
 # One epoch
 
 
 def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.schedule not in ("cosine", "constant", "plateau"):
+        raise ValueError(
+            f"recipe: schedule must be 'cosine', 'constant' or 'plateau', found {recipe.schedule!r}: pass one of them"
+        )
+    decay = recipe.weight_decay
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=decay)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), recipe.learning_rate, weight_decay=decay)
     if recipe.optimizer == "sgd":
-        decay = recipe.weight_decay
         return torch.optim.SGD(model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=decay)
-    raise ValueError(f"recipe: optimizer must be 'adamw' or 'sgd', found {recipe.optimizer!r}: pass one of them")
+    raise ValueError(
+        f"recipe: optimizer must be 'adamw', 'adam' or 'sgd', found {recipe.optimizer!r}: pass one of them"
+    )
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
-    recipe: Recipe,
-    epoch: int,
-    hardware: Hardware,
-) -> tuple[float, float]:
-    """Trains `model` in place for one epoch; its mean loss and accuracy."""
-    device = next(model.parameters()).device
-    assert isinstance(loader, Sized), "a Source gives batches that have a length"
-    total_loss, correct, seen = 0.0, 0, 0
-    for step, (images, targets, _) in enumerate(loader, start=(epoch - 1) * len(loader)):
-        for group in optimizer.param_groups:  # a function of the step alone: nothing to save, nothing to restore
-            group["lr"] = _cosine(recipe.learning_rate, step, recipe.epochs * len(loader))
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if hardware.channels_last:
+@dataclass(frozen=True, eq=False)
+class _Finished:
+    """How far a run has come.
+
+    Attributes:
+        epoch: the last one that is finished; 0 before training.
+        losses: the mean loss of each epoch so far.
+        state: the method's.
+    """
+
+    epoch: int
+    losses: tuple[float, ...]
+    state: State
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """What stays the same from epoch to epoch. `network` is `model`, or what runs it on several processes."""
+
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    method: Method
+    hardware: Hardware
+    processes: _Processes
+
+    def run_epoch(self, source: Source, seed: int, epoch: int, finished: _Finished) -> tuple[float, float, State]:
+        """Trains the model in place for one epoch; mean loss, accuracy, and the method's state."""
+        others = (self.processes.rank,) if self.processes.rank else ()
+        with torch.random.fork_rng(devices=[]):
+            # Only dropout draws from this state. Not torch.manual_seed: that would reseed the GPUs too.
+            torch.default_generator.manual_seed(int(raw_bits(1, "dropout", seed, epoch, *others)[0]) >> 1)
+            self.model.train()
+            passes = self.method.begin_epoch(self.model, seed, epoch)
+            loader = source.epoch(self.recipe.batch_size, seed, epoch)
+            assert isinstance(loader, Sized), "a Source gives batches that have a length"
+            state, total_loss, correct, seen = finished.state, 0.0, 0, 0
+            for step, batch in enumerate(self.processes.iterate(loader), start=(epoch - 1) * len(loader)):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = _rate(self.recipe, step, self.recipe.epochs * len(loader), finished.losses)
+                loss, right, state = self._step(passes, batch, state)
+                total_loss += loss * len(batch[1])
+                correct += right
+                seen += len(batch[1])
+        self.processes.average_buffers(self.model)
+        return total_loss / seen, correct / seen, state
+
+    def _step(self, passes: Passes, batch: Batch, state: State) -> tuple[float, int, State]:
+        """One step of the optimiser; the loss, the number of right answers, and the method's state."""
+        device = next(self.model.parameters()).device
+        images = self.processes.share(batch[0]).to(device, non_blocking=True)
+        targets, groups = (part.to(device, non_blocking=True) for part in batch[1:])
+        if self.hardware.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.enable_grad():
-            with torch.autocast(device.type, torch.bfloat16, enabled=hardware.bfloat16):
-                logits = model(images)
-            loss = functional.cross_entropy(logits.float(), targets)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
-        optimizer.step()
-        total_loss += loss.item() * len(targets)
-        correct += int((logits.argmax(dim=1) == targets).sum())
-        seen += len(targets)
-    return total_loss / seen, correct / seen
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.hardware.bfloat16):
+                rows = passes(self.network, images)
+            outputs = tuple(self.processes.gather(part, len(targets)) for part in rows)
+            loss, state = self.method.loss(outputs, targets, groups, state)
+            self.optimizer.zero_grad()
+            # Each process has the gradient by way of its own images; they are summed, where DDP takes the mean.
+            (self.processes.count * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.optimizer.step()
+        return loss.item(), int((outputs[0].argmax(dim=1) == targets).sum()), state
+
+
+def _rate(recipe: Recipe, step: int, steps: int, losses: Sequence[float]) -> float:
+    """The learning rate, as step and losses of the epochs so far alone decide: nothing to save, nothing to restore."""
+    if recipe.schedule == "cosine":
+        return _cosine(recipe.learning_rate, step, steps)
+    return recipe.learning_rate if recipe.schedule == "constant" else _plateau(recipe.learning_rate, losses)
 
 
 def _cosine(start: float, step: int, steps: int) -> float:
     return start * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def _plateau(start: float, losses: Iterable[float]) -> float:
+    rate, best, stalled = start, math.inf, 0
+    for loss in losses:
+        stalled = 0 if loss < best * (1 - 1e-4) else stalled + 1
+        best = loss if stalled == 0 else best
+        if stalled == 2:
+            rate, stalled = rate / 2, 0
+    return rate
+
+
 # The run folder
 
 
-def _describe_run(model: nn.Module, source: Source, recipe: Recipe, seed: int, hardware: Hardware) -> dict[str, object]:
-    """All that the weights depend on, as JSON values: two runs with equal descriptions are the same run."""
-    return {
-        "recipe": asdict(recipe),
+def _describe_run(
+    model: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    seed: int,
+    method: Method,
+    hardware: Hardware,
+    processes: _Processes,
+) -> dict[str, object]:
+    """All that the weights depend on, as JSON values: two runs with equal descriptions are the same run.
+
+    What is usual goes without saying, so that folders from before there was a choice are still understood.
+    """
+    said: dict[str, object] = {
+        "recipe": {name: value for name, value in asdict(recipe).items() if (name, value) != ("schedule", "cosine")},
         "seed": seed,
         "hardware": asdict(hardware),
-        "initial weights": _digest(model.state_dict().values()),
+        "initial weights": digest(model.state_dict().values()),
         **source.describe(),
     }
+    if described := method.describe():
+        said["method"] = described
+    if processes.count > 1:
+        said["processes"] = processes.count
+    plain: dict[str, object] = json.loads(json.dumps(said))  # as it will be read back: no tuples
+    return plain
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Iterable[Tensor]) -> str:
+    """16 hex digits that depend on the tensors' shapes, dtypes and bits, in their order."""
+    said = hashlib.sha256()
     for tensor in tensors:
-        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        said.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        said.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return said.hexdigest()[:16]
 
 
-def _write_epoch(
+def _conclude_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     folder: Path,
-    epoch: int,
+    finished: _Finished,
     run: Mapping[str, object],
     report: EpochReport | None = None,
+    progress: Callable[[EpochReport], None] | None = None,
 ) -> None:
+    """Writes the files of an epoch, and then says so."""
+    epoch = str(finished.epoch)
     met = {} if report is None else {"loss": repr(report.loss), "accuracy": repr(report.accuracy)}
-    _write(model.state_dict(), checkpoint_path(folder, epoch), {"epoch": str(epoch), **met})
+    _write(model.state_dict(), checkpoint_path(folder, finished.epoch), {"epoch": epoch, **met})
     moments = {
         f"{index}/{name}": tensor
         for index, values in optimizer.state_dict()["state"].items()
         for name, tensor in values.items()
         if tensor is not None  # SGD without momentum keeps an empty slot
     }
-    _write(moments, _optimizer_path(folder), {"epoch": str(epoch), "run": json.dumps(run)})
+    state = {f"{_METHOD}/{name}": tensor for name, tensor in finished.state.items()}
+    header = {"epoch": epoch, "run": json.dumps(run), "losses": json.dumps(finished.losses)}
+    _write(moments | state, _optimizer_path(folder), header)
+    if report is not None and progress is not None:
+        progress(report)
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, run: Mapping[str, object]) -> int | None:
-    """Loads the last finished epoch into model and optimiser and returns it; None where there is none."""
+def _take_up(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    run: Mapping[str, object],
+    processes: _Processes,
+) -> _Finished | None:
+    """Loads the last finished epoch into model and optimiser, on every process or on none; None where there is none."""
+    finished = processes.together(partial(_resume, model, optimizer, folder, run))[processes.rank]
+    found = processes.together(lambda: (json.dumps(run), None if finished is None else finished.epoch))
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"{folder}: the processes train different runs or see different folders, "
+            f"{' against '.join(map(str, found))}: give every process the same arguments and a folder that all see"
+        )
+    processes.first(lambda: _remove_unfinished(folder))
+    return finished
+
+
+def _resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, run: Mapping[str, object]
+) -> _Finished | None:
     if not _optimizer_path(folder).exists():
         return None
     moments, header = _read(_optimizer_path(folder))
     found = json.loads(header.get("run", "{}"))
-    differing = [f"{key}: expected {run[key]}, found {found.get(key)}" for key in run if run[key] != found.get(key)]
+    differing = [
+        f"{key}: expected {run.get(key)}, found {found.get(key)}"
+        for key in dict.fromkeys([*run, *found])
+        if run.get(key) != found.get(key)
+    ]
     if differing:
         raise ValueError(f"{folder} holds another run; {'; '.join(differing)}: choose another folder or empty this one")
     epoch = int(header["epoch"])
     model.load_state_dict(load_checkpoint(model, folder, epoch).state_dict())
-    state: dict[int, dict[str, Tensor]] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in moments.items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return epoch
+        owner, name = key.split("/", 1)
+        saved.setdefault(owner, {})[name] = tensor
+    state = saved.pop(_METHOD, {})
+    by_index = {int(index): values for index, values in saved.items()}
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+    return _Finished(epoch, tuple(json.loads(header.get("losses", "[]"))), state)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote."""
+    for pattern in (f".{_optimizer_path(folder).name}.*", "checkpoints/.epoch-*.safetensors.*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _optimizer_path(folder: Path) -> Path:
@@ -365,11 +712,8 @@ def _optimizer_path(folder: Path) -> Path:
 def _write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
     """Writes a safetensors file that is either complete or absent, even if the process or the machine dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replaced_atomically(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

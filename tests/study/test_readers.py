@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, readers
+from neuronsurgery.study import data
 from neuronsurgery.study.readers import (
     EXPECTED_COUNTS,
     Framing,
@@ -27,6 +27,7 @@ from neuronsurgery.study.readers import (
     batches,
     celeba,
     describe_counts,
+    disk,
     evaluation_transform,
     image_folder,
     training_source,
@@ -674,7 +675,7 @@ def test_counts_are_shown_beside_the_published_ones(birds: Path, monkeypatch: py
     assert lines[0].split("  ")[0] == "images"
     assert lines[1].split("  ")[-1] == "3 (not 1057)"
     assert lines[-1] == "waterbirds: the counts are other than those published in train, validation, test"
-    monkeypatch.setattr(readers, "EXPECTED_COUNTS", {"waterbirds": COUNTS})
+    monkeypatch.setattr(disk, "EXPECTED_COUNTS", {"waterbirds": COUNTS})
     assert describe_counts(dataset).splitlines()[-1] == "waterbirds: the counts are those published"
     assert "not" not in describe_counts(data.synthetic(counts={"train": (1, 1, 1, 1)}))
 
@@ -682,6 +683,13 @@ def test_counts_are_shown_beside_the_published_ones(birds: Path, monkeypatch: py
 def test_published_counts_add_up() -> None:
     totals = {name: [sum(counts) for counts in splits.values()] for name, splits in EXPECTED_COUNTS.items()}
     assert totals == {"waterbirds": [4795, 1199, 5794], "celeba": [162770, 19867, 19962]}
+
+
+def test_published_counts_are_those_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    row = r"\| (?:train|validation|test) " + r"\| (\d+) " * 4 + r"\|"
+    rows = [tuple(map(int, counts)) for counts in re.findall(row, page)]
+    assert rows == [counts for name in ("waterbirds", "celeba") for counts in EXPECTED_COUNTS[name].values()]
 
 
 def test_the_data_set_says_what_it_is(birds: Path) -> None:

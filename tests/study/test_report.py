@@ -1,20 +1,33 @@
 """The report: every sentence against numbers made up for it, and the form of the files."""
 
+import base64
 import csv
+import errno
+import io
+import itertools
 import json
+import os
 import random
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from neuronsurgery.study import figures
-from neuronsurgery.study.figures import Mark, Series, number, signed
-from neuronsurgery.study.report import write_report
+from neuronsurgery.study import data, figures
+from neuronsurgery.study.figures import Mark, Picture, Series, contact_sheet, number, pixels_of, png, signed
+from neuronsurgery.study.report import contents, write_report, writing
+from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.section import Entry, Section
 
 BIRDS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 COUNTS = (1749, 92, 28, 528)
@@ -301,7 +314,7 @@ def test_effect_is_seen_where_the_interval_excludes_zero(tmp_path: Path) -> None
     assert "no effect of a point or more on G0 landbird on land and G3 waterbird on water" in said
     assert "An effect is seen on minority groups only" in said
     assert "is larger in size than that of a majority group" in said
-    assert "the 95 % intervals of their sizes do not overlap" in said
+    assert "the intervals of their sizes do not overlap" in said
 
 
 def test_null_result_says_no_effect(tmp_path: Path) -> None:
@@ -367,6 +380,34 @@ def test_expected_counts_stand_beside_those_found(tmp_path: Path) -> None:
     assert "The group counts of train are the paper's." in report_of(made, tmp_path)
 
 
+def test_level_and_method_of_the_intervals_are_those_of_the_run(tmp_path: Path) -> None:
+    made = MadeUp(effect=0.0, draws=2).results(["1a"])
+    plain = report_of(made, tmp_path)
+    assert "Intervals are 95 % intervals over the examples" in plain
+    assert "Of 24 intervals of 95 %, up to about 1 exclude 0 by chance alone." in plain
+    assert "Intervals: " not in plain
+    made["intervals"] = {"level": 0.875, "method": "of A & B (1999)", "p": "a sign test"}
+    said = report_of(made, tmp_path)
+    assert "Intervals are 87.5 % intervals over the examples" in said
+    assert "Intervals: of A & B (1999). p-values: a sign test." in said
+    assert "Of 24 intervals of 87.5 %, up to about 3 exclude 0 by chance alone." in said
+
+
+def test_seconds_of_each_part_are_one_bullet(tmp_path: Path) -> None:
+    made = MadeUp(draws=2).results(["1a"])
+    made["seconds"] = {"training": 30.1, "1a on train": 2.25}
+    assert "Seconds: training 30.1, 1a on train 2.2; 32.4 together." in report_of(made, tmp_path)
+    del made["seconds"]
+    assert "Seconds" not in report_of(made, tmp_path)
+
+
+def test_settings_that_are_lists_read_as_lists(tmp_path: Path) -> None:
+    made = MadeUp(draws=2).results([])
+    made["settings"] |= {"splits": ["train", "test"], "stages": []}
+    said = report_of(made, tmp_path)
+    assert "splits train, test" in said and "stages none" in said
+
+
 # Any run
 
 
@@ -427,6 +468,148 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
         write_report(MadeUp().results([]) | {"experiments": {"9z": {}}}, tmp_path)
 
 
+# Sections to come
+
+
+def test_a_further_section_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+
+    def arms(run: Mapping[str, Any], groups: Groups) -> list[Section]:
+        if "arms" not in run:
+            return []
+        svg = figures.image_rows("Of <each> arm", [("first", [Picture(pixels, "0.1")])])
+        section = Section("An arm & another.", figures=[("arms", "", svg)], rows={"arms": run["arms"]})
+        return [section, Section("More.", heading="By epoch", rows={"arms": [{"arm": "last"}], "none": []})]
+
+    entries = (*contents.CONTENTS, Entry("2", "Arms of <Stage 2>", arms))
+    monkeypatch.setattr(contents, "CONTENTS", entries)
+    monkeypatch.setattr(writing, "CONTENTS", entries)
+    made = MadeUp(draws=2).results(["1a"])
+    write_report(made, tmp_path / "without")
+    assert "Stage 2" not in (tmp_path / "without" / "report.html").read_text()
+    page = write_report(made | {"arms": [{"arm": "first"}]}, tmp_path / "with").read_text()
+    assert '<h2 id="e2">2 Arms of &lt;Stage 2&gt;</h2>\n<p class="finding">An arm &amp; another.</p>' in page
+    assert "<h3>By epoch</h3>" in page
+    assert (tmp_path / "with" / "tables" / "arms.csv").read_text() == "arm\nfirst\nlast\n"
+    assert not (tmp_path / "with" / "tables" / "none.csv").exists()
+    assert 'All rows: <a href="tables/arms.csv">tables/arms.csv</a></p>' in page
+    assert "none.csv" not in page
+    assert (tmp_path / "with" / "figures" / "arms.svg").read_text() in page
+    assert 'href="#e2"' not in page  # it has no overview, and so no row in the table at the top
+
+
+REPORT_MODULES = [
+    *("effects", "wording", "tables", "section", "page", "whole_model", "ranks", "layers", "controls", "opening"),
+    *("contents", "writing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("package", "order"),
+    [
+        ("report", REPORT_MODULES),
+        ("figures", ["marks", "svg", "bars", "lines", "dots", "images"]),
+        ("readers", ["pixels", "disk", "tables", "assembly", "layouts"]),
+    ],
+)
+def test_imports_inside_a_package_run_one_way(package: str, order: list[str]) -> None:
+    folder = Path(figures.__file__).parent.parent / package
+    assert sorted(file.stem for file in folder.glob("*.py")) == sorted(["__init__", *order])
+    for name in order:
+        source = (folder / f"{name}.py").read_text()
+        named = re.findall(rf"neuronsurgery\.study\.{package}(?:\.| import )(\w+)", source)
+        assert [other for other in named if other not in order[: order.index(name)]] == []
+
+
+# Faults
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> tuple[Path, dict[Path, bytes], dict[str, Any]]:
+    """A folder with a report and a file of someone else, what is in it, and results that would change all of it."""
+    write_report(MadeUp(draws=2).results(["1a", "1b"]), tmp_path)
+    (tmp_path / "tables" / "own.csv").write_text("mine")
+    return tmp_path, files_of(tmp_path), MadeUp(effect=-0.5, draws=2).results(["1a", "1b", "1f"])
+
+
+@pytest.mark.parametrize("fails_at", ["figures/accuracy.svg", "tables/sensitive_layers.csv", "report.html"])
+def test_report_that_cannot_be_put_in_place_leaves_the_old_one_whole(
+    two_runs: tuple[Path, dict[Path, bytes], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    folder, before, results = two_runs
+    replace = os.replace
+
+    def failing(source: str | Path, target: str | Path) -> None:
+        if Path(target) == folder / fails_at and Path(source).parts[-len(Path(fails_at).parts) - 1] == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(
+        OSError, match=r"the report in .* was not written \(Input/output error\), and what was there is as it was"
+    ):
+        write_report(results, folder)
+    assert files_of(folder) == before
+    assert not list(folder.glob(".report-*"))
+    monkeypatch.undo()
+    write_report(results, folder)
+    assert (folder / "report.html").read_bytes() != before[Path("report.html")]
+    assert (folder / "tables" / "own.csv").read_text() == "mine"
+
+
+def test_report_without_hard_links_is_put_back_as_well(
+    two_runs: tuple[Path, dict[Path, bytes], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    test_report_that_cannot_be_put_in_place_leaves_the_old_one_whole(two_runs, monkeypatch, "report.html")
+
+
+def test_full_disk_leaves_the_old_report_whole(two_runs: tuple[Path, dict[Path, bytes], dict[str, Any]]) -> None:
+    pytest.importorskip("resource")
+    folder, before, results = two_runs
+    (folder / "results.json").write_text(json.dumps(results))
+    # A limit on the size of a file is the nearest thing to a full disk that a test may set up for itself.
+    code = (
+        "import json, pathlib, resource, sys\n"
+        "from neuronsurgery.study.report import write_report\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "results = json.loads((folder / 'results.json').read_text())\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
+        "write_report(results, folder)\n"
+    )
+    assert len(before[Path("report.html")]) > 50_000
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"the report in {folder} was not written (File too large)" in done.stderr
+    assert f"give leave to write, then run `neuronsurgery report {folder}`" in done.stderr
+    (folder / "results.json").unlink()
+    assert files_of(folder) == before
+    assert not list(folder.glob(".report-*"))
+
+
+def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"the report in .*taken/run was not written"):
+        write_report(MadeUp(draws=2).results([]), tmp_path / "taken" / "run")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_leave_to_write_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match="give leave to write"):
+        write_report(MadeUp(draws=2).results([]), folder)
+    assert not list(folder.iterdir())
+
+
 # The form of the files
 
 
@@ -441,7 +624,7 @@ def test_page_is_well_formed_and_loads_nothing(whole: tuple[dict[str, Any], Path
             self.links: list[str] = []
 
         def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-            assert tag not in {"script", "link", "img", "iframe", "object", "use", "image"}
+            assert tag not in {"script", "link", "img", "iframe", "object", "use"}
             self.links += [value or "" for key, value in attributes if key in {"href", "src", "xlink:href"}]
             self.open += [tag] if tag not in alone else []
 
@@ -454,7 +637,7 @@ def test_page_is_well_formed_and_loads_nothing(whole: tuple[dict[str, Any], Path
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert all(link.startswith(("#e1", "tables/")) for link in checker.links)
+    assert all(link.startswith(("#e1", "tables/", "data:image/png;base64,")) for link in checker.links)
     assert set(re.findall(r"https?://[^\"' ]*", page)) == {"http://www.w3.org/2000/svg"}
     assert "@import" not in page
     assert set(re.findall(r"url\(([^)]*)\)", page)) <= {f"#{name}" for name in re.findall(r'id="(hatch-\w+)"', page)}
@@ -586,6 +769,8 @@ def test_figures_of_nothing_but_zeros_are_drawn() -> None:
         figures.grouped_bars("Title", ["a"], zeros, axis="points"),
         figures.dot_ranges("Title", ["a"], zeros, axis="points"),
         figures.depth_lines("Title", ["a"], zeros, axis="points"),
+        figures.trajectories("Title", ["a"], zeros, axis="points"),
+        figures.strips("Title", ["a"], [[0.0]], axis="points"),
         figures.sensitive_bars("Title", ["5 epochs back"], zeros, layers=9),
         figures.histogram_pair("Title", ("upper", [0] * 20), ("lower", [0] * 20)),
     ):
@@ -595,6 +780,155 @@ def test_figures_of_nothing_but_zeros_are_drawn() -> None:
 def test_names_are_escaped_in_figures() -> None:
     nasty = '<b>&"quoted"'
     series = [Series(nasty, (Mark(1.0),), "#000000")] * 2
-    for draw in (figures.grouped_bars, figures.dot_ranges, figures.depth_lines):
+    for draw in (figures.grouped_bars, figures.dot_ranges, figures.depth_lines, figures.trajectories):
         root = ElementTree.fromstring(draw(nasty, [nasty], series, axis=nasty))
         assert nasty in [element.text for element in root.iter()]
+
+
+# Lines over epochs, dots of examples, pictures
+
+
+@pytest.mark.parametrize("limits", [(0.0, 100.0), (49.0, 149.0), (-49.0, 51.0)], ids=["middle", "bottom", "top"])
+def test_lines_are_named_at_their_ends_and_kept_apart(limits: tuple[float, float]) -> None:
+    series = [Series(f"arm {place}", (Mark(50.0), Mark(50.0 + place / 100)), "#123456") for place in range(12)]
+    svg = figures.trajectories("Title", ["0", "1"], series, axis="accuracy, %", limits=limits)
+    ends = {text: float(y) for y, text in re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>(arm \d+)<', svg)}
+    heights = [ends[f"arm {place}"] for place in reversed(range(12))]
+    assert all(after - before >= 17 - 0.11 for before, after in itertools.pairwise(heights))
+    grid = [float(y) for y in re.findall(r'<path d="M68 ([\d.]+)L', svg)]
+    assert min(grid) <= heights[0] - 5 and heights[-1] - 5 <= max(grid) + 0.11
+    assert svg.count('stroke-dasharray="7 4"') == 4  # from the ninth line on, colours come again
+
+
+def test_lines_end_and_stop_where_their_marks_do() -> None:
+    marks = (Mark(1.0, 0.5, 1.5), Mark(2.0, 1.5, 2.5), None, Mark(3.0, 2.5, 3.5), Mark(4.0, 3.0, 5.0), None)
+    series = [Series("arm", marks, "#123456", "", True), Series("never run", (None,) * 6, "#654321")]
+    svg = figures.trajectories("Title", list("abcdef"), series, axis="points")
+    line = re.search(r'<path d="([^"]*)" stroke="#123456" stroke-width="3.2"', svg)
+    band = re.search(r'<path d="([^"]*)" fill="#123456" fill-opacity', svg)
+    assert line is not None and line[1].count("M") == 2 and line[1].count("L") == 2
+    assert band is not None and band[1].count("M") == 2 and band[1].count("z") == 2
+    assert "arm (minority)" in svg and "never run" not in svg
+    high = figures.trajectories("Title", ["a"], [Series("arm", (Mark(90.0, 85.0, 95.0),), "#123456")], axis="%")
+    assert ">84<" in high and ">0<" not in high  # a scale of levels need not begin at 0
+
+
+def test_no_marks_no_values_no_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="trajectories: 'Title' has no marks: leave the figure out"):
+        figures.trajectories("Title", ["0"], [Series("a", (None,), "#123456")], axis="points")
+    with pytest.raises(ValueError, match="strips: 'Title' has no values: leave the figure out"):
+        figures.strips("Title", ["a"], [[]], axis="points")
+    with pytest.raises(ValueError, match="strips: 'Title' has values that are not finite in b: leave those out"):
+        figures.strips("Title", ["a", "b"], [[1.0], [float("nan")]], axis="points")
+    with pytest.raises(ValueError, match="image_rows: 'Title' has no images: leave the figure out"):
+        figures.image_rows("Title", [("a", [])])
+
+
+def dots_of(svg: str) -> list[list[tuple[float, float]]]:
+    """Where the dots of each strip are."""
+    paths = re.findall(r'<path d="([^"]*h0)" [^>]*stroke-linecap="round"', svg)
+    return [[(float(x), float(y)) for x, y in re.findall(r"M([\d.]+) ([\d.]+)h0", path)] for path in paths]
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), max_size=60), min_size=1, max_size=5).filter(any))
+def test_every_value_is_a_dot_in_its_strip_at_its_height(values: list[list[float]]) -> None:
+    svg = figures.strips("Title", [f"g{place}" for place in range(len(values))], values, axis="points", limits=(-5, 5))
+    strips = dots_of(svg)
+    full = [some for some in values if some]
+    assert [len(strip) for strip in strips] == [len(some) for some in full]
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    slot = (width - 68 - 14) / len(values)
+    places = [place for place, some in enumerate(values) if some]
+    for place, strip, some in zip(places, strips, full, strict=True):
+        middle = 68 + slot * (place + 0.5)
+        assert all(abs(x - middle) <= slot / 2 for x, _ in strip)
+        highest, lowest = min(y for _, y in strip), max(y for _, y in strip)
+        assert lowest - highest == pytest.approx((max(some) - min(some)) / 12 * 300, abs=0.11)
+
+
+def test_strips_show_median_threshold_and_minority() -> None:
+    values = [[1.0, 2.0, 9.0], [3.0]]
+    svg = figures.strips("Title", ["a", "b"], values, axis="points", minority=[1], thresholds=[5.0, None])
+    assert "a: median 2.0" in svg and "b: median 3.0" in svg
+    assert svg.count("stroke-dasharray") == 1
+    assert ">a, 3<" in svg and ">b, 1<" in svg and ">(minority)<" in svg
+    assert svg.count(f'fill="{figures.marks.BAND}"') == 1
+
+
+def test_dots_of_one_height_lie_side_by_side() -> None:
+    (few,) = dots_of(figures.strips("Title", ["a"], [[1.0] * 5], axis="points"))
+    assert sorted(x - few[0][0] for x, _ in few) == [-8.0, -4.0, 0.0, 4.0, 8.0]
+    (many,) = dots_of(figures.strips("Title", ["a"], [[1.0] * 1000], axis="points"))
+    assert max(x for x, _ in many) - min(x for x, _ in many) <= 0.85 * (520 - 68 - 14)
+
+
+def decoded(file: bytes) -> np.ndarray:
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(file))
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_png_is_read_back_as_it_was(height: int, width: int, scale: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    large = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    assert np.array_equal(decoded(png(large)), large)
+
+
+def test_png_of_something_else_is_refused() -> None:
+    for wrong in (np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8), np.zeros((0, 2, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"png: expected uint8 of shape \(height, width, 3\), found"):
+            png(wrong)
+
+
+def test_pixels_are_rounded_and_normalised_images_refused() -> None:
+    images = torch.tensor([0.0, 1 / 255, 0.5, 1.0]).repeat(3, 1).reshape(1, 3, 2, 2)
+    assert pixels_of(images)[0, :, :, 0].tolist() == [[0, 1], [128, 255]]
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\], found -2 to 0: undo the normalisation first"):
+        pixels_of(torch.tensor([-2.0, 0.0, 0.0]).reshape(3, 1, 1))
+    with pytest.raises(ValueError, match=r"expected images \(..., 3, height, width\), found \(1, 28, 28\)"):
+        pixels_of(torch.zeros(1, 28, 28))
+
+
+def test_contact_sheet_shows_the_first_images_of_each_group() -> None:
+    split = data.synthetic(0, counts={"few": (3, 1, 0, 2)}).splits["few"]
+    sheet = decoded(contact_sheet(split, per_group=2, scale=2, gap=5))
+    assert sheet.shape == (4 * (64 + 10), 2 * 69 + 5, 3)
+    expected = np.full(sheet.shape, 255, np.uint8)
+    for group, place, image in ((0, 0, 0), (0, 1, 1), (1, 0, 3), (3, 0, 4), (3, 1, 5)):
+        top, left = 5 + group * 74, 5 + place * 69
+        for row in range(64):
+            for column in range(64):
+                pixel = split.images[image, :, row // 2, column // 2]
+                expected[top + row, left + column] = (pixel * 255).round().byte().numpy()
+    assert np.array_equal(sheet, expected)
+
+
+def test_contact_sheet_refuses_what_it_cannot_show() -> None:
+    split = data.synthetic(0, counts={"few": (1, 1, 1, 1), "none": (0, 0, 0, 0)}).splits
+    with pytest.raises(ValueError, match="per_group must be at least 1, found 0; gap must be at least 0, found -1"):
+        contact_sheet(split["few"], per_group=0, gap=-1)
+    with pytest.raises(ValueError, match="the split has no images: pass one that has"):
+        contact_sheet(split["none"])
+
+
+@pytest.mark.parametrize(("name", "per_group", "scale"), [("synthetic", 9, 3), ("digits", 10, 4)])
+def test_pictures_of_the_documentation_are_those_of_the_data(name: str, per_group: int, scale: int) -> None:
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    split = {"synthetic": data.synthetic, "digits": data.digits}[name](0).train
+    file = (Path(__file__).parents[2] / "docs" / "images" / f"{name}.png").read_bytes()
+    assert np.array_equal(decoded(file), decoded(contact_sheet(split, per_group=per_group, scale=scale)))
+    assert len(file) < 150_000
+
+
+def test_images_of_a_figure_are_held_by_it() -> None:
+    pixels = pixels_of(data.synthetic(0, counts={"train": (1, 1, 1, 1)}).train.images)
+    rows = [("first & second", [Picture(p, f"{place}.5", f"image {place}") for place, p in enumerate(pixels[:2])])]
+    svg = figures.image_rows("Title", [*rows, ("third", [Picture(pixels[2])])])
+    ElementTree.fromstring(svg)
+    held = re.findall(r'href="data:image/png;base64,([^"]*)"', svg)
+    assert len(held) == 3
+    for file, image in zip(held, pixels, strict=False):
+        assert np.array_equal(decoded(base64.b64decode(file)), image)
+    assert "first &amp; second" in svg and ">1.5<" in svg and "<title>image 1</title>" in svg

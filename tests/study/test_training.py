@@ -1,42 +1,68 @@
 """Training: the same weights for the same arguments, whatever interrupted it."""
 
+import contextlib
+import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from neuronsurgery.study import training
 from neuronsurgery.study.data import Augmentation, Split, synthetic
+from neuronsurgery.study.methods import (
+    ContrastiveBatches,
+    ContrastivePruning,
+    CorrectNContrast,
+    GroupBalanced,
+    GroupDro,
+    unaugmented,
+)
 from neuronsurgery.study.network import SmallResNet, small_resnet
 from neuronsurgery.study.training import (
     RECIPES,
+    Embedded,
     EpochReport,
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
+    distributed,
     load_checkpoint,
     train,
 )
 
 EPOCHS = 4
 SHORT = {name: replace(recipe, epochs=EPOCHS, batch_size=16) for name, recipe in RECIPES.items()}
+SHORT["plateau"] = Recipe("adam", epochs=EPOCHS, batch_size=16, schedule="plateau")
 
 
 class KilledError(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def split() -> Split:
+def make_split() -> Split:
     none = (0, 0, 0, 0)
     return synthetic(0, counts={"train": (20, 6, 6, 10), "validation": none, "test": none}).train
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return make_split()
 
 
 def kill_after(epoch: int) -> Callable[[EpochReport], None]:
@@ -132,14 +158,77 @@ def test_first_step_of_each_recipe_is_by_hand(split: Split, tmp_path: Path) -> N
     after = train(model, split, tmp_path / "sgd", recipe=recipe).get_parameter("head.weight")
     torch.testing.assert_close(after, before - 0.1 * (gradient + 0.5 * before))
     recipe = Recipe("adamw", learning_rate=0.1, epochs=1, batch_size=len(split))
-    after = train(model, split, tmp_path / "adam", recipe=recipe).get_parameter("head.weight")
+    after = train(model, split, tmp_path / "adamw", recipe=recipe).get_parameter("head.weight")
     torch.testing.assert_close(after, before - 0.1 * gradient.sign(), rtol=1e-3, atol=1e-3)
+    # A decay so strong that, being a part of the gradient, it decides the sign.
+    recipe = replace(recipe, optimizer="adam", weight_decay=1e4)
+    after = train(model, split, tmp_path / "adam", recipe=recipe).get_parameter("head.weight")
+    torch.testing.assert_close(after, before - 0.1 * before.sign(), rtol=1e-3, atol=1e-3)
 
 
 def test_rate_falls_along_half_a_cosine_to_zero() -> None:
     assert training._cosine(2.0, 0, 10) == 2.0
     assert training._cosine(2.0, 5, 10) == pytest.approx(1.0)
     assert training._cosine(2.0, 10, 10) == 0.0
+
+
+def rates(recipe: Recipe, losses: list[float]) -> list[float]:
+    """Of each epoch, the first being before any loss."""
+    return [training._rate(recipe, 7, 10, losses[:epoch]) for epoch in range(len(losses) + 1)]
+
+
+def test_rate_stays_where_it_is_constant() -> None:
+    assert rates(Recipe(learning_rate=0.3, schedule="constant"), [3.0, 3.0, 3.0]) == [0.3] * 4
+
+
+def test_rate_is_halved_after_two_epochs_on_a_plateau() -> None:
+    recipe = Recipe(learning_rate=8.0, schedule="plateau")
+    assert rates(recipe, [3.0, 2.0, 2.0, 1.99999]) == [8.0, 8.0, 8.0, 8.0, 4.0]
+    assert rates(recipe, [2.0, 3.0, 1.0, 3.0, 0.9]) == [8.0] * 6
+    assert rates(recipe, [1.0] * 7) == [8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_plateau_is_that_of_torch(seed: int) -> None:
+    losses = torch.rand(60, generator=torch.Generator().manual_seed(seed)).cumsum(0).neg().exp().add(0.5).tolist()
+    losses = [loss + 0.1 * (index % 3) for index, loss in enumerate(losses)]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, eps=0.0)
+    expected = [1.0]
+    for loss in losses:
+        scheduler.step(loss)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(Recipe(learning_rate=1.0, schedule="plateau"), losses) == expected
+    assert expected[-1] < 0.1
+
+
+def test_training_uses_the_rate_of_the_plateau(split: Split, tmp_path: Path) -> None:
+    """No step is ever taken that lowers the loss: every second epoch halves the rate, so three sizes of step."""
+    recipe = Recipe("sgd", learning_rate=0.25, epochs=6, batch_size=len(split), schedule="plateau")
+    model = Constant()
+    train(model, split, tmp_path, recipe=recipe, method=Uphill())
+    met = [load_checkpoint(model, tmp_path, epoch).get_parameter("weight").item() for epoch in range(7)]
+    steps = [after - before for before, after in pairwise(met)]
+    assert steps == pytest.approx([0.25, 0.25, 0.25, 0.125, 0.125, 0.0625], rel=1e-5)
+
+
+class Constant(nn.Module):
+    """Its one weight as the logit of either class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.weight.expand(len(images), 2)
+
+
+class Uphill(training.Erm):
+    """A loss of gradient -1, to which the weight adds nothing."""
+
+    def loss(self, outputs: Any, targets: Tensor, groups: Tensor, state: Any) -> Any:
+        mean = outputs[0].mean()
+        return mean.detach() - mean, state
 
 
 @pytest.mark.parametrize("recipe", ["adam", "sgd"])
@@ -171,7 +260,7 @@ def test_what_the_caller_owns_stays(split: Split, tmp_path: Path) -> None:
 # KilledError and resumed
 
 
-@pytest.mark.parametrize("recipe", ["adam", "sgd"])
+@pytest.mark.parametrize("recipe", ["adam", "sgd", "plateau"])
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_killed_and_resumed_is_uninterrupted(recipe: str, epoch: int, split: Split, tmp_path: Path) -> None:
     whole = run(split, tmp_path / "whole", recipe=SHORT[recipe])
@@ -224,9 +313,36 @@ def test_half_written_temporary_files_are_ignored(split: Split, tmp_path: Path) 
     with pytest.raises(KilledError, match="killed here"):
         run(split, folder, progress=kill_after(2))
     for path in (checkpoint_path(folder, 3), checkpoint_path(folder, 9), folder / "optimizer.safetensors"):
-        path.with_name(path.name + ".tmp").write_bytes(b"half of")
+        path.with_name(f".{path.name}.a1b2").write_bytes(b"half of")
     assert checkpoint_epochs(folder) == (0, 1, 2)
     assert same_state(whole, run(split, folder))
+    assert same_names(folder, tmp_path / "whole"), "what a killed process left is removed"
+
+
+def same_names(a: Path, b: Path) -> bool:
+    return {path.relative_to(a) for path in a.rglob("*")} == {path.relative_to(b) for path in b.rglob("*")}
+
+
+def test_a_folder_from_before_methods_and_schedules_is_still_understood(split: Split, tmp_path: Path) -> None:
+    run(split, tmp_path)
+    with safe_open(tmp_path / "optimizer.safetensors", framework="pt") as file:
+        said = json.loads(file.metadata()["run"])
+    recipe = {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.0, "momentum": 0.0}
+    assert said.pop("recipe") == recipe | {"epochs": EPOCHS, "batch_size": 16}
+    assert said.pop("hardware") == {"device": None, "bfloat16": False, "channels_last": False}
+    assert sorted(said) == ["augmentation", "images and targets", "initial weights", "seed"]
+
+
+def test_a_run_by_another_method_is_refused_either_way(split: Split, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"recipe": SHORT["adam"]}
+    train(small_resnet(5), split, tmp_path / "erm", **arguments)
+    with pytest.raises(ValueError, match=r"another run; method: expected {'name': 'group DRO'.*, found None: choose"):
+        train(small_resnet(5), split, tmp_path / "erm", method=GroupDro(4), **arguments)
+    train(small_resnet(5), split, tmp_path / "dro", method=GroupDro(4), **arguments)
+    with pytest.raises(ValueError, match=r"another run; method: expected None, found {'name': 'group DRO'"):
+        train(small_resnet(5), split, tmp_path / "dro", **arguments)
+    with pytest.raises(ValueError, match=r"another run; method: expected .*0.02, .*, found .*0.01, "):
+        train(small_resnet(5), split, tmp_path / "dro", method=GroupDro(4, step_size=0.02), **arguments)
 
 
 def test_a_finished_run_is_only_loaded(split: Split, tmp_path: Path) -> None:
@@ -280,8 +396,13 @@ def test_a_damaged_file_is_named(split: Split, tmp_path: Path) -> None:
 
 
 def test_an_unknown_optimizer_is_named(split: Split, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'sgd', found 'lion'"):
+    with pytest.raises(ValueError, match="optimizer must be 'adamw', 'adam' or 'sgd', found 'lion'"):
         train(small_resnet(), split, tmp_path, recipe=Recipe("lion"))  # type: ignore[arg-type]
+
+
+def test_an_unknown_schedule_is_named(split: Split, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="schedule must be 'cosine', 'constant' or 'plateau', found 'linear'"):
+        train(small_resnet(), split, tmp_path, recipe=Recipe(schedule="linear"))  # type: ignore[arg-type]
 
 
 def test_progress_prints_one_line_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,3 +410,228 @@ def test_progress_prints_one_line_to_stderr(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "epoch   3/30  loss 0.2500  accuracy  87.5 %  1.3 s\n"
+
+
+# Two processes
+
+RANKS = 2
+PROCESS_RECIPE = Recipe("sgd", learning_rate=0.1, momentum=0.9, epochs=3, batch_size=15, schedule="plateau")
+
+
+def plain_network() -> nn.Module:
+    """Without batch norm: every image by itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
+
+
+def method_arguments(name: str) -> dict[str, Any]:
+    split = make_split()
+    source = Embedded(split, Augmentation())
+    if name == "group DRO":
+        return {"source": GroupBalanced(source), "method": GroupDro(4, step_size=0.5)}
+    if name == "correct-n-contrast":
+        return {"source": ContrastiveBatches(source, split.groups % 2), "method": CorrectNContrast()}
+    if name == "contrastive pruning":
+        return {"source": source, "method": ContrastivePruning(unaugmented(source), fraction=0.1, sample=8)}
+    return {"source": source}
+
+
+METHODS = ("erm", "group DRO", "correct-n-contrast", "contrastive pruning")
+
+
+def train_by(name: str, folder: Path, **changes: Any) -> nn.Module:
+    arguments = {"recipe": PROCESS_RECIPE, "seed": 1} | method_arguments(name) | changes
+    return train(arguments.pop("model", None) or plain_network(), arguments.pop("source"), folder, **arguments)
+
+
+class BreaksOnRankOne:
+    """A source, or a network, that fails on the second process only, in the second batch."""
+
+    def __init__(self, source: Embedded) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def describe(self) -> dict[str, object]:
+        return self.source.describe()
+
+    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Any]:
+        return BreakingBatches(list(self.source.epoch(size, seed, epoch)))
+
+
+class BreakingBatches(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(super().__iter__()):
+            if number == 1 and dist.get_rank() == 1:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+class BreakingNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.calls = plain_network(), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 and dist.get_rank() == 1:
+            raise ArithmeticError("out of memory, say")
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def kill_and_resume(folder: Path) -> nn.Module:
+    with pytest.raises((KilledError, RuntimeError), match="killed here"):
+        train_by("contrastive pruning", folder, model=small_resnet(0), progress=kill_after(2))
+    return train_by("contrastive pruning", folder, model=small_resnet(0))
+
+
+def fail_to_write(folder: Path) -> nn.Module:
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    os.replace = full  # type: ignore[assignment]
+    try:
+        return train_by("erm", folder)
+    finally:
+        os.replace = replace_file
+
+
+DONE: dict[str, Callable[[Path], nn.Module]] = {
+    **{name: partial(train_by, name) for name in METHODS},
+    "small batches": lambda folder: train_by("erm", folder, recipe=replace(PROCESS_RECIPE, batch_size=41)),
+    "batch norm": lambda folder: train_by("contrastive pruning", folder, model=small_resnet(0)),
+    "resumed": kill_and_resume,
+    "dropout": lambda folder: train_by("erm", folder, model=nn.Sequential(nn.Dropout(), plain_network())),
+}
+FAILED: dict[str, tuple[Callable[[Path], nn.Module], str, str]] = {
+    "a source": (
+        lambda folder: train_by("erm", folder, source=BreaksOnRankOne(method_arguments("erm")["source"])),
+        r"RuntimeError: another process failed, so none has a result:\nrank 1: OSError: the disk is gone",
+        "OSError: the disk is gone",
+    ),
+    "a network": (
+        lambda folder: train_by("erm", folder, model=BreakingNetwork()),
+        "RuntimeError: .*",
+        "ArithmeticError: out of memory, say",
+    ),
+    "other arguments": (
+        lambda folder: train_by("erm", folder, seed=dist.get_rank()),
+        'ValueError: .*different runs or see different folders, .*"seed": 0, .* against .*"seed": 1, ',
+        "ValueError: .*give every process the same arguments and a folder that all see",
+    ),
+    "a full disk": (
+        fail_to_write,
+        "OSError: .*No space left on device",
+        r"RuntimeError: another process failed, so none has a result:\nrank 0: OSError: .*No space left",
+    ),
+    "progress": (
+        lambda folder: train_by("erm", folder, progress=kill_after(1)),
+        "KilledError: killed here",
+        r"RuntimeError: another process failed, so none has a result:\nrank 0: KilledError: killed here",
+    ),
+}
+
+
+def work(rank: int, folder: str, ports: list[str]) -> None:
+    """What each process does; the variables are those that torchrun sets."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions; says itself it is no error
+    free = iter(ports)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost", "MASTER_PORT": next(free)}
+    results: dict[str, Any] = {}
+    with distributed() as given:
+        assert given == rank
+        for name, run_case in DONE.items():
+            results[name] = run_case(Path(folder) / name).state_dict()
+    assert not dist.is_initialized()
+    for name, (run_case, *_) in FAILED.items():
+        os.environ["MASTER_PORT"] = next(free)
+        try:
+            with distributed():
+                run_case(Path(folder) / name)
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    assert not dist.is_initialized()
+    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes have left their files and results."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(1 + len(FAILED))]
+        for found in sockets:
+            found.bind(("localhost", 0))
+        ports = [str(found.getsockname()[1]) for found in sockets]
+    mp.spawn(work, (str(folder), ports), nprocs=RANKS)
+    return folder
+
+
+def result(folder: Path, rank: int, name: str) -> Any:
+    return pickle.loads((folder / f"{rank}.pickle").read_bytes())[name]
+
+
+@pytest.mark.parametrize("name", DONE)
+def test_two_processes_return_the_same_bits(name: str, folder: Path) -> None:
+    state = result(folder, 0, name)
+    assert same_tensors(state, result(folder, 1, name))
+    last = checkpoint_epochs(folder / name)[-1]
+    assert last == PROCESS_RECIPE.epochs
+    assert same_tensors(state, load_file(checkpoint_path(folder / name, last)))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "small batches"])
+def test_two_processes_train_as_one_does(name: str, folder: Path, tmp_path: Path) -> None:
+    alone = DONE[name](tmp_path).state_dict()
+    together = result(folder, 0, name)
+    for key, value in plain_network().state_dict().items():
+        torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-5)
+        assert (alone[key] - value).abs().max() > 1e-3
+    met = [training.read_trajectory(path)[1:] for path in (tmp_path, folder / name)]
+    assert all(one == pytest.approx(two, rel=1e-4) for one, two in zip(*met, strict=True))
+
+
+def test_two_processes_resume_to_the_same_bits(folder: Path) -> None:
+    assert same_folder(folder / "batch norm", folder / "resumed")
+
+
+def test_batch_norm_is_not_that_of_one_process(folder: Path, tmp_path: Path) -> None:
+    """Or the docstring would say too little; the running statistics are means of both processes', and near."""
+    alone, together = DONE["batch norm"](tmp_path).state_dict(), result(folder, 0, "batch norm")
+    key = "stem_norm.running_var"
+    assert not torch.allclose(alone[key], together[key], rtol=1e-4)
+    torch.testing.assert_close(alone[key], together[key], rtol=0.3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAILED)
+def test_an_error_of_one_process_is_one_of_both(name: str, folder: Path) -> None:
+    for rank, text in enumerate(FAILED[name][1:]):
+        assert re.match(text, result(folder, rank, name), re.DOTALL), result(folder, rank, name)
+
+
+def test_a_run_of_two_processes_is_not_taken_up_by_one(folder: Path) -> None:
+    with pytest.raises(ValueError, match="another run; processes: expected None, found 2"):
+        train_by("erm", folder / "erm")
+
+
+def test_a_process_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed() as rank:
+        assert rank == 0
+        assert not dist.is_initialized()
+
+
+def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="environment variable RANK expected"), distributed():
+        pass

@@ -1,0 +1,668 @@
+"""Last-layer retraining: a logistic regression on what the last linear layer reads, put back as an edit of its rows.
+
+One code for a family of methods, which differ only in what the examples are balanced over: true groups (DFR, on
+group-balanced validation images), inferred groups (no group labels), the classes, or the model's own confidence (AFR).
+Features are computed once; a fit on some hundred of them takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuronsurgery.edits import Edit, rewind
+from neuronsurgery.neurons import find_layout, select
+from neuronsurgery.structure import bare, one_numerical_path, plain, walk_modules
+from neuronsurgery.study.data import permutation
+from neuronsurgery.types import (
+    Batch,
+    Group,
+    Loaders,
+    Predict,
+    Unpack,
+    extract_logits,
+    iterate_groups,
+    model_device,
+    move,
+    ordered_groups,
+    unpack_batch,
+)
+
+Penalty: TypeAlias = Literal["l1", "l2"]
+Doubles: TypeAlias = npt.NDArray[np.float64]
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
+"""Values of C that `dfr` chooses from, in this order, as its authors do for Waterbirds."""
+
+GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
+"""Values of gamma that `tuned_afr` chooses from, in this order."""
+
+ITERATIONS: Final = 10_000
+
+
+# What is fitted
+
+
+class Features(NamedTuple):
+    """What the last linear layer reads, example by example.
+
+    Attributes:
+        features: (N, D), in the dtype of the model, on the CPU.
+        targets: int64 (N,), the classes.
+        groups: int64 (N,).
+    """
+
+    features: Tensor
+    targets: Tensor
+    groups: Tensor
+
+
+class LinearRule(NamedTuple):
+    """A linear classifier of raw features.
+
+    Attributes:
+        coef: float64 (C, D), one row per class; for two classes (1, D), the direction of class 1.
+        intercept: float64 (C,); for two classes (1,).
+    """
+
+    coef: Tensor
+    intercept: Tensor
+
+    def predict(self, features: Tensor) -> Tensor:
+        """The class of each example, int64 (N,); of equal scores the first."""
+        scores = features.double() @ self.coef.T + self.intercept
+        return scores.argmax(1) if len(self.coef) > 1 else (scores[:, 0] > 0).long()
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A rule and how its hyper-parameter was chosen.
+
+    Attributes:
+        rule: fitted with the chosen value.
+        chosen: the value with the best worst-group accuracy; of equal ones the first.
+        accuracies: the worst-group accuracy of every value, in [0, 1].
+    """
+
+    rule: LinearRule
+    chosen: float
+    accuracies: Mapping[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Scaler:
+    """Standardisation of features: (x - mean) / scale.
+
+    Attributes:
+        mean: float64 (D,).
+        scale: float64 (D,), the standard deviation (divided by N); 1 where a feature is constant.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor) -> Scaler:
+        """The scaler of some features (N, D)."""
+        wide = features.double()
+        constant = (wide == wide[0]).all(0)  # rounding would leave a tiny spread, and dividing by it noise
+        return cls(wide.mean(0), torch.where(constant, 1.0, wide.std(0, correction=0)))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The standardised features, float64 (N, D)."""
+        return (features.double() - self.mean) / self.scale
+
+    def unscaled(self, rule: LinearRule) -> LinearRule:
+        """The rule that says of raw features what `rule` says of standardised ones."""
+        coef = rule.coef / self.scale
+        return LinearRule(coef, rule.intercept - coef @ self.mean)
+
+
+# The model's side
+
+
+def last_linear(
+    model: nn.Module, batch: Any = None, *, predict: Predict | None = None, unpack: Unpack | None = None
+) -> str:
+    """The name of the last linear layer, such as "fc", "head" or "classifier.6"; "" where it is the model itself.
+
+    Args:
+        model: any module; it is run in evaluation mode, on a copy that shares its weights.
+        batch: what a loader yields. With it, the layer is the one whose output **is** the model's logits; without it,
+            the last one that the model registers, which is the same for the usual networks, but not checked.
+        predict: the model's output -> logits.
+        unpack: what a loader yields -> `Batch`.
+
+    Returns:
+        The layer's name in the bare model.
+
+    Raises:
+        ValueError: if the logits are no linear layer's output, or there is no linear layer.
+    """
+    if batch is None:
+        names = [
+            prefix.removesuffix(".") for prefix, module in walk_modules(bare(model)) if isinstance(module, nn.Linear)
+        ]
+        if not names:
+            raise ValueError(f"{type(bare(model)).__name__} has no linear layer, so its last layer cannot be retrained")
+        return names[-1]
+    runner = _Runner(model, predict)
+    unpacked = unpack_batch(batch, unpack)
+    device = model_device(runner.model)
+    runner.run(unpacked if device is None else move(unpacked, device))
+    return runner.head
+
+
+def extract_features(
+    model: nn.Module,
+    loaders: Loaders,
+    *,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+    progress: bool = False,
+) -> Features:
+    """What the last linear layer of a model reads, for every example, in the order of the loaders.
+
+    The model runs in evaluation mode on a copy that shares its weights, without gradient; nothing of it changes.
+
+    Args:
+        model: a network whose logits are the output of a linear layer.
+        loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example.
+        predict: the model's output -> logits.
+        unpack: what a loader yields -> `Batch`.
+        progress: whether to write a line of progress to standard error.
+
+    Returns:
+        `(features, targets, groups)`: (N, D), int64 (N,), int64 (N,). Groups that are integers stay as they are; names
+        are numbered, those of a mapping in its order, others in ascending order.
+
+    Raises:
+        ValueError: if the logits are no linear layer's output, it does not read one vector per example, a target is no
+            class index, or there are no examples.
+    """
+    runner = _Runner(model, predict)
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
+    names: list[Group] = []
+    label = "features" if progress else None
+    for groups, batch in iterate_groups(loaders, device=model_device(runner.model), unpack=unpack, progress=label):
+        features.append(runner.run(batch))
+        targets.append(batch.targets.detach().cpu())
+        names.extend(groups)
+    if not features:
+        raise ValueError(
+            "the loaders yielded no examples: an iterator is exhausted after one pass; give a list or a DataLoader"
+        )
+    classes = torch.cat(targets)
+    if classes.dim() != 1 or classes.is_floating_point():
+        raise ValueError(
+            f"targets must be class indices, one integer per example, not {classes.dtype} of shape "
+            f"{tuple(classes.shape)}: convert them"
+        )
+    order: Sequence[Group] = list(loaders) if isinstance(loaders, Mapping) else ordered_groups(names)
+    integers = all(isinstance(group, int) for group in order)
+    numbers = {group: group if integers else number for number, group in enumerate(order)}
+    return Features(torch.cat(features), classes.long(), torch.tensor([numbers[name] for name in names]).long())
+
+
+class _Runner:
+    """A private copy of a model that notes what its linear layers read and return."""
+
+    def __init__(self, model: nn.Module, predict: Predict | None) -> None:
+        self.model = plain(model)
+        self.predict = predict
+        self.head = ""
+        self.examples = 0
+        self.passed: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._noting(name), with_kwargs=True)
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            # Of layers that read many tokens per example only the latest is held: all would fill the memory.
+            some = {other: seen for other, seen in self.passed.items() if seen[1].shape[:-1] == (self.examples,)}
+            self.passed = some | {name: (args[0] if args else kwargs["input"], output)}
+
+        return note
+
+    def run(self, batch: Batch) -> Tensor:
+        """What the last linear layer reads of a batch, (n, D), on the CPU."""
+        self.passed, self.examples = {}, len(batch)
+        with torch.no_grad(), one_numerical_path():
+            logits = extract_logits(self.model(*batch.args, **batch.kwargs), self.predict, len(batch))
+            found = [
+                name for name, (inputs, output) in self.passed.items() if self._is_head(name, inputs, output, logits)
+            ]
+        if not found:
+            raise ValueError(
+                f"the logits of {type(self.model).__name__} are not the output of a linear layer"
+                f"{f' (the last that ran is {list(self.passed)[-1]})' if self.passed else ', of which it runs none'}: "
+                f"pass predict=, a function output -> that layer's output, or give a network that ends in one"
+            )
+        self.head = found[-1]
+        features = self.passed[self.head][0]
+        if features.dim() != 2:
+            raise ValueError(
+                f"the last linear layer '{self.head}' reads {tuple(features.shape)} for {len(batch)} examples; "
+                f"retraining it needs one vector per example, shape ({len(batch)}, D)"
+            )
+        return features.detach().cpu().clone()
+
+    def _is_head(self, name: str, inputs: Tensor, output: Tensor, logits: Tensor) -> bool:
+        """Whether the logits are this layer's output, untouched."""
+        places = [(tensor.shape, tensor.stride(), tensor.data_ptr()) for tensor in (output, logits)]
+        if places[0] != places[1]:
+            return False
+        layer = self.model.get_submodule(name)
+        again = functional.linear(inputs, layer.weight, layer.bias)  # type: ignore[arg-type]  # of an nn.Linear
+        # In the same place, they may still have been changed there: divided by a temperature, cut off by a hook.
+        return torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()), equal_nan=True)
+
+
+def last_logits(model: nn.Module, features: Tensor, *, head: str | None = None) -> Tensor:
+    """The logits that a model's last linear layer gives for some features, float64 (N, C).
+
+    Args:
+        model: the model.
+        features: (N, D), from `extract_features`.
+        head: the layer's name; default `last_linear(model)`.
+
+    Raises:
+        ValueError: if there is no such linear layer, or it reads vectors of another length.
+    """
+    name, layer = _head(model, head)
+    if features.dim() != 2 or features.shape[1] != layer.in_features:
+        raise ValueError(
+            f"'{name}' reads vectors of {layer.in_features}, found features of shape {tuple(features.shape)}: take "
+            f"them from extract_features of the same model"
+        )
+    bias = None if layer.bias is None else layer.bias.detach().cpu().double()
+    return functional.linear(features.double(), layer.weight.detach().cpu().double(), bias)
+
+
+def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | None = None) -> Edit:
+    """The edit that puts a linear rule in the place of a model's last layer.
+
+    `apply(edit, model)` is the retrained model. A rule for two classes has one row w (and one number b), the evidence
+    for class 1. In a layer of two rows it is split evenly, row 0 = -w / 2 and row 1 = w / 2, so that the difference of
+    the logits is w x + b and their softmax the rule's probability. With a row per class, and for a layer of a single
+    row, rows are taken as they are.
+
+    Args:
+        model: the model whose features the rule was fitted on.
+        coef: (C, D), or (1, D) for two classes.
+        intercept: (C,), or (1,).
+        head: the layer's name; default `last_linear(model)`.
+
+    Returns:
+        A rewind of the layer's weight and bias to these values.
+
+    Raises:
+        ValueError: if there is no such linear layer, it has no bias, or the shapes do not fit it.
+    """
+    name, layer = _head(model, head)
+    if layer.bias is None:
+        raise ValueError(
+            f"'{name}' has no bias, where the intercept would go: make the model with a last layer that has one "
+            f"(bias=True); set to 0 it leaves the outputs as they are"
+        )
+    rows = layer.out_features
+    fits = coef.shape in {(rows, layer.in_features), (1, layer.in_features) if rows == 2 else None}
+    if not fits or intercept.shape != coef.shape[:1]:
+        raise ValueError(
+            f"'{name}' has {rows} rows of {layer.in_features} and a bias of {rows}; found coef "
+            f"{tuple(coef.shape)} and intercept {tuple(intercept.shape)}: fit them on the features of this model, with "
+            f"one row per class (one for two classes)"
+        )
+    if rows == 2 and len(coef) == 1:
+        coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
+    weight, bias = (f"{name}.{tensor}".removeprefix(".") for tensor in ("weight", "bias"))
+    neurons = select(find_layout(model, where=weight, extra=bias), {weight: ..., bias: ...})
+    return rewind(neurons, {weight: coef, bias: intercept})
+
+
+def _head(model: nn.Module, head: str | None) -> tuple[str, nn.Linear]:
+    """The name and a plain copy, weights shared, of the last layer."""
+    linears = {name: module for name, module in plain(model).named_modules() if isinstance(module, nn.Linear)}
+    name = last_linear(model) if head is None else head
+    if name not in linears:
+        raise ValueError(
+            f"no linear layer is called '{name}'; there are {', '.join(map(repr, linears)) or 'none'}: pass one "
+            f"of them as head="
+        )
+    return name, linears[name]
+
+
+# Fitting
+
+
+def balanced_subset(groups: Tensor, seed: int, number: int, *, group_count: int | None = None) -> Tensor:
+    """As many examples of every group as the smallest group has, drawn at random.
+
+    Args:
+        groups: int (N,), numbered 0 ... G - 1.
+        seed: of the draw.
+        number: of the subset; the draw depends on (seed, number) and the groups alone.
+        group_count: G; default the largest group's number plus 1.
+
+    Returns:
+        The indices, int64, ascending.
+
+    Raises:
+        ValueError: if a group has no examples; lists them.
+    """
+    members = _members(groups, group_count)
+    smallest = min(len(own) for own in members)
+    drawn = [
+        own[permutation(len(own), "balanced subset", seed, number, group)[:smallest]]
+        for group, own in enumerate(members)
+    ]
+    return torch.from_numpy(np.sort(np.concatenate(drawn)))
+
+
+def balanced_logistic(
+    features: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    *,
+    penalty: Penalty = "l2",
+    strength: float = 0.1,
+    subsets: int = 10,
+    seed: int = 0,
+    scaler: Scaler | None = None,
+    group_count: int | None = None,
+) -> LinearRule:
+    """The mean of logistic regressions, each on a random subset that has equally many examples of every group.
+
+    Args:
+        features: (N, D).
+        targets: int (N,), classes 0 ... C - 1.
+        groups: int (N,), numbered 0 ... G - 1: true groups, inferred ones, or the classes themselves.
+        penalty: "l2" (and a softmax over more than two classes), or "l1" (one class against the rest, by liblinear,
+            which penalises the intercept too, as DFR's authors have it).
+        strength: C, the inverse of the penalty's weight; of standardised features.
+        subsets: how many regressions.
+        seed: of the subsets.
+        scaler: how features are standardised before the fit; default by all of `features`.
+        group_count: G, where the last groups might be empty; default the largest group's number plus 1.
+
+    Returns:
+        The mean rule, of raw features: the standardisation is folded into it.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if shapes do not fit, features are not finite, there are fewer than two classes, a class or a group
+            has no examples, or `strength` or `subsets` is out of range.
+    """
+    _check(features, targets, groups, strength=strength)
+    if subsets < 1:
+        raise ValueError(f"subsets must be at least 1, found {subsets}: 10 or 20 are usual")
+    scaler = scaler or Scaler.fit(features)
+    standard = scaler(features)
+    rules = []
+    for number in range(subsets):
+        subset = balanced_subset(groups, seed, number, group_count=group_count)
+        rules.append(_logistic(standard[subset], targets[subset], penalty, strength))
+    coef, intercept = (torch.stack(parts).mean(0) for parts in zip(*rules, strict=True))
+    return scaler.unscaled(LinearRule(coef, intercept))
+
+
+def dfr(
+    validation: Features,
+    train_features: Tensor,
+    *,
+    penalty: Penalty = "l1",
+    strengths: Sequence[float] = STRENGTHS,
+    refits: int = 20,
+    seed: int = 0,
+    group_count: int | None = None,
+) -> Tuned:
+    """Deep feature reweighting on validation images, DFR^Val_Tr: tuned on half of them, refitted on all.
+
+    The images are split in random halves. For every C, a regression is fitted on a group-balanced subset of one half
+    (standardised by that subset) and judged by the worst group of the other. With the best C, `refits` regressions on
+    group-balanced subsets of all images (standardised by the training images) are averaged.
+
+    Args:
+        validation: features, classes and groups of the validation images.
+        train_features: (M, D), features of the training images; for the standardisation only.
+        penalty: see `balanced_logistic`.
+        strengths: values of C to choose from; of equally good ones, the first.
+        refits: how many regressions to average.
+        seed: of the halves and the subsets.
+        group_count: see `balanced_logistic`.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: as `balanced_logistic`, also where a half has no examples of a group.
+
+    Source:
+        Kirichenko et al., "Last layer re-training is sufficient for robustness to spurious correlations", 2023, and
+        their code.
+    """
+    features, targets, groups = validation
+    if not strengths:
+        raise ValueError("strengths is empty: give the values of C to choose from")
+    _check(features, targets, groups, strength=min(strengths))
+    count = len(_members(groups, group_count))
+    order = torch.from_numpy(permutation(len(targets), "halves", seed))
+    judging, fitting = order[: len(order) // 2], order[len(order) // 2 :]
+    for half in (fitting, judging):
+        _members(groups[half], count, "half of the validation images, drawn at random,")
+    fitting = fitting[balanced_subset(groups[fitting], seed, refits, group_count=count)]  # none of the refits' subsets
+    scaler = Scaler.fit(features[fitting])
+
+    def judged(strength: float) -> float:
+        rule = scaler.unscaled(_logistic(scaler(features[fitting]), targets[fitting], penalty, strength))
+        return worst_accuracy(rule, Features(features[judging], targets[judging], groups[judging]))
+
+    accuracies = {strength: judged(strength) for strength in strengths}
+    chosen = max(accuracies, key=accuracies.__getitem__)
+    rule = balanced_logistic(
+        *validation,
+        penalty=penalty,
+        strength=chosen,
+        subsets=refits,
+        seed=seed,
+        scaler=Scaler.fit(train_features),
+        group_count=count,
+    )
+    return Tuned(rule, chosen, accuracies)
+
+
+def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
+    """The weight of each example in AFR, exp(-gamma p) / n with p the probability of its class and n the class's size.
+
+    Args:
+        targets: int (N,), classes.
+        logits: (N, C), of the model before retraining.
+        gamma: at least 0; 0 weighs all examples of a class the same.
+
+    Returns:
+        float64 (N,), of mean 1.
+
+    Raises:
+        ValueError: if shapes do not fit, a target is none of the classes, or gamma is negative or not finite.
+    """
+    if (
+        logits.dim() != 2
+        or targets.shape != logits.shape[:1]
+        or not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]
+    ):
+        raise ValueError(
+            f"AFR needs logits (N, C) and classes 0 ... C - 1 of N examples, found {tuple(logits.shape)} and "
+            f"{tuple(targets.shape)}: take the logits of the same examples, for instance from last_logits"
+        )
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be a finite number of at least 0, found {gamma}: 4 is a usual value")
+    probability = logits.double().softmax(1).gather(1, targets.long()[:, None])[:, 0]
+    weights = (-gamma * probability).exp() / torch.bincount(targets)[targets]
+    return weights * (len(weights) / weights.sum())
+
+
+def afr(
+    features: Tensor,
+    targets: Tensor,
+    logits: Tensor,
+    *,
+    gamma: float = 4.0,
+    strength: float = 0.1,
+    scaler: Scaler | None = None,
+) -> LinearRule:
+    """Automatic feature reweighting: a logistic regression in which an example weighs more, the worse it is known.
+
+    It differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place
+    of some steps of gradient descent with a penalty on the distance to the weights of the model.
+
+    Args:
+        features: (N, D), of images that the model was not trained on.
+        targets: int (N,), classes 0 ... C - 1.
+        logits: (N, C), of the model before retraining: see `last_logits`.
+        gamma: how strongly to weigh; see `afr_weights`.
+        strength: C, the inverse of the penalty's weight; of standardised features.
+        scaler: how features are standardised before the fit; default by all of `features`.
+
+    Returns:
+        The rule, of raw features.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if shapes do not fit, features are not finite, a class has no examples, or `gamma` or `strength` is
+            out of range.
+
+    Source:
+        Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
+    """
+    _check(features, targets, targets, strength=strength)
+    weights = afr_weights(targets, logits, gamma)
+    scaler = scaler or Scaler.fit(features)
+    return scaler.unscaled(_logistic(scaler(features), targets, "l2", strength, weights))
+
+
+def tuned_afr(
+    features: Tensor,
+    targets: Tensor,
+    logits: Tensor,
+    validation: Features,
+    *,
+    gammas: Sequence[float] = GAMMAS,
+    strength: float = 0.1,
+    scaler: Scaler | None = None,
+) -> Tuned:
+    """AFR with the gamma that does best for the worst group of other images.
+
+    Args:
+        features: (N, D); this and what follows as for `afr`.
+        targets: int (N,).
+        logits: (N, C).
+        validation: images to judge by, none of which should be among those of `features`. Its groups are the selector:
+            true groups, inferred ones, or its classes (the worst class).
+        gammas: values to choose from; of equally good ones, the first.
+        strength: see `afr`.
+        scaler: see `afr`.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: as `afr`, or if there is no gamma to choose from or no image to judge by.
+    """
+    if not gammas or not len(validation.targets):
+        raise ValueError(f"found {len(gammas)} gammas and {len(validation.targets)} images to judge them by: give both")
+    rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength, scaler=scaler) for gamma in gammas}
+    accuracies = {gamma: worst_accuracy(rule, validation) for gamma, rule in rules.items()}
+    chosen = max(accuracies, key=accuracies.__getitem__)
+    return Tuned(rules[chosen], chosen, accuracies)
+
+
+def worst_accuracy(rule: LinearRule, data: Features) -> float:
+    """The share of right answers in the group that has the lowest, in [0, 1]; groups without examples do not count."""
+    right = (rule.predict(data.features) == data.targets).double()
+    return min(float(right[data.groups == group].mean()) for group in set(data.groups.tolist()))
+
+
+def _logistic(
+    features: Tensor, targets: Tensor, penalty: Penalty, strength: float, weights: Tensor | None = None
+) -> LinearRule:
+    """A logistic regression of standardised features."""
+    x, y = features.detach().numpy(), targets.numpy()
+    weight = None if weights is None else weights.detach().numpy()
+    classes = int(y.max()) + 1
+    if penalty == "l2":
+        fits = [_sklearn(strength, solver="lbfgs").fit(x, y, weight)]
+    elif penalty == "l1":
+        each = [1] if classes == 2 else range(classes)
+        fits = [_sklearn(strength, solver="liblinear", **_l1()).fit(x, y == one, weight) for one in each]
+    else:
+        raise ValueError(f"penalty must be 'l1' or 'l2', found {penalty!r}: pass one of them")
+    coef, intercept = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("coef_", "intercept_"))
+    return LinearRule(torch.from_numpy(coef).double(), torch.from_numpy(intercept).double())
+
+
+def _sklearn(strength: float, **options: Any) -> Any:
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "last-layer retraining needs scikit-learn, which is not installed: pip install 'neuronsurgery[study]'"
+        ) from error
+    # A seed of its own: liblinear would otherwise draw one from numpy's global state.
+    return LogisticRegression(C=strength, max_iter=ITERATIONS, random_state=0, **options)
+
+
+def _l1() -> dict[str, Any]:
+    """How to ask scikit-learn for an L1 penalty: by another argument since 1.8, which warns of the old one."""
+    import sklearn
+
+    major, minor = (int(part) for part in sklearn.__version__.split(".")[:2])
+    return {"l1_ratio": 1.0} if (major, minor) >= (1, 8) else {"penalty": "l1"}
+
+
+def _members(groups: Tensor, group_count: int | None, where: str = "the data") -> list[Integers]:
+    """The examples of each group 0 ... G - 1."""
+    if group_count is None:
+        group_count = int(groups.max()) + 1 if len(groups) else 1
+    if groups.is_floating_point() or (len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < group_count):
+        raise ValueError(
+            f"groups must be integers 0 ... {group_count - 1}, found {groups.dtype} from {groups.min()} to "
+            f"{groups.max()}: number the groups, or give the right group_count="
+        )
+    members = [np.flatnonzero(groups.numpy() == group).astype(np.int64) for group in range(group_count)]
+    empty = [group for group, own in enumerate(members) if not len(own)]
+    if empty:
+        raise ValueError(
+            f"{where} has no examples of group {', '.join(map(str, empty))} of 0 ... {group_count - 1}, so no "
+            f"subset can be balanced over the groups: give examples of it, or number the groups without it"
+        )
+    return members
+
+
+def _check(features: Tensor, targets: Tensor, groups: Tensor, *, strength: float) -> None:
+    n = len(targets)
+    if features.dim() != 2 or len(features) != n or targets.shape != (n,) or groups.shape != (n,) or n == 0:
+        raise ValueError(
+            f"expected features (N, D), targets (N,) and groups (N,) of the same N examples, found "
+            f"{tuple(features.shape)}, {tuple(targets.shape)} and {tuple(groups.shape)}"
+        )
+    if not features.isfinite().all():
+        bad = int((~features.isfinite()).any(1).sum())
+        raise ValueError(f"the features of {bad} of {n} examples are NaN or infinite: look at the model's weights")
+    if targets.is_floating_point() or int(targets.min()) < 0:
+        raise ValueError(
+            f"targets must be classes 0 ... C - 1, found {targets.dtype} from {targets.min()}: number them"
+        )
+    counts = torch.bincount(targets)
+    if len(counts) < 2 or (counts == 0).any():
+        raise ValueError(
+            f"every class needs examples, and there must be two or more; found {counts.tolist()} examples of the "
+            f"classes 0 ... {len(counts) - 1}: give examples of every class"
+        )
+    if not 0 < strength < float("inf"):
+        raise ValueError(f"strength must be a finite number above 0, found {strength}: 0.1 is a usual value")

@@ -1,0 +1,181 @@
+"""From the rows of a table to a data set: codes of classes and attributes, splits, and whether every file is there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+import torch
+
+from neuronsurgery.study.readers.disk import ImageData, ImageSplit, Loading
+from neuronsurgery.study.readers.pixels import Framing, RandomCrop, open_image, torchvision_transforms
+from neuronsurgery.study.readers.tables import Problems, raise_for, whole_number
+
+SPLITS: Final = {
+    "train": ("0", "train", "training"),
+    "validation": ("1", "val", "valid", "validation"),
+    "test": ("2", "test"),
+}
+SPLIT_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {name: split for split, names in SPLITS.items() for name in names}
+)
+"""What a table may say, in any case, and the split that it means."""
+_MOST_VALUES: Final = 100  # of a class or an attribute: above it is another column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The four columns as the table says them, one entry per image."""
+
+    source: Path
+    folder: Path
+    path: list[str]
+    y: list[str]
+    attribute: list[str]
+    split: list[str]
+
+
+Encode: TypeAlias = Callable[[Sequence[str], str, Sequence[str]], tuple[list[int], list[str], Problems]]
+"""(values, what they are, names of the images) -> (codes from 0, the value of each code, what is wrong)."""
+
+
+def assemble(
+    rows: Rows,
+    *,
+    name: str,
+    encode: Encode,
+    describe: Callable[[Sequence[str], Sequence[str]], tuple[tuple[str, ...], tuple[str, ...]]],
+    framing: Framing,
+    loading: Loading,
+    verify: bool,
+    splits: Mapping[str, str] = SPLIT_NAMES,
+) -> ImageData:
+    """The data set of a table, after everything in it was checked.
+
+    Args:
+        rows: the table.
+        name: of the data set.
+        encode: the values of a column to codes.
+        describe: the values of class and attribute to the names of classes and groups.
+        framing: how images are brought to size.
+        loading: how they are fetched.
+        verify: open every image's header too.
+        splits: what the column of splits says, in lower case, to "train", "validation" or "test".
+
+    Raises:
+        ValueError: if anything is not as it should be; lists all that is wrong.
+    """
+    torchvision_transforms()  # an error now rather than at the first batch
+    y, y_values, wrong_y = encode(rows.y, "label", rows.path)
+    a, a_values, wrong_a = encode(rows.attribute, "attribute", rows.path)
+    split_of, wrong_splits = _name_splits(rows, splits)
+    wrong_files = _check_files(rows.folder, rows.path, verify)
+    raise_for(rows.source, {**wrong_y, **wrong_a, **wrong_splits, **wrong_files})
+    class_names, group_names = describe(y_values, a_values)
+    targets = torch.tensor(y)
+    groups = targets * len(a_values) + torch.tensor(a)
+    whole = ImageSplit(rows.folder, tuple(rows.path), targets, groups, len(group_names), framing, loading)
+    parts = {part: whole.subset(torch.tensor([place == part for place in split_of])) for part in SPLITS}
+    return ImageData(name, class_names, group_names, RandomCrop(framing.size), MappingProxyType(parts))
+
+
+def encode_binary(values: Sequence[str], what: str, names: Sequence[str]) -> tuple[list[int], list[str], Problems]:
+    """Codes 0 and 1 of values 0 and 1, or -1 and 1."""
+    numbers = {value: whole_number(value) for value in set(values)}
+    allowed = (-1, 1) if -1 in numbers.values() else (0, 1)
+    problems = {
+        f"images whose {what} is no whole number": _saying(values, names, lambda v: numbers[v] is None),
+        f"images whose {what} is neither {allowed[0]} nor 1": _saying(
+            values, names, lambda v: numbers[v] is not None and numbers[v] not in allowed
+        ),
+    }
+    codes = [int(numbers[value] == 1) for value in values]
+    return codes, ["0", "1"], problems
+
+
+def encode_values(values: Sequence[str], what: str, names: Sequence[str]) -> tuple[list[int], list[str], Problems]:
+    """Codes 0, 1, ... of whole numbers in ascending order; of words in theirs, if any value is no number at all."""
+    missing = {value for value in set(values) if value.lower() in ("", "nan")}
+    given = set(values) - missing
+    keys, broken = {value: value for value in given}, set()
+    if all(_is_number(value) for value in given):
+        broken = {value for value in given if whole_number(value) is None}
+        keys = {value: str(whole_number(value)) for value in given - broken}
+    order = sorted(set(keys.values()), key=int if all(map(_is_number, given)) else str)
+    code = {key: number for number, key in enumerate(order)}
+    problems = {
+        f"images whose {what} is missing": _saying(values, names, missing.__contains__),
+        f"images whose {what} is no whole number": _saying(values, names, broken.__contains__),
+        f"different values of the {what}, of which {_MOST_VALUES} are allowed: is it the right column?": (
+            order if len(order) > _MOST_VALUES else []
+        ),
+    }
+    return [code[keys[value]] if value in keys else 0 for value in values], order, problems
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _saying(values: Sequence[str], names: Sequence[str], is_wrong: Callable[[str], bool]) -> list[str]:
+    """The images whose value is wrong, with that value."""
+    return [f"{name} ({value!r})" for name, value in zip(names, values, strict=True) if is_wrong(value)]
+
+
+def _name_splits(rows: Rows, splits: Mapping[str, str]) -> tuple[list[str], Problems]:
+    """The split of each image, "" where unknown, and what is wrong."""
+    splits = {name.lower(): split for name, split in splits.items()}
+
+    def look_up(value: str) -> str:
+        return splits.get(value.lower(), splits.get(str(whole_number(value)), ""))
+
+    meaning = {value: look_up(value) for value in set(rows.split)}
+    named = [meaning[value] for value in rows.split]
+    first: dict[str, str] = {}
+    twice = {path: None for path, split in zip(rows.path, named, strict=True) if first.setdefault(path, split) != split}
+    known = ", ".join(splits)
+    problems = {
+        f"images in an unknown split, known are {known}": _saying(rows.split, rows.path, lambda v: not meaning[v]),
+        "images in more than one split": list(twice),
+        "splits without images": [] if "train" in named else ["train"],
+    }
+    return named, problems
+
+
+def _check_files(folder: Path, paths: Sequence[str], verify: bool) -> Problems:
+    """Missing files, found by listing each directory once; unreadable headers too, with `verify`."""
+    names = [os.path.split(path) for path in paths]
+    listed = {parent: _list(folder / parent) for parent in {parent for parent, _ in names}}
+    is_there = [name in listed[parent] for parent, name in names]
+    problems = {f"images missing in {folder}": [p for p, there in zip(paths, is_there, strict=True) if not there]}
+    if verify:
+        present = [path for path, there in zip(paths, is_there, strict=True) if there]
+        faults = [_header_fault(folder / path) for path in present]  # threads take five times as long
+        broken = [f"{path} ({fault})" for path, fault in zip(present, faults, strict=True) if fault]
+        problems["files that are no readable images"] = broken
+    return problems
+
+
+def _list(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_dir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _header_fault(path: Path) -> str:
+    """What is wrong with the header of an image, or ""."""
+    try:
+        open_image(path).close()
+    except (OSError, SyntaxError, ValueError) as error:
+        return str(error).replace(str(path), path.name) or type(error).__name__
+    return ""

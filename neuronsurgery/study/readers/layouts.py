@@ -1,0 +1,263 @@
+"""The readers: where the tables and images of Waterbirds, CelebA and any other folder lie, and what they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from neuronsurgery.study.readers.assembly import SPLIT_NAMES, SPLITS, Rows, assemble, encode_binary, encode_values
+from neuronsurgery.study.readers.disk import ImageData, Loading
+from neuronsurgery.study.readers.pixels import Framing
+from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+IN_THIS_PROCESS: Final = Loading()
+MIDDLE: Final = Framing((("resize", 256), ("crop", 224)))
+
+
+def waterbirds(
+    root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = False
+) -> ImageData:
+    """The Waterbirds data set of a folder, as group_DRO, WILDS or SubpopBench lay it out.
+
+    The folder, or one a step or two below (`waterbird_complete95_forest2water2`, `waterbirds_v1.0`, `waterbirds`), has
+    `metadata.csv` (`img_id,img_filename,y,split,place,place_filename`), or `metadata_waterbirds.csv`
+    (`id,filename,split,y,a`), which may lie above the images. Evaluated at 256 x 256, cropped to 224.
+
+    Args:
+        root: the folder.
+        size: height and width that the network takes; the resizing before the crop grows with it.
+        loading: how images are fetched.
+        verify: open every image's header too. The bodies are read in training only.
+
+    Returns:
+        Classes landbird and waterbird; groups as in the paper, from "landbird on land" to "waterbird on water".
+
+    Raises:
+        FileNotFoundError: if there is no such folder or no table in it.
+        ValueError: if the table or the images are not as they should be; lists all that is wrong.
+    """
+    below = ("waterbird_complete95_forest2water2", "waterbirds_v*", "waterbirds", "waterbirds/waterbird_complete95_*")
+    source = _find("Waterbirds", root, ("metadata.csv", "metadata_waterbirds.csv"), below)
+    aliases = {"path": ("img_filename", "filename"), "y": ("y",), "attribute": ("place", "a"), "split": ("split",)}
+    columns = read_columns(source, aliases)
+    classes, places = ("landbird", "waterbird"), ("land", "water")
+    return assemble(
+        Rows(source, _image_folder(source.parent, below, columns["path"]), **columns),
+        name="waterbirds",
+        encode=encode_binary,
+        describe=lambda y, a: (classes, tuple(f"{bird} on {place}" for bird in classes for place in places)),
+        framing=Framing((("resize", int(size * 256 / 224)), ("crop", size))),
+        loading=loading,
+        verify=verify,
+    )
+
+
+def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = False) -> ImageData:
+    """The CelebA data set of a folder, blond hair or not against man or woman, in any of the forms in use.
+
+    The folder, or one below (`data`, `celebA_v1.0`, `celeba`, `Anno`), has `list_attr_celeba` and
+    `list_eval_partition` as `.csv` or `.txt`, separated by commas or blanks whatever they are called; or one merged
+    table, `metadata.csv`, `celeba_metadata.csv` or `metadata_celeba.csv`, with the columns `img_filename` (`filename`,
+    `image_id`), `y` (`Blond_Hair`), `place` (`a`, `Male`), `split` (`partition`). Attributes are -1/1 or 0/1. Images
+    are in `img_align_celeba`, once or twice nested, or beside the table. Evaluated cropped to 178 x 178, then resized.
+
+    Args:
+        root: the folder.
+        size: height and width that the network takes.
+        loading: how images are fetched.
+        verify: open every image's header too. The bodies are read in training only.
+
+    Returns:
+        Classes non-blond and blond; groups as in the paper: non-blond woman, non-blond man, blond woman, blond man.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or no table in it.
+        ValueError: if the tables or the images are not as they should be; lists all that is wrong.
+    """
+    source, columns = _read_celeba_tables(Path(root))
+    around = (
+        "celeba/img_align_celeba",
+        "img_align_celeba/img_align_celeba",
+        "img_align_celeba",
+        "../img_align_celeba",
+        "../Img/img_align_celeba",
+    )
+    classes, people = ("non-blond", "blond"), ("woman", "man")
+    return assemble(
+        Rows(source, _image_folder(source.parent, around, columns["path"]), **columns),
+        name="celeba",
+        encode=encode_binary,
+        describe=lambda y, a: (classes, tuple(f"{hair} {person}" for hair in classes for person in people)),
+        framing=Framing((("crop", 178), ("resize", size))),
+        loading=loading,
+        verify=verify,
+    )
+
+
+def _read_celeba_tables(root: Path) -> tuple[Path, dict[str, list[str]]]:
+    """The table that names the images, and the columns of `Rows`."""
+    below = ("data", "celebA_v*", "celeba", "celebA", "CelebA", "Anno", "celeba/data", "img_align_celeba")
+    lists = [f"list_attr_celeba.{end}" for end in ("csv", "txt")]
+    merged = ("metadata.csv", "celeba_metadata.csv", "metadata_celeba.csv")
+    source = _find("CelebA", root, (*lists, *merged), below)
+    if source.name in merged:
+        return source, read_columns(source, _CELEBA_COLUMNS)
+    folders = (source.parent, source.parent.parent / "Eval")
+    partitions = [folder / f"list_eval_partition.{end}" for folder in folders for end in ("csv", "txt")]
+    partition = next(filter(Path.is_file, partitions), None)
+    if partition is not None:
+        return source, _join_celeba(source, partition)
+    with_splits = next(filter(Path.is_file, (source.parent / name for name in merged)), None)
+    if with_splits is not None:
+        return with_splits, read_columns(with_splits, _CELEBA_COLUMNS)
+    raise FileNotFoundError(
+        f"{source}: expected list_eval_partition.csv or .txt beside it, found neither: without it there are no splits"
+    )
+
+
+_CELEBA_COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
+    {
+        "path": ("img_filename", "filename", "image_id"),
+        "y": ("y", "Blond_Hair"),
+        "attribute": ("place", "a", "Male"),
+        "split": ("split", "partition"),
+    }
+)
+
+
+def _join_celeba(attributes: Path, partition: Path) -> dict[str, list[str]]:
+    """The columns of `Rows`, from the table of attributes and that of splits, by the names of the images."""
+    aliases = dict(_CELEBA_COLUMNS)
+    split = {"path": aliases["path"], "split": aliases.pop("split")}
+    columns = read_columns(attributes, aliases)
+    places = read_columns(partition, split, header=("image_id", "partition"))
+    split_of = dict(zip(places["path"], places["split"], strict=True))
+    known = set(columns["path"])
+    raise_for(
+        attributes,
+        {
+            f"images without a split in {partition.name}": [name for name in columns["path"] if name not in split_of],
+            f"images of {partition.name} without attributes": [name for name in split_of if name not in known],
+        },
+    )
+    return {**columns, "split": [split_of[name] for name in columns["path"]]}
+
+
+def image_folder(
+    root: PathLike,
+    table: PathLike = "metadata.csv",
+    *,
+    path: str = "path",
+    label: str = "label",
+    attribute: str = "attribute",
+    split: str = "split",
+    splits: Mapping[str, str] = SPLIT_NAMES,
+    name: str = "folder",
+    framing: Framing = MIDDLE,
+    loading: Loading = IN_THIS_PROCESS,
+    verify: bool = False,
+) -> ImageData:
+    """The data set of any folder of images with a table, such as CXR-14 with pneumothorax against chest drain.
+
+    Args:
+        root: the folder; paths in the table are relative to it, or absolute.
+        table: its CSV file, with a header, relative to `root`; separated by commas, semicolons, tabs or blanks.
+        path: the column of the images' paths.
+        label: the column of the classes: whole numbers or words, at most 100 different ones.
+        attribute: the column of the spurious attribute, the same.
+        split: the column of the splits.
+        splits: what that column says, in any case, to "train", "validation" or "test".
+        name: what to call the data set.
+        framing: how images are brought to size for evaluation; training crops have the same size.
+        loading: how images are fetched.
+        verify: open every image's header too. The bodies are read in training only.
+
+    Returns:
+        Classes and attributes in ascending order of their values, counted over the whole table; group
+        `y * attributes + a` is called "label=value attribute=value", after the columns.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or table.
+        ValueError: if `splits` leads elsewhere, or the table or the images are not as they should be; lists all that is
+            wrong.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from PIL import Image
+        >>> root = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("a.png", "b.png"):
+        ...     Image.new("L", (300, 300)).save(root / name)
+        >>> with open(root / "chest.csv", "w") as table:
+        ...     print("file,pneumothorax,drain,part", "a.png,0,no,train", "b.png,1,yes,train", sep=chr(10), file=table)
+        >>> columns = dict(path="file", label="pneumothorax", attribute="drain", split="part")
+        >>> chest = image_folder(root, "chest.csv", name="chest", **columns)
+        >>> chest
+        ImageData 'chest'; groups: pneumothorax=0 drain=no, pneumothorax=0 drain=yes, pneumothorax=1 drain=no,
+        pneumothorax=1 drain=yes
+          train: ImageSplit(2 images of (3, 224, 224), 1/0/0/1 per group)
+          validation: ImageSplit(0 images of (3, 224, 224), 0/0/0/0 per group)
+          test: ImageSplit(0 images of (3, 224, 224), 0/0/0/0 per group)
+    """
+    others = sorted(set(splits.values()) - set(SPLITS))
+    if others:
+        raise ValueError(f"image_folder: splits must lead to {', '.join(SPLITS)}, found {', '.join(others)}")
+    source = _find(name, root, (os.fspath(table),), ())
+    aliases = {"path": (path,), "y": (label,), "attribute": (attribute,), "split": (split,)}
+    columns = read_columns(source, aliases)
+
+    def describe(y: Sequence[str], a: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(y), tuple(f"{label}={value} {attribute}={other}" for value in y for other in a)
+
+    return assemble(
+        Rows(source, Path(root), **columns),
+        name=name,
+        encode=encode_values,
+        describe=describe,
+        framing=framing,
+        loading=loading,
+        verify=verify,
+        splits=splits,
+    )
+
+
+READERS: Final[Mapping[str, Callable[..., ImageData]]] = MappingProxyType(
+    {"waterbirds": waterbirds, "celeba": celeba, "folder": image_folder}
+)
+
+
+def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str]) -> Path:
+    """The first table of those names in `root`, or else in the folders below it that match the patterns."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder: pass the one that {what} is in")
+    folders = [root, *(match for pattern in below for match in sorted(root.glob(pattern)) if match.is_dir())]
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    inside = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+    places = f"there or in {', '.join(below)}" if below else "there"
+    raise FileNotFoundError(
+        f"{root}: {what} not found: expected {' or '.join(names)} {places}, found {first_of(inside) or 'nothing'}: "
+        f"pass the folder that has it"
+    )
+
+
+def _image_folder(beside: Path, patterns: Sequence[str], paths: Sequence[str]) -> Path:
+    """The folder, near a table, that has any of the first hundred images; the first that there is, if none has."""
+    found = [folder for pattern in patterns for folder in sorted(_glob(beside, pattern))]
+    candidates = [*found, beside]
+    has_some = (folder for folder in candidates if any((folder / path).is_file() for path in paths[:100]))
+    return next(has_some, candidates[0])
+
+
+def _glob(beside: Path, pattern: str) -> Iterator[Path]:
+    """The folders that match; patterns may begin with "../"."""
+    if pattern.startswith("../"):
+        beside, pattern = beside.parent, pattern[3:]
+    return (match for match in beside.glob(pattern) if match.is_dir())

@@ -1,0 +1,106 @@
+"""From an image file to a tensor: how it is framed for evaluation, how it varies in training, how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an image is brought to its size for evaluation; ImageNet's normalisation follows.
+
+    Attributes:
+        steps: from first to last, ("resize", s): both sides to s pixels, the aspect not kept; or ("crop", s): the
+            s x s pixels in the middle.
+    """
+
+    steps: tuple[tuple[Literal["resize", "crop"], int], ...]
+
+    @property
+    def size(self) -> int:
+        """Height and width of the result."""
+        return self.steps[-1][1]
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """How a training image varies from epoch to epoch: a random part of it, resized; ImageNet's normalisation follows.
+
+    Attributes:
+        size: height and width of the result.
+        scale: smallest and largest share of the image's area, before resizing.
+        ratio: smallest and largest width / height of the part, before resizing.
+        flip: mirror left and right, for one image in two.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.7, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+def evaluation_transform(framing: Framing) -> Callable[[Image], Tensor]:
+    """A function from a PIL image to float32 (3, size, size): framed, then normalised as for ImageNet."""
+    v2 = torchvision_transforms()
+    table = {"resize": lambda size: v2.Resize((size, size)), "crop": v2.CenterCrop}
+    return _compose([table[step](size) for step, size in framing.steps])
+
+
+def training_transform(crop: RandomCrop) -> Callable[[Image], Tensor]:
+    """A function from a PIL image to float32 (3, size, size), normalised, that draws from torch's global state."""
+    v2 = torchvision_transforms()
+    steps = [v2.RandomResizedCrop((crop.size, crop.size), scale=crop.scale, ratio=crop.ratio)]
+    return _compose(steps + [v2.RandomHorizontalFlip()] * crop.flip)
+
+
+def _compose(steps: list[Any]) -> Callable[[Image], Tensor]:
+    v2 = torchvision_transforms()
+    ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    # The plain tensor: torchvision's subclass of Tensor would go with the batch into the caller's model.
+    composed: Callable[[Image], Tensor] = v2.Compose([*steps, *ends, v2.ToPureTensor()])
+    return composed
+
+
+def torchvision_transforms() -> Any:
+    """The module of transforms; an ImportError that says what to install where it is missing."""
+    try:
+        import PIL.Image  # noqa: F401  # torchvision imports without it
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ImportError(
+            f"images on disk need torchvision and Pillow ({error}): pip install 'neuronsurgery[study]'"
+        ) from error
+    return v2
+
+
+def read_image(path: Path) -> Image:
+    """The image in three channels of 8 bits."""
+    try:
+        with open_image(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's plugins raise all three for broken files
+        raise ValueError(f"{path}: not a readable image ({error}): replace the file or leave out its row") from error
+
+
+def open_image(path: Path) -> Image:
+    """The image with only its header read."""
+    from PIL import Image
+
+    image = Image.open(path)
+    if image.mode[0] in "IF":  # convert("RGB") would clip these at 255
+        image.close()
+        raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits per channel")
+    return image

@@ -1,0 +1,109 @@
+"""Tables as they are found: commas, semicolons, tabs or blanks, with or without a header; errors list every fault."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeAlias
+
+Problems: TypeAlias = Mapping[str, Sequence[str]]
+"""What is wrong, to the names of everything that is wrong in that way."""
+
+_SHOWN: Final = 5  # names per problem in an error
+
+
+def raise_for(source: Path, problems: Problems) -> None:
+    """Raise a ValueError that lists all that is wrong with a table, if anything is."""
+    found = {what: names for what, names in problems.items() if names}
+    if not found:
+        return
+    lines = [f"  {what} ({len(names)}): {first_of(names)}" for what, names in found.items()]
+    raise ValueError(
+        f"{source} cannot be used:\n" + "\n".join(lines) + "\nPut this right and run again; nothing was trained"
+    )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first few names, as an error lists them."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def whole_number(text: str) -> int | None:
+    """The number that `text` is, pandas' "1.0" included, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+Lines: TypeAlias = Iterator[tuple[int, list[str]]]
+"""Number and fields of each line that is not blank."""
+
+
+def read_columns(
+    path: Path, aliases: Mapping[str, Sequence[str]], header: tuple[str, ...] | None = None
+) -> dict[str, list[str]]:
+    """The columns of a table by the names that we use; of several aliases the first that the table has.
+
+    `header` names the columns of a table that begins with data. Only what is asked for is kept: CelebA's table has
+    eight million fields.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file, found {error}: pass the table as text in UTF-8") from error
+    columns, lines = _split_header(path, _split_lines(text), header)
+    places = _place_columns(path, columns, aliases)
+    picked: dict[str, list[str]] = {key: [] for key in places}
+    ragged = []
+    for number, fields in lines:
+        if len(fields) != len(columns):
+            ragged.append(f"line {number} ({len(fields)})")
+            continue
+        for key, place in places.items():
+            picked[key].append(fields[place])
+    raise_for(path, {f"rows without the {len(columns)} fields of the header": ragged})
+    return picked
+
+
+def _split_lines(text: str) -> Lines:
+    """Lines by the delimiter that the first two use most: comma, semicolon, tab, or else any blanks."""
+    head = "\n".join([line for line in io.StringIO(text[:65536]) if line.strip()][:2])
+    delimiter = max(",;\t", key=head.count)
+    if delimiter not in head:
+        return ((number, line.split()) for number, line in enumerate(io.StringIO(text), start=1) if line.strip())
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = ((reader.line_num, [field.strip() for field in row]) for row in reader)
+    return ((number, row) for number, row in rows if any(row))
+
+
+def _split_header(path: Path, lines: Lines, header: tuple[str, ...] | None) -> tuple[tuple[str, ...], Lines]:
+    """The names of the columns, and the lines that are left."""
+    first = next(lines, None)
+    if first is not None and len(first[1]) == 1 and first[1][0].isdigit():
+        first = next(lines, None)  # CelebA's .txt begins with the number of images
+    if first is not None and header is not None and whole_number(first[1][-1]) is not None:
+        return header, itertools.chain([first], lines)
+    second = next(lines, None)
+    if first is None or second is None:
+        raise ValueError(f"{path}: the table is empty: expected a header and one row per image")
+    columns = tuple(first[1])
+    if len(second[1]) == len(columns) + 1:  # CelebA's .txt names the attributes and not the images
+        columns = ("" if "image_id" in columns else "image_id", *columns)
+    return columns, itertools.chain([second], lines)
+
+
+def _place_columns(path: Path, columns: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    chosen = {key: next((name for name in names if name in columns), None) for key, names in aliases.items()}
+    missing = [" or ".join(map(repr, aliases[key])) for key, name in chosen.items() if name is None]
+    if missing:
+        raise ValueError(
+            f"{path}: columns missing ({len(missing)}): expected {', '.join(missing)}, found "
+            f"{', '.join(map(repr, columns))}: name the columns as expected, or pass the names that they have to "
+            f"image_folder"
+        )
+    return {key: columns.index(name) for key, name in chosen.items() if name is not None}

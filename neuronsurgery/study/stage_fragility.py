@@ -1,0 +1,477 @@
+"""The stage beside Stage 2: who is memorised, found without group labels, and what that is good for.
+
+Detection: how well the minority of each class stands out, by the knockout of the last residual stage and by what else
+could be asked. Mitigation: last-layer retraining on the groups so inferred, beside retraining on other groups of the
+same images. Audit: the most fragile images of each class. Group labels are used to judge, never to infer.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import neuronsurgery as ns
+from neuronsurgery.capture import CaptureError
+from neuronsurgery.study import readers
+from neuronsurgery.study.data import permutation
+from neuronsurgery.study.figures.images import Pixels, pixels_of, png
+from neuronsurgery.study.last_layer import (
+    Features,
+    LinearRule,
+    afr,
+    balanced_logistic,
+    dfr,
+    extract_features,
+    last_logits,
+    retrained,
+    tuned_afr,
+)
+from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.training import load_checkpoint
+
+Row: TypeAlias = dict[str, Any]
+
+EARLY: Final = (1, 2, 3, 5, 10)
+"""Epochs whose checkpoints are asked, where the run has them."""
+
+POOL: Final = 0.1
+"""The most critical tenth of the neurons; a quarter of them is cut at a time."""
+
+TIMES: Final = (1, 2, 4, 8)
+"""How many times as many random neurons are tried, until they do about the damage that the critical ones do."""
+
+GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
+GAMMA: Final = 4.0
+"""Of AFR where nothing chooses it; a prototype found it by labelled validation images of one data seed."""
+
+AUDITED: Final = 12
+SHOWN: Final = 400
+"""Points per group in the picture; all of a smaller group."""
+
+SEED: Final = 20250201
+
+
+# Inference
+
+
+def knockout(model: nn.Module, batch: Any) -> ns.Edit:
+    """Return the edit that zeroes the layers that end the residual branches of a model's last stage.
+
+    Args:
+        model: a network with skip connections.
+        batch: one batch, to see the residual branches.
+
+    Raises:
+        ValueError: if the model has no residual branches.
+    """
+    branches = ns.residual_branches(model, batch)
+    last = [branch.layer for branch in branches if branch.stage == branches[-1].stage]
+    return ns.zero_out(ns.select(ns.find_layout(model), dict.fromkeys(last, ...)))
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of a split in the order of its loaders: one group after the other.
+
+    Attributes:
+        order: int64 (N,), their places in the split.
+        targets: int64 (N,).
+        groups: int64 (N,), true ones: to judge by.
+    """
+
+    order: Tensor
+    targets: Tensor
+    groups: Tensor
+
+    @classmethod
+    def of(cls, split: Any) -> Examples:
+        """Return the examples of a split."""
+        order = torch.argsort(split.groups, stable=True)
+        return cls(order, split.targets[order], split.groups[order])
+
+
+def infer(model: nn.Module, data: Any, split: str, edit: ns.Edit) -> ns.InferredGroups:
+    """Return class x fragile for the examples of a split, in the order of its loaders.
+
+    Raises:
+        ValueError: if a cell has fewer than three examples.
+    """
+    swept = ns.sweep(model, {"knockout": edit}, data.loaders(split), metric=ns.margin)
+    targets = Examples.of(data.splits[split]).targets
+    return ns.infer_groups(ns.fragility(swept, targets), targets)
+
+
+def inferred_loaders(data: Any, split: str, inferred: ns.InferredGroups) -> dict[str, Any]:
+    """Return one loader per inferred group of a split: for worst inferred-group accuracy as a validation metric."""
+    order = Examples.of(data.splits[split]).order
+    return {
+        f"class {row['class']}, {'fragile' if row['fragile'] else 'not fragile'}": readers.batches(
+            data.splits[split].subset(order[inferred.groups == row["group"]]), 250
+        )
+        for row in inferred.to_records()
+    }
+
+
+# The stage
+
+
+def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> Row:
+    """Return detection, audit and mitigation, as the entry "fragility" of `results.json`.
+
+    A network without residual branches gets the one entry "impossible", which says so.
+
+    Args:
+        folder: the run folder; what it holds is not done again.
+        data: the data set: splits, loaders and group names. Its "held-out" images, distributed as the training images
+            but never trained on, are what last layers are retrained on; without them the training images are.
+        trained: the trained model and its checkpoints.
+        progress: whether to write lines of progress to standard error.
+    """
+    try:
+        edit = knockout(trained.model, next(iter(next(iter(data.loaders("train").values())))))
+    except (ValueError, CaptureError) as error:
+        return {"impossible": str(error)}
+    splits = [split for split in ("train", "held-out") if split in data.splits]
+
+    def detected(split: str) -> Row:
+        if progress:
+            sys.stderr.write(f"fragility of the {split} images\n")
+        started = time.perf_counter()
+        found = _Detection(folder, data, trained, edit, split).run()
+        folder.note_seconds(f"fragility of the {split} images", time.perf_counter() - started)
+        return found
+
+    detection = {split: folder.remember(f"fragility-{split}", functools.partial(detected, split)) for split in splits}
+    return {
+        "edit": [str(name) for name in edit.neurons.by_layer()],
+        "detection": {split: found["rows"] for split, found in detection.items()},
+        "flagged": {split: found["flagged"] for split, found in detection.items()},
+        "damage": {split: found["damage"] for split, found in detection.items()},
+        "points": detection["train"]["points"],
+        "audit": folder.remember("fragility-audit", lambda: audit(data, trained.model, edit)),
+        "images": splits[-1],
+        "mitigation": folder.remember(
+            "fragility-mitigation", lambda: mitigate(data, trained.model, edit, splits[-1], folder.settings.seed)
+        ),
+    }
+
+
+# Detection
+
+
+@dataclass(frozen=True, eq=False)
+class _Detection:
+    """Every score of the examples of one split, and how well each finds the minorities."""
+
+    folder: RunFolder
+    data: Any
+    trained: Trained
+    edit: ns.Edit
+    split: str
+
+    def run(self) -> Row:
+        examples = Examples.of(self.data.splits[self.split])
+        edits, sizes = self._cuts()
+        swept = ns.sweep(
+            self.trained.model, {"knockout": self.edit, **edits}, self.data.loaders(self.split), metric=ns.margin
+        )
+        remaining = ns.fragility(torch.stack([swept.values("knockout")]), examples.targets)
+        scores: dict[str, tuple[str, Tensor]] = {
+            "knockout": ("final model, one edit", remaining),
+            "final margin": ("final model", -swept.values()),
+        }
+        for epoch in [epoch for epoch in EARLY if epoch in self.trained.checkpoints]:
+            scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -self._early(epoch))
+        together = {name: _together(swept, name, examples.targets) for name in sizes}
+        damage = {name: flips for name, (_, flips) in together.items()}
+        alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
+        scores["critical neurons"] = (
+            f"final model, {self._draws} draws of {sizes['critical']}",
+            together["critical"][0],
+        )
+        scores["random neurons, equal count"] = (
+            f"final model, {self._draws} draws of {sizes['random x1']}",
+            together["random x1"][0],
+        )
+        scores["random neurons, equal damage"] = (
+            f"final model, {self._draws} draws of {sizes[alike]}",
+            together[alike][0],
+        )
+        rows = [
+            {"score": name, "needs": needs, **judged}
+            for name, (needs, values) in scores.items()
+            for judged in _judge(values, examples, self.data)
+        ]
+        return {
+            "rows": rows,
+            "damage": [{"cut": name, "neurons": sizes[name], "flips": damage[name]} for name in sizes],
+            "flagged": _flagged(remaining, examples, self.data),
+            "points": _points(remaining, -swept.values(), examples, self.data),
+        }
+
+    @property
+    def _draws(self) -> int:
+        return self.folder.settings.draws
+
+    def _cuts(self) -> tuple[dict[str, ns.Edit], dict[str, int]]:
+        """Return the edits that cut critical and random neurons, by "name, draw", and the size of each kind."""
+        model, where = self.trained.model, self.trained.where
+        hard = ns.hard_batch(model, [batch for part in self.data.loaders("train").values() for batch in part])
+        pool = ns.top_fraction(ns.group_grad_norms(model, {"hard": [hard]}, where=where), POOL)
+        layout = ns.find_layout(model, where=where)
+        count = max(1, len(pool) // 4)
+        sizes = {"critical": count} | {f"random x{times}": times * count for times in TIMES}
+        edits: dict[str, ns.Edit] = {}
+        for name, size in sizes.items():
+            for draw in range(self._draws):
+                drawn = ns.sample(pool if name == "critical" else layout, size, seed=SEED + draw)
+                edits[f"{name}, {draw}"] = ns.zero_out(drawn)
+        return edits, sizes
+
+    def _early(self, epoch: int) -> Tensor:
+        run = self.trained.checkpoints[epoch].parents[1]
+        model = load_checkpoint(self.trained.model, run, epoch)
+        return ns.sweep(model, {}, self.data.loaders(self.split), metric=ns.margin).values()
+
+
+def _together(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
+    """Return the fragility over all draws of one kind of cut, and the mean share of examples that a draw flips."""
+    labels = [label for label in swept.labels if label.rpartition(",")[0] == name]
+    margins = torch.stack([swept.values(label) for label in labels])
+    flips = ((margins > 0) != (swept.values() > 0)).double().mean()
+    return ns.fragility(margins, targets), float(flips)
+
+
+def _judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
+    """Return, for each minority, how well a score tells it from the rest of its class."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    rows = []
+    for group in data.minority:
+        members = examples.groups == group
+        if not members.any():
+            continue
+        within = examples.targets == examples.targets[members][0]
+        truth, values = members[within].numpy(), scores[within].numpy()
+        if truth.all():
+            continue
+        rows.append(
+            {
+                "group": data.group_names[group],
+                "auc": float(roc_auc_score(truth, values)),
+                "average_precision": float(average_precision_score(truth, values)),
+                "count": int(truth.sum()),
+                "of": len(truth),
+            }
+        )
+    return rows
+
+
+def _flagged(scores: Tensor, examples: Examples, data: Any) -> Row:
+    """Return how many examples of each true group the fence calls fragile; or why it cannot be drawn."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant scores: the error that follows says more
+            inferred = ns.infer_groups(scores, examples.targets)
+    except ValueError as error:
+        return {"impossible": str(error)}
+    flagged = [int((inferred.fragile & (examples.groups == group)).sum()) for group in range(len(data.group_names))]
+    return {"fragile": flagged, "thresholds": list(inferred.thresholds)}
+
+
+def _points(scores: Tensor, margins: Tensor, examples: Examples, data: Any) -> list[Row]:
+    """Return the dots of the picture by group: fragility and minus the final margin, evenly thinned."""
+    points = []
+    for group, name in enumerate(data.group_names):
+        members = (examples.groups == group).nonzero().flatten()
+        kept = members[torch.linspace(0, len(members) - 1, min(SHOWN, len(members))).round().long()]
+        points.append(
+            {
+                "group": name,
+                "of": len(members),
+                "fragility": [round(value, 4) for value in scores[kept].tolist()],
+                "final": [round(value, 4) for value in margins[kept].tolist()],
+            }
+        )
+    return points
+
+
+# Audit
+
+
+def audit(data: Any, model: nn.Module, edit: ns.Edit, count: int = AUDITED) -> list[Row]:
+    """Return the most fragile training images of each class, each as a PNG: what a person should look at first.
+
+    Args:
+        data: the data set.
+        model: the trained model.
+        edit: what is cut, see `knockout`.
+        count: images per class.
+    """
+    split = data.splits["train"]
+    examples = Examples.of(split)
+    swept = ns.sweep(model, {"knockout": edit}, data.loaders("train"), metric=ns.margin)
+    scores = ns.fragility(swept, examples.targets)
+    rows = []
+    for target in sorted(set(examples.targets.tolist())):
+        members = (examples.targets == target).nonzero().flatten()
+        top = members[scores[members].argsort(descending=True, stable=True)[:count]]
+        places = examples.order[top]
+        # One by one: a loader is free to give its images in an order of its own.
+        images = [next(iter(readers.batches(split.subset(place[None]), 1)))[0] for place in places]
+        rows.append(
+            {
+                "class": target,
+                "images": [
+                    {
+                        "index": int(place),
+                        "group": data.group_names[int(examples.groups[at])],
+                        "fragility": float(scores[at]),
+                        "png": base64.b64encode(png(_thumbnail(image[0]))).decode(),
+                    }
+                    for at, place, image in zip(top, places, images, strict=True)
+                ],
+            }
+        )
+    return rows
+
+
+def _thumbnail(image: Tensor) -> Pixels:
+    """Return an image, normalised or not, as small pixels whose darkest is black and whose brightest is white."""
+    factor = max(1, max(image.shape[-2:]) // 64)
+    small = functional.avg_pool2d(image[None], factor)[0]
+    low, high = small.min(), small.max()
+    return pixels_of((small - low) / (high - low).clamp(min=1e-6))
+
+
+# Mitigation
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """Last layers retrained on the same features, judged on the same test images."""
+
+    data: Any
+    model: nn.Module
+    held: Features
+    seed: int
+
+    def row(self, name: str, labels: str, images: str, make: Callable[[], LinearRule | tuple[LinearRule, Any]]) -> Row:
+        """Return the accuracies of one rule, or why it cannot be fitted."""
+        said = {"name": name, "labels": labels, "images": images}
+        try:
+            made = make()
+        except ValueError as error:
+            return {**said, "impossible": str(error)}
+        rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
+        edited = ns.apply(retrained(self.model, *rule), self.model)
+        accuracies = {
+            split: list(ns.evaluate(edited, self.data.loaders(split)).values) for split in ("validation", "test")
+        }
+        return {**said, "chosen": chosen, **accuracies, "worst": min(accuracies["test"])}
+
+    def balanced(self, groups: Tensor) -> LinearRule:
+        """Return the last layer fitted to balanced subsets of these groups."""
+        return balanced_logistic(self.held.features, self.held.targets, groups, seed=self.seed)
+
+
+def mitigate(data: Any, model: nn.Module, edit: ns.Edit, split: str, seed: int) -> list[Row]:
+    """Return every way to retrain the last layer on a split, with the labels that each takes.
+
+    Args:
+        data: the data set.
+        model: the trained model.
+        edit: what is cut to infer groups, see `knockout`.
+        split: the images to retrain on.
+        seed: of the balanced subsets.
+    """
+    held = extract_features(model, data.loaders(split))
+    bench = _Bench(data, model, held, seed)
+    validation = extract_features(model, data.loaders("validation"))
+    train_features = extract_features(model, data.loaders("train")).features
+    logits = last_logits(model, held.features)
+    true = Examples.of(data.splits[split]).groups
+
+    def inferred() -> Tensor:
+        return infer(model, data, split, edit).groups
+
+    def by_final_loss() -> Tensor:
+        margins = ns.sweep(model, {}, data.loaders(split), metric=ns.margin).values()
+        return ns.infer_groups(-margins, held.targets).groups
+
+    def by_validation() -> tuple[LinearRule, Any]:
+        found = tuned_afr(held.features, held.targets, logits, validation, gammas=GAMMAS)
+        return found.rule, found.chosen
+
+    return [
+        {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)},
+        bench.row("class-balanced", "class", split, lambda: bench.balanced(held.targets)),
+        bench.row("inferred by final loss", "class", split, lambda: bench.balanced(by_final_loss())),
+        bench.row("inferred by knockout", "class", split, lambda: bench.balanced(inferred())),
+        bench.row("true groups", "class, group", split, lambda: bench.balanced(true)),
+        bench.row(
+            f"AFR, gamma {GAMMA:g}",
+            "class (gamma: group labels of other data)",
+            split,
+            lambda: afr(held.features, held.targets, logits, gamma=GAMMA),
+        ),
+        bench.row(
+            "AFR, gamma by inferred groups",
+            "class",
+            split,
+            lambda: tuned_on_halves(held, logits, inferred(), seed),
+        ),
+        bench.row(
+            "AFR, gamma by worst class",
+            "class",
+            split,
+            lambda: tuned_on_halves(held, logits, held.targets, seed),
+        ),
+        bench.row("AFR, gamma by validation groups", "class; group of validation images", split, by_validation),
+        bench.row(
+            "DFR", "class and group of validation images", "validation", lambda: _dfr(validation, train_features, seed)
+        ),
+    ]
+
+
+def _accuracies(model: nn.Module, data: Any) -> Row:
+    """Return the accuracies per group on validation and test images, and the worst of the latter."""
+    found = {split: list(ns.evaluate(model, data.loaders(split)).values) for split in ("validation", "test")}
+    return {**found, "worst": min(found["test"])}
+
+
+def tuned_on_halves(held: Features, logits: Tensor, groups: Tensor, seed: int) -> tuple[LinearRule, float]:
+    """Return AFR's rule and its gamma, which does best for the worst group of the half that it is not fitted on.
+
+    Args:
+        held: the images to retrain on.
+        logits: (N, C), of the model before retraining.
+        groups: int (N,), to judge by; no true ones are needed.
+        seed: of the halves; both are fitted in turn, of three splits.
+    """
+    total = dict.fromkeys(GAMMAS, 0.0)
+    for number in range(3):
+        order = torch.from_numpy(permutation(len(groups), "halves", seed, number))
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        for fitted, judged in (halves, halves[::-1]):
+            by = Features(held.features[judged], held.targets[judged], groups[judged])
+            part = tuned_afr(held.features[fitted], held.targets[fitted], logits[fitted], by, gammas=GAMMAS)
+            total = {gamma: total[gamma] + part.accuracies[gamma] for gamma in GAMMAS}
+    chosen = max(total, key=total.__getitem__)
+    return afr(held.features, held.targets, logits, gamma=chosen), chosen
+
+
+def _dfr(validation: Features, train_features: Tensor, seed: int) -> tuple[LinearRule, Any]:
+    found = dfr(validation, train_features, seed=seed)
+    return found.rule, found.chosen

@@ -1,0 +1,131 @@
+"""Stage 1 as a part of a run: every experiment done, or read from the run folder where it was done before."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+import neuronsurgery as ns
+from neuronsurgery.study.experiments import (
+    DISTANCES,
+    EXPERIMENTS,
+    Intervention,
+    Subject,
+    control_p_values,
+    measure,
+    rank_histograms,
+    sensitive_layers,
+)
+from neuronsurgery.study.run import RunFolder
+
+INTERVALS: Final = {
+    "level": 0.95,
+    "method": "Bonett and Price (2012) for paired proportions: the same images before and after an edit",
+    "p": "exact McNemar test",
+}
+SPELT_OUT: Final = ("1a", "1e")
+"""The experiments whose sets are written to `specs/`: those that the report names; random edits are a seed away."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What training leaves for the stages that follow it.
+
+    Attributes:
+        model: the trained model.
+        checkpoints: the checkpoint of every epoch, 0 before training.
+        trajectory: by epoch, loss and accuracy as met in training.
+        where: which layers are studied.
+    """
+
+    model: nn.Module
+    checkpoints: Mapping[int, Path]
+    trajectory: list[dict[str, Any]]
+    where: Callable[[str, nn.Module, Tensor], bool]
+
+
+def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> dict[str, Any]:
+    """Return what the experiments of Stage 1 came to, as entries of `results.json`.
+
+    Args:
+        folder: the run folder; an experiment that it holds is not done again.
+        data: the data set, embedded or read from disk: group names, counts and loaders per split.
+        trained: the trained model and its checkpoints.
+        progress: whether to write lines of progress to standard error.
+    """
+    settings = folder.settings
+    subject = _subject(folder, data, trained, progress)
+    done: dict[str, dict[str, Any]] = {}
+    for name in settings.experiments:
+        done[name] = {split: _experiment(folder, data, subject, name, split, progress) for split in settings.splits}
+    found: dict[str, Any] = {
+        "layers": [{"name": layer.parameter, "neurons": layer.count} for layer in subject.layout],
+        "neurons": subject.layout.count,
+        "intervals": INTERVALS,
+        "experiments": done,
+    }
+    if "1f" in done:
+        found["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}
+        found["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
+    if "1a" in done and "1g" in done:
+        found["control_p"] = {
+            split: control_p_values(done["1a"][split], done["1g"][split]) for split in settings.splits
+        }
+    return found
+
+
+def _subject(folder: RunFolder, data: Any, trained: Trained, progress: bool) -> Subject:
+    loaders = data.loaders("train")
+    return Subject(
+        trained.model,
+        _gradients(folder, data, trained.model, "train", trained.where, progress),
+        folder.scores("magnitudes", lambda: ns.magnitudes(trained.model, where=trained.where)),
+        folder.settings.draws,
+        folder.settings.control_draws,
+        trained.checkpoints,
+        next(iter(next(iter(loaders.values())))),
+    )
+
+
+def _gradients(folder: RunFolder, data: Any, model: nn.Module, split: str, where: Any, progress: bool) -> ns.Scores:
+    name = "gradients" if split == "train" else f"gradients-{split}"
+    return folder.scores(name, lambda: ns.group_grad_norms(model, data.loaders(split), where=where, progress=progress))
+
+
+def _experiment(folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool) -> Any:
+    def ranked() -> list[dict[str, Any]]:
+        layers = {layer.parameter for layer in subject.layout}
+        own = _gradients(folder, data, subject.model, split, lambda name, *_: name in layers, progress)
+        return rank_histograms(own, subject.magnitudes)
+
+    def measured() -> list[dict[str, Any]]:
+        return _measure(folder, data, subject, name, split, progress)
+
+    return folder.remember(f"{name}-{split}", ranked if name == "1b" else measured)
+
+
+def _measure(
+    folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool
+) -> list[dict[str, Any]]:
+    started = time.perf_counter()
+    interventions = EXPERIMENTS[name](subject)
+    if progress:
+        sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
+    records = measure(subject.model, interventions, data.loaders(split), progress=progress)
+    if name in SPELT_OUT:
+        _save_specs(folder, name, interventions)
+    folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
+    return records
+
+
+def _save_specs(folder: RunFolder, name: str, interventions: list[Intervention]) -> None:
+    specs = folder.path / "specs"
+    specs.mkdir(exist_ok=True)
+    for number, said in enumerate(interventions):
+        ns.save_file(said.edit, specs / f"{name}-{number:03d}.safetensors")

@@ -1,0 +1,424 @@
+"""Stage 2: the paper's fine-tuning, the controls that tell what in it helps, and the methods it is compared with.
+
+Every method is an `Arm`: what it starts from, on which images, minimising what, for how long. An arm is trained in a
+folder of its own, taken up where it was killed, and judged after every epoch on validation and test images. Which epoch
+counts is decided afterwards, by each rule of `SELECTIONS`, so that no arm gets more labels than another in silence.
+
+Rules that set sizes look at the training images alone; nothing is tuned on test images.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, TypeAlias
+
+from torch import nn
+
+import neuronsurgery as ns
+from neuronsurgery.capture import CaptureError
+from neuronsurgery.objectives import jtt_weights
+from neuronsurgery.study.last_layer import dfr, extract_features, retrained
+from neuronsurgery.study.methods import (
+    FINE_TUNING,
+    ContrastiveBatches,
+    ContrastivePruning,
+    CorrectNContrast,
+    GroupBalanced,
+    GroupDro,
+    SplitSource,
+    Upsampled,
+    error_set,
+    group_dro_step_size,
+    identification_epoch,
+    jtt_upsampling,
+    predictions,
+    unaugmented,
+)
+from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.stage_fragility import infer, inferred_loaders, knockout
+from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.training import (
+    Erm,
+    Hardware,
+    Method,
+    Recipe,
+    Source,
+    checkpoint_epochs,
+    checkpoint_path,
+    load_checkpoint,
+    train,
+)
+
+Row: TypeAlias = dict[str, Any]
+
+SELECTIONS: Final[Mapping[str, str]] = {
+    "last epoch": "no labels",
+    "class labels": "class labels of held-out images",
+    "inferred groups": "class labels of held-out images; their groups are inferred from the ERM model",
+    "worst group": "group labels of validation images",
+}
+"""How the epoch of an arm is chosen, and which labels that takes beyond those of training."""
+
+RATES: Final = (2e-4, 1e-3)
+MORE_RATES: Final = (5e-5, 2e-4, 5e-4, 1e-3, 2e-3)
+"""Rates of ERM continued, the fair baseline; with `--full` a wider search."""
+
+CONTINUED: Final = "ERM continued"
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: short, for tables and figures.
+        family: "paper", "control" (what separates the paper's ingredients) or "comparison" (other methods).
+        text: what is done.
+        labels: which labels training takes.
+        epochs: how long.
+        make: (the start, the source, the method, the recipe) of `train`; called when the arm is trained, since some
+            make a first pass over the images.
+        choice: arms of one choice are one method whose rate is chosen with the epoch.
+    """
+
+    name: str
+    family: str
+    text: str
+    labels: str
+    epochs: int
+    make: Callable[[], tuple[nn.Module, Source, Method, Recipe]]
+    choice: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What the arms are made from.
+
+    Attributes:
+        trained: the ERM model and its checkpoints.
+        source: the training images, picked one by one.
+        recipe: of the ERM run.
+        seed: of the run.
+        groups: the training images of each group.
+        pretrained: whether the first weights came from a file.
+        fine_tuning_epochs: of the paper's method and its controls.
+        comparison_epochs: of the methods that train from the first weights again.
+        rates: of ERM continued.
+    """
+
+    trained: Trained
+    source: SplitSource
+    recipe: Recipe
+    seed: int
+    groups: tuple[int, ...]
+    pretrained: bool
+    fine_tuning_epochs: int
+    comparison_epochs: int
+    rates: Sequence[float] = RATES
+
+    def checkpoint(self, epoch: int) -> nn.Module:
+        """The ERM model after an epoch."""
+        folder = self.trained.checkpoints[epoch].parents[1]
+        return load_checkpoint(self.trained.model, folder, epoch)
+
+    @property
+    def identified(self) -> nn.Module:
+        """The early ERM model by whose mistakes JTT and CnC go."""
+        return self.checkpoint(identification_epoch(self.recipe.epochs))
+
+
+def make_arms(setting: Setting) -> list[Arm]:
+    """Return every arm that is trained: the paper's, its controls, and the comparisons."""
+    return [*_continued(setting), *_contrastive(setting), *_comparisons(setting)]
+
+
+def _continued(setting: Setting) -> list[Arm]:
+    def make(rate: float) -> tuple[nn.Module, Source, Method, Recipe]:
+        recipe = replace(FINE_TUNING, learning_rate=rate, epochs=setting.fine_tuning_epochs)
+        return setting.trained.model, setting.source, Erm(), recipe
+
+    return [
+        Arm(
+            f"{CONTINUED}, rate {rate:g}",
+            "control",
+            f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}",
+            "class",
+            setting.fine_tuning_epochs,
+            lambda rate=rate: make(rate),  # type: ignore[misc]  # mypy cannot type a default
+            choice=CONTINUED,
+        )
+        for rate in setting.rates
+    ]
+
+
+VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
+    ("pruned by gradient", "paper", "the neurons of largest gradient on the hardest images pruned", {}),
+    ("pruned by magnitude", "paper", "the neurons of largest magnitude pruned", {"criterion": "magnitude"}),
+    (
+        "slides' objective",
+        "paper",
+        "pruned by gradient, the supervised term being 0.2 times the squared error of the softmax outputs",
+        {"supervised": "mse", "weight": 0.2},
+    ),
+    ("nothing pruned", "control", "the same loss, the twin having all neurons", {"criterion": "none"}),
+    ("random pruned", "control", "the same loss, as many random neurons pruned", {"criterion": "random"}),
+    (
+        "pruned, own statistics",
+        "control",
+        "pruned by gradient, the twin's pass kept out of the shared batch-norm statistics",
+        {"statistics": "own"},
+    ),
+)
+"""Name, family, text, and what differs from `ContrastivePruning`'s defaults."""
+
+
+def _contrastive(setting: Setting) -> list[Arm]:
+    def make(options: Mapping[str, Any]) -> tuple[nn.Module, Source, Method, Recipe]:
+        method = ContrastivePruning(unaugmented(setting.source), setting.trained.where, **options)
+        return setting.trained.model, setting.source, method, replace(FINE_TUNING, epochs=setting.fine_tuning_epochs)
+
+    return [
+        Arm(
+            name,
+            family,
+            f"fine-tuned against a twin that shares the weights: {text}",
+            "class",
+            setting.fine_tuning_epochs,
+            lambda options=options: make(options),  # type: ignore[misc]  # mypy cannot type a default
+        )
+        for name, family, text, options in VARIANTS
+    ]
+
+
+def _comparisons(setting: Setting) -> list[Arm]:
+    epochs = setting.comparison_epochs
+    recipe = replace(setting.recipe, epochs=epochs)
+
+    def just_train_twice() -> tuple[nn.Module, Source, Method, Recipe]:
+        errors = error_set(setting.identified, unaugmented(setting.source))
+        source = Upsampled(setting.source, jtt_weights(errors, jtt_upsampling(errors)))
+        # As many steps as the others make: an epoch with copies has more.
+        fewer = max(1, round(epochs * len(setting.source) / len(source)))
+        return setting.checkpoint(0), source, Erm(), replace(recipe, epochs=fewer)
+
+    def correct_n_contrast() -> tuple[nn.Module, Source, Method, Recipe]:
+        predicted = predictions(setting.identified, unaugmented(setting.source))
+        method = CorrectNContrast(statistics="frozen" if setting.pretrained else "batch")
+        return setting.checkpoint(0), ContrastiveBatches(setting.source, predicted), method, recipe
+
+    def group_dro() -> tuple[nn.Module, Source, Method, Recipe]:
+        steps = epochs * -(-len(setting.source) // recipe.batch_size)
+        method = GroupDro(len(setting.groups), group_dro_step_size(steps))
+        return setting.checkpoint(0), GroupBalanced(setting.source), method, recipe
+
+    early = f"the ERM model of epoch {identification_epoch(setting.recipe.epochs)}"
+    return [
+        Arm(
+            "JTT",
+            "comparison",
+            f"Just Train Twice: from the first weights, the images that {early} gets wrong being half of an epoch",
+            "class",
+            epochs,
+            just_train_twice,
+        ),
+        Arm(
+            "CnC",
+            "comparison",
+            f"Correct-n-Contrast: from the first weights, features of a class brought together across the predictions "
+            f"of {early}",
+            "class",
+            epochs,
+            correct_n_contrast,
+        ),
+        Arm(
+            "Group DRO",
+            "comparison",
+            "Group DRO: from the first weights, groups sampled alike and weighted by their losses",
+            "class, group",
+            epochs,
+            group_dro,
+        ),
+    ]
+
+
+# Running
+
+
+def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware, *, progress: bool = True) -> Row:
+    """Return what every arm came to, as the entry "stage_two" of `results.json`.
+
+    Args:
+        folder: the run folder; arms that it holds are not trained again.
+        data: the data set: loaders, group names and counts per split.
+        setting: what the arms are made from.
+        hardware: of training.
+        progress: whether to write lines of progress to standard error.
+    """
+    judge = _Judge.by(data, setting.trained.model)
+    counts = {split: data.splits[split].counts for split in ("train", *judge.splits)}
+    rows = [
+        _start(folder, judge, setting),
+        *(_train_arm(folder, judge, setting, arm, hardware, progress) for arm in make_arms(setting)),
+        folder.remember("stage-2-dfr", lambda: _dfr(judge, setting, data)),
+    ]
+    return {
+        "fine_tuning_epochs": setting.fine_tuning_epochs,
+        "comparison_epochs": setting.comparison_epochs,
+        "splits": judge.splits,
+        "selections": dict(SELECTIONS),
+        "class_labels_of": judge.unlabelled,
+        "not_inferred": judge.not_inferred,
+        "train_counts": list(setting.groups),
+        "arms": select(rows, counts, judge.unlabelled),
+    }
+
+
+class _Judge:
+    """Accuracy per group of a model on all images that Stage 2 looks at."""
+
+    def __init__(self, data: Any, inferred: Mapping[str, Any], not_inferred: str | None = None) -> None:
+        self.data = data
+        self.inferred = inferred
+        self.not_inferred = not_inferred
+        self.splits = [split for split in ("validation", "held-out", "test") if split in data.splits]
+        self.unlabelled = "held-out" if "held-out" in data.splits else "validation"
+
+    @classmethod
+    def by(cls, data: Any, model: nn.Module) -> _Judge:
+        """Return a judge that also goes by the groups that the ERM model's fragility infers, where it infers any."""
+        unlabelled = "held-out" if "held-out" in data.splits else "validation"
+        try:
+            edit = knockout(model, next(iter(next(iter(data.loaders("train").values())))))
+            inferred = inferred_loaders(data, unlabelled, infer(model, data, unlabelled, edit))
+        except (ValueError, CaptureError) as error:  # no skip connections, or nobody stands out
+            return cls(data, {}, str(error))
+        return cls(data, inferred)
+
+    def __call__(self, model: nn.Module) -> dict[str, list[float]]:
+        loaders = {split: self.data.loaders(split) for split in self.splits}
+        loaders |= {"inferred": self.inferred} if self.inferred else {}
+        return {name: list(ns.evaluate(model, part).values) for name, part in loaders.items()}
+
+
+def _start(folder: RunFolder, judge: _Judge, setting: Setting) -> Row:
+    accuracies = folder.remember("stage-2-start", lambda: judge(setting.trained.model))
+    return {
+        "name": "ERM",
+        "family": "control",
+        "text": "the model that the others start from or are compared with",
+        "labels": "class",
+        "choice": None,
+        "settings": {"recipe": asdict(setting.recipe)},
+        "trajectory": [{"epoch": setting.recipe.epochs, "loss": None, **accuracies}],
+    }
+
+
+def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, hardware: Hardware, progress: bool) -> Row:
+    path = folder.path / "stage-2" / arm.slug
+
+    def run() -> Row:
+        started = time.perf_counter()
+        if progress:
+            sys.stderr.write(f"Stage 2, {arm.name}: {arm.epochs} epochs\n")
+        try:
+            start, source, method, recipe = arm.make()
+        except ValueError as error:  # no error set, no anchors: a finding about the data, not a fault of the run
+            return {"impossible": str(error), "settings": {}, "trajectory": []}
+        train(start, source, path, recipe=recipe, seed=setting.seed, method=method, hardware=hardware)
+        judged = [{"epoch": n, **judge(load_checkpoint(start, path, n))} for n in checkpoint_epochs(path) if n > 0]
+        folder.note_seconds(f"Stage 2, {arm.name}", time.perf_counter() - started)
+        return {"settings": {"recipe": asdict(recipe), **method.describe()}, "trajectory": judged}
+
+    row = folder.remember(f"stage-2-{arm.slug}", run)
+    for epoch in checkpoint_epochs(path)[:-1]:  # only once the row is written: what was judged is not needed again
+        checkpoint_path(path, epoch).unlink()
+    said = {key: getattr(arm, key) for key in ("name", "family", "text", "labels", "choice")}
+    return {**said, **row}
+
+
+def _dfr(judge: _Judge, setting: Setting, data: Any) -> Row:
+    model = setting.trained.model
+    validation = extract_features(model, data.loaders("validation"))
+    tuned = dfr(validation, extract_features(model, data.loaders("train")).features, seed=setting.seed)
+    accuracies = judge(ns.apply(retrained(model, *tuned.rule), model))
+    return {
+        "name": "DFR",
+        "family": "comparison",
+        "text": "deep feature reweighting: the last layer fitted anew to group-balanced validation images",
+        "labels": "class; class and group of validation images",
+        "choice": None,
+        "settings": {"C": tuned.chosen, "refits": 20},
+        "trajectory": [{"epoch": setting.recipe.epochs, **accuracies}],
+    }
+
+
+# Which epoch counts
+
+
+def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> list[Row]:
+    """Return the arms with the epoch that each rule of `SELECTIONS` picks; arms of one choice also as one arm.
+
+    Args:
+        rows: the arms with their trajectories.
+        counts: the images of each group, by split.
+        unlabelled: the split whose class labels "class labels" may look at.
+    """
+    chosen = [{**row, "selected": _selected([row], counts, unlabelled)} for row in rows]
+    for choice in dict.fromkeys(row["choice"] for row in rows if row["choice"]):
+        together = [row for row in rows if row["choice"] == choice]
+        chosen.append(
+            {
+                **together[0],
+                "name": f"{choice}, rate chosen",
+                "text": f"{choice}: the rate chosen together with the epoch, of {len(together)}",
+                "choice": None,
+                "settings": {"rates": [row["settings"]["recipe"]["learning_rate"] for row in together]},
+                "trajectory": [],
+                "selected": _selected(together, counts, unlabelled),
+            }
+        )
+    return chosen
+
+
+def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> dict[str, Row]:
+    """Return by rule the chosen epoch of one arm, or of several among which is chosen, and its test accuracies."""
+    points = [(row["name"], point) for row in rows for point in row["trajectory"]]
+    last = rows[0]["trajectory"][-1:]
+    if not points:
+        return {}
+    rules: dict[str, Callable[[Row], float]] = {
+        "last epoch": lambda point: float(point is last[0]),
+        "class labels": lambda point: average(point[unlabelled], counts[unlabelled]),
+        "inferred groups": lambda point: min(point["inferred"]),
+        "worst group": lambda point: min(point["validation"]),
+    }
+    if "inferred" not in points[0][1]:
+        del rules["inferred groups"]
+    found = {}
+    for rule, score in rules.items():
+        name, point = max(points, key=lambda entry: score(entry[1]))  # of equals the first
+        test = point["test"]
+        found[rule] = {
+            "arm": name,
+            "epoch": point["epoch"],
+            "test": test,
+            "worst": min(test),
+            "plain": average(test, counts["test"]),
+            "balanced": average(test, [1] * len(test)),
+            "train-weighted": average(test, counts["train"]),
+        }
+    return found
+
+
+def average(accuracies: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the mean of the groups' accuracies; by counts it is the accuracy over all images."""
+    return sum(w * a for w, a in zip(weights, accuracies, strict=True)) / sum(weights)

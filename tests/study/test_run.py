@@ -1,0 +1,88 @@
+"""The run folder: killed, full, foreign or damaged, a run is never half-written and goes on to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neuronsurgery.study.run import RunFolder, Settings, read_results
+
+TESTS = Path(__file__).parents[1]
+SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--experiments", "1b", "1a")
+
+
+def test_ten_kills_at_random_moments_leave_the_same_results(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "study.killing", str(tmp_path), "10", *SHORT],
+        cwd=TESTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = (tmp_path / "whole" / "results.json").read_bytes()
+    for number in range(10):
+        assert (tmp_path / f"broken-{number}" / "results.json").read_bytes() == whole, done.stdout
+
+
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    def only_small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a checkpoint is larger
+
+    program = "import sys; from neuronsurgery.study.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [*SHORT, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-c", program, *arguments]
+    failed = subprocess.run(command, capture_output=True, text=True, preexec_fn=only_small_files, check=False)
+    assert failed.returncode == 1
+    assert "neuronsurgery: error: " in failed.stderr
+    assert "File too large" in failed.stderr
+    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not (tmp_path / "run" / "results.json").exists()
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert read_results(tmp_path / "run")["experiments"]["1a"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"file"):
+        RunFolder(tmp_path / "file" / "run", Settings())
+
+
+def test_a_run_may_be_added_to_but_not_changed(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", Settings(experiments=("1a",), splits=("train",)))
+    RunFolder(tmp_path / "run", Settings(experiments=("1a", "1g"), splits=("train", "test")))
+    with pytest.raises(ValueError, match=r"holds another run; draws: this run 3, the folder 10: choose another folder"):
+        RunFolder(tmp_path / "run", Settings(draws=3))
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", Settings())
+    held = tmp_path / "run" / "run.json"
+    held.write_text(json.dumps({**json.loads(held.read_text()), "version": "0.0.0"}))
+    with pytest.raises(ValueError, match=r"version: this run '.*', the folder '0\.0\.0'.*--overwrite"):
+        RunFolder(tmp_path / "run", Settings())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"settings": 3}'])
+def test_a_damaged_run_file_is_named(content: str, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", Settings())
+    (tmp_path / "run" / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        RunFolder(tmp_path / "run", Settings())
+
+
+def test_what_was_computed_is_remembered_and_a_damaged_memory_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Settings())
+    assert folder.remember("value", lambda: [0.1, 2]) == [0.1, 2]
+    assert folder.remember("value", lambda: pytest.fail("computed again")) == [0.1, 2]
+    (tmp_path / "run" / "experiments" / "value.json").write_text("[0.1,")
+    with pytest.raises(ValueError, match=r"value\.json is damaged .* delete it, and it is made again"):
+        folder.remember("value", lambda: 0)
