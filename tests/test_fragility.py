@@ -151,20 +151,22 @@ def gptj() -> nn.Module:
     return GPTJForSequenceClassification(config)
 
 
-class T5(nn.Module):
-    """A relative position bias, a parameter, is added to the mask; later layers add the same again."""
+class SharedBias(nn.Module):
+    """T5's way: a learned bias is added to the mask, and the sum of the two to the scores of every layer."""
 
     def __init__(self) -> None:
-        from transformers import T5Config, T5EncoderModel
-
         super().__init__()
-        config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=1)
-        self.encoder = T5EncoderModel(config)
-        self.fc = nn.Linear(16, 2)
+        self.embed, self.position_bias_table = nn.Embedding(30, 4), nn.Parameter(torch.randn(8, 8))
+        self.q, self.k, self.v, self.o = (nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(4))
+        self.fc = nn.Linear(4, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.fc(states.mean(1))  # type: ignore[no-any-return]
+        added = self.position_bias_table + 9 * (attention_mask.float() - 1)[:, None]
+        x = self.embed(input_ids)
+        for q, k, v, o in zip(self.q, self.k, self.v, self.o, strict=True):
+            scores = q(x) @ k(x).mT + added
+            x = x + o(scores.softmax(-1) @ v(x))
+        return self.fc(x.mean(1))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ class T5(nn.Module):
         (eager_bert, ("*.output.dense.weight",)),
         (roberta, ("*.output.dense.weight",)),
         (gptj, ("*.attn.out_proj.weight", "*.mlp.fc_out.weight")),
-        (T5, ("*.SelfAttention.o.weight", "*.wo.weight")),
+        (SharedBias, ("o.*.weight",)),
     ],
 )
 def test_masks_biases_and_positions_are_no_branches(build: Callable[[], nn.Module], globs: tuple[str, ...]) -> None:
@@ -183,7 +185,7 @@ def test_masks_biases_and_positions_are_no_branches(build: Callable[[], nn.Modul
     batch = {"input_ids": torch.randint(3, 30, (2, 8)), "attention_mask": mask, "labels": torch.zeros(2).long()}
     found = ns.residual_branches(model, batch)
     assert layers(found) == named(model, *globs)
-    assert stages(found) == [0] * 4
+    assert set(stages(found)) == {0}
 
 
 # --- branches of nets made for one question -------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 import neuronsurgery as ns
 from neuronsurgery.study import data
@@ -29,6 +32,7 @@ from neuronsurgery.study.training import (
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
+    distributed,
     print_progress,
     read_trajectory,
     train,
@@ -159,43 +163,65 @@ def _report(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     settings = _settings(options)
+    seeds = range(settings.seed, settings.seed + options.seeds)
     name = settings.data + ("-quick" if settings.quick else "")
-    if options.seeds == 1:
-        path = options.out or Path("runs") / f"{name}-seed-{settings.seed}"
-        print(summary(_run(options, settings, path)))
-    else:
-        seeds = range(settings.seed, settings.seed + options.seeds)
-        path = options.out or Path("runs") / f"{name}-seeds-{seeds[0]}-{seeds[-1]}"
+    last = f"s-{seeds[0]}-{seeds[-1]}" if options.seeds > 1 else f"-{settings.seed}"
+    path = options.out or Path("runs") / f"{name}-seed{last}"
+    if options.seeds > 1:
         refuse_other_files(path)
-        results = combine({n: _run(options, replace(settings, seed=n), path / f"seed-{n}") for n in seeds})
-        write_results(path, results)
-        print(render(results["claims"]))
+        runs = {n: _run(options, replace(settings, seed=n), path / f"seed-{n}") for n in seeds}
+    else:
+        runs = {settings.seed: _run(options, settings, path)}
+    finished = {seed: results for seed, results in runs.items() if results is not None}
+    if not finished:
+        return 0  # another process of torchrun: the first one goes on alone
+    if options.seeds > 1:
+        write_results(path, together := combine(finished))
+        print(render(together["claims"]))
+    else:
+        print(summary(finished[settings.seed]))
     _report(argparse.Namespace(folder=path))
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 
 
-def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[str, Any]:
-    """Return the results of one run, which is taken up where its folder has it."""
-    folder = RunFolder(path, settings, overwrite=options.overwrite)
+def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[str, Any] | None:
+    """Return the results of one run, which is taken up where its folder has it; None on all processes but the first.
+
+    Under `torchrun` the processes share the training by empirical risk minimisation.
+    """
     dataset = _dataset(options, settings)
     built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
-    print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
-    trained = _train(options, folder, dataset, built)
+    with distributed(options.device) as rank:
+        if rank == 0:
+            folder = RunFolder(path, settings, overwrite=options.overwrite)
+            print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
+        if dist.is_initialized():
+            dist.barrier()
+        if rank > 0:
+            folder = RunFolder(path, settings)
+        trained = _train(options, folder, dataset, built)
+    return _surgery(options, folder, dataset, built, trained) if rank == 0 else None
+
+
+def _surgery(
+    options: argparse.Namespace, folder: RunFolder, dataset: Any, built: Built, trained: Trained
+) -> dict[str, Any]:
+    """Return the results of every stage, written down after each."""
+    settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
-    if "1" in settings.stages:
-        results |= stage_one(folder, dataset, trained)
-        write_results(path, results)
-    if "2" in settings.stages:
-        results["stage_two"] = stage_two(
-            folder, dataset, _setting(options, settings, dataset, trained, built), _hardware(options)
-        )
-        write_results(path, results)
-    if "fragility" in settings.stages:
-        results["fragility"] = stage_fragility(folder, dataset, trained)
-        write_results(path, results)
+    setting = _setting(options, settings, dataset, trained, built)
+    stages: dict[str, Callable[[], dict[str, Any]]] = {
+        "1": lambda: stage_one(folder, dataset, trained),
+        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, _hardware(options))},
+        "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
+    }
+    for name, stage in stages.items():
+        if name in settings.stages:
+            results |= stage()
+            write_results(folder.path, results)
     if options.seeds > 1:
-        _report(argparse.Namespace(folder=path))
+        _report(argparse.Namespace(folder=folder.path))
     return results
 
 
@@ -254,6 +280,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
+    if options.seeds > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--seeds is for one process: under torchrun give one --seed at a time")
     if (options.root is None) != (options.data in EMBEDDED):
         needed = "is embedded and takes no" if options.data in EMBEDDED else "is read from disk and needs"
         raise ValueError(f"--data {options.data} {needed} --root DIR")

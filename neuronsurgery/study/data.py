@@ -2,6 +2,8 @@
 
 Both have a class `y` (what the image shows) and a spurious attribute `a` (what it is shown on: 0 land, vertical
 streaks; 1 water, horizontal ones); the group of an image is `2 * y + a`, and most training images have `y == a`.
+Two more are there to see where a method fails: `pair`, whose attribute is as hard to see as its class, and
+`with_label_noise`, which makes some classes wrong.
 
 Every draw comes from Philox raw bits under a key of its own, and an image is made with `+ - * / sqrt`, comparisons and
 rounding only, element by element. IEEE 754 rounds all of these correctly, so that no BLAS, libm or vector unit shows.
@@ -35,6 +37,9 @@ SYNTHETIC_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
 )
 DIGITS_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
     {"train": (600, 32, 10, 180), "validation": (30,) * 4, "test": (100,) * 4}
+)
+PAIR_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
+    {"train": (420, 22, 7, 127), "held-out": (210, 11, 3, 63), "validation": (30,) * 4, "test": (80,) * 4}
 )
 
 
@@ -90,7 +95,7 @@ class DataSet:
     """A named data set.
 
     Attributes:
-        name: "synthetic" or "digits".
+        name: "synthetic", "digits" or "pair".
         group_names: what group 0, 1, 2, 3 shows, such as "landbird on water".
         augmentation: what may be done to its training images.
         splits: split name to `Split`; "train", "validation" and "test" are always there.
@@ -519,3 +524,97 @@ def _draw_digits(sources: Doubles, groups: Integers, seed: int, split: str) -> S
     ink = _draw_colours(len(groups), *key)[:, 0, :, None, None].astype(np.float32)
     canvas += _enlarge(sources, 16)[:, None] * (ink - canvas)
     return _finish(canvas, groups, *key)
+
+
+# A shortcut that is as hard as the class
+
+
+def pair(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> DataSet:
+    """Two handwritten digits of scikit-learn in one 16x16 image: class and attribute are equally hard to see.
+
+    The class is the half (0-4 or 5-9) of the digit in the red channel, the attribute that of the digit in the blue one;
+    green is empty. The two are drawn alike, so that nothing but the training images says which one is asked for.
+
+    The digits of a half are put in an order that depends on the seed. Each split takes the first ones that no earlier
+    split shows in red for its red digits, then the first that none shows in blue, and that it does not itself show in
+    red, for its blue ones. So within a split no digit is used twice, and over all splits none twice in the same
+    channel; one that is red in a split may be blue in another. A split of (n0, n1, n2, n3) images takes 2 n0 + n1 + n2
+    digits 0-4 and n1 + n2 + 2 n3 digits 5-9, of which there are 901 and 896.
+
+    Args:
+        seed: of everything.
+        counts: images per group of splits to change or to add. Default: `PAIR_COUNTS`, in the proportions of
+            `SYNTHETIC_COUNTS`; the training images take 869 of the digits 0-4, all splits together 883 in red.
+
+    Returns:
+        The data set, with the default splits and those of `counts`.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if counts are not four whole numbers of at least 0, or ask for more digits than there are.
+    """
+    wanted = _check_counts(PAIR_COUNTS, counts)
+    sources, labels = _load_digits()
+    orders = [np.flatnonzero(labels == half) for half in (0, 1)]
+    orders = [order[permutation(len(order), "pair", seed, half)] for half, order in enumerate(orders)]
+    shown: tuple[Integers, Integers] = (np.empty(0, np.int64), np.empty(0, np.int64))  # in red, in blue
+    splits = {}
+    for split, groups in wanted.items():
+        red = _take(orders, groups // 2, shown[0], split, "red")
+        blue = _take(orders, groups % 2, np.concatenate([shown[1], red]), split, "blue")
+        shown = np.concatenate([shown[0], red]), np.concatenate([shown[1], blue])
+        splits[split] = _draw_pairs(sources[red], sources[blue], groups, seed, split)
+    names = tuple(f"red {red} with blue {blue}" for red in ("0-4", "5-9") for blue in ("0-4", "5-9"))
+    return DataSet("pair", names, Augmentation(flip=False), MappingProxyType(splits))
+
+
+def _take(orders: Sequence[Integers], halves: Integers, barred: Integers, split: str, channel: str) -> Integers:
+    """The digits of one channel of a split, int64 (N,): of each half the first ones that are not barred."""
+    taken = np.empty(len(halves), np.int64)
+    for half, order in enumerate(orders):
+        free, places = order[~np.isin(order, barred)], np.flatnonzero(halves == half)
+        if len(places) > len(free):
+            raise ValueError(
+                f"pair: split {split!r} asks for {len(places)} digits {('0-4', '5-9')[half]} in {channel}, found "
+                f"{len(free)} that neither it nor, in {channel}, an earlier split uses: lower its counts"
+            )
+        taken[places] = free[: len(places)]
+    return taken
+
+
+def _draw_pairs(red: Doubles, blue: Doubles, groups: Integers, seed: int, split: str) -> Split:
+    canvas = np.zeros((len(groups), 3, 16, 16), np.float32)
+    canvas[:, 0], canvas[:, 2] = _enlarge(red, 16), _enlarge(blue, 16)
+    return _finish(canvas, groups, "pair", seed, split)
+
+
+# Wrong labels
+
+
+def with_label_noise(split: Split, share: float, seed: int) -> tuple[Split, Tensor]:
+    """A split in which some images have the wrong one of two classes, and which ones these are.
+
+    The draw depends on the seed and on the number of images alone, and a smaller share is a part of a larger one.
+
+    Args:
+        split: the images, of the classes 0 and 1; it stays as it is.
+        share: of all images, in [0, 1]; round(share * N) of them are given the other class.
+        seed: of the draw.
+
+    Returns:
+        `(noisy, flipped)`: the split with images and groups as they were, so that `targets` is not `groups // 2`
+        throughout; and bool (N,), true where the class is wrong.
+
+    Raises:
+        ValueError: if the share is not in [0, 1], or there are other classes than 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"label noise: share must be in [0, 1], found {share}: 0.03 makes 3 images in 100 wrong")
+    if not bool(((split.targets == 0) | (split.targets == 1)).all()):
+        raise ValueError(
+            f"label noise: expected the classes 0 and 1, found {sorted(set(split.targets.tolist()))}: give a split of two"
+        )
+    flipped = torch.zeros(len(split), dtype=torch.bool)
+    drawn = permutation(len(split), "label noise", seed)[: round(share * len(split))]
+    flipped[torch.from_numpy(drawn)] = True
+    return replace(split, targets=torch.where(flipped, 1 - split.targets, split.targets)), flipped

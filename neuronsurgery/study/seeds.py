@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from neuronsurgery.study.claims import judge, mean_interval
+from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.run import SCHEMA
+from neuronsurgery.study.stage_two import CONTINUED
 
 Results = Mapping[str, Any]
 
@@ -47,6 +49,8 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         "seeds": list(runs),
         "accuracy": {split: _accuracies(every, split) for split in first["accuracy"]},
         "claims": judge(every) if "experiments" in first else [],
+        **({"stage_two": _stage_two([run["stage_two"] for run in every])} if "stage_two" in first else {}),
+        **({"fragility": _fragility([run["fragility"] for run in every])} if "fragility" in first else {}),
     }
 
 
@@ -73,3 +77,118 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
     columns = zip(*(run["accuracy"][split] for run in runs), strict=True)
     return [summarise(column) for column in columns]
+
+
+# Stage 2
+
+MEASURES = ("worst", "plain", "balanced", "train-weighted")
+FIXED_RATE = f"{CONTINUED}, rate {FINE_TUNING.learning_rate:g}"
+CONTROLS = (FIXED_RATE, f"{CONTINUED}, rate chosen", "nothing pruned", "random pruned", "pruned, own statistics")
+"""What the paper's arms are held against; the first is the same fine-tuning without the contrastive term."""
+
+
+def _stage_two(runs: Sequence[Results]) -> dict[str, Any]:
+    columns = [{arm["name"]: arm for arm in run["arms"]} for run in runs]
+    names = [name for name in columns[0] if all(name in column for column in columns)]
+    arms = {name: [column[name] for column in columns] for name in names}
+    kept = ("fine_tuning_epochs", "comparison_epochs", "splits", "selections", "class_labels_of", "train_counts")
+    return {
+        **{key: runs[0][key] for key in kept},
+        "arms": [_arm(name, same) for name, same in arms.items()],
+        "differences": [
+            {"arm": name, "control": control, "selection": rule, **_difference(arms[name], arms[control], rule)}
+            for name, same in arms.items()
+            if same[0]["family"] == "paper"
+            for control in CONTROLS
+            if control in arms
+            for rule in runs[0]["selections"]
+            if all(rule in arm["selected"] for arm in (*arms[name], *arms[control]))
+        ],
+    }
+
+
+def _arm(name: str, runs: Sequence[Results]) -> dict[str, Any]:
+    """Return one arm over the seeds; a rule of selection that a seed lacks is left out, and so many are counted."""
+    rules = [rule for rule in runs[0]["selected"] if all(rule in run["selected"] for run in runs)]
+    return {
+        **{key: runs[0][key] for key in ("name", "family", "text", "labels")},
+        "impossible": sum("impossible" in run for run in runs),
+        "selected": {rule: _measures([run["selected"][rule] for run in runs]) for rule in rules},
+        "trajectory": [
+            {"epoch": points[0]["epoch"], "worst": summarise([min(point["test"]) for point in points])}
+            for points in zip(*(run["trajectory"] for run in runs), strict=False)  # JTT's lengths differ
+        ],
+    }
+
+
+def _measures(chosen: Sequence[Results]) -> dict[str, Any]:
+    tests = zip(*(one["test"] for one in chosen), strict=True)
+    found: dict[str, Any] = {measure: summarise([one[measure] for one in chosen]) for measure in MEASURES}
+    return {**found, "test": [summarise(column) for column in tests]}
+
+
+def _difference(arm: Sequence[Results], control: Sequence[Results], rule: str) -> dict[str, Any]:
+    """Return by how much an arm's worst group is better than a control's, seed by seed, and what that says."""
+    pairs = zip(arm, control, strict=True)
+    return compare([a["selected"][rule]["worst"] - b["selected"][rule]["worst"] for a, b in pairs])
+
+
+def compare(differences: Sequence[float]) -> dict[str, Any]:
+    """Return paired differences with their interval and a verdict: "better", "worse" or "undecided"."""
+    found = summarise(differences)
+    verdict = "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "undecided"
+    return {**found, "verdict": verdict}
+
+
+# Fragility
+
+RETRAINED = "inferred by knockout"
+
+
+def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
+    if any("impossible" in run for run in runs):
+        return {"impossible": next(run["impossible"] for run in runs if "impossible" in run)}
+    rows = {row["name"]: [_by_name(run["mitigation"], row["name"]) for run in runs] for row in runs[0]["mitigation"]}
+    possible = {name: same for name, same in rows.items() if all("worst" in row for row in same)}
+    return {
+        "edit": runs[0]["edit"],
+        "images": runs[0]["images"],
+        "detection": {split: _detection([run["detection"][split] for run in runs]) for split in runs[0]["detection"]},
+        "flagged": {split: [run["flagged"][split] for run in runs] for split in runs[0]["flagged"]},
+        "mitigation": [
+            {
+                **{key: same[0][key] for key in ("name", "labels", "images")},
+                "worst": summarise([row["worst"] for row in same]),
+                "test": [summarise(column) for column in zip(*(row["test"] for row in same), strict=True)],
+            }
+            for same in possible.values()
+        ],
+        "impossible_rows": {
+            name: sum("worst" not in row for row in same) for name, same in rows.items() if name not in possible
+        },
+        "differences": [
+            {
+                "arm": RETRAINED,
+                "control": name,
+                **compare([a["worst"] - b["worst"] for a, b in zip(possible[RETRAINED], same, strict=True)]),
+            }
+            for name, same in possible.items()
+            if RETRAINED in possible and name != RETRAINED
+        ],
+    }
+
+
+def _by_name(rows: Sequence[Results], name: str) -> Results:
+    return next(row for row in rows if row["name"] == name)
+
+
+def _detection(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{key: same[0][key] for key in ("score", "group", "count", "of")},
+            "needs": same[0]["needs"],
+            "auc": summarise([row["auc"] for row in same]),
+            "average_precision": summarise([row["average_precision"] for row in same]),
+        }
+        for same in zip(*runs, strict=True)
+    ]

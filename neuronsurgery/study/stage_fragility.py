@@ -193,7 +193,7 @@ class _Detection:
         }
         for epoch in [epoch for epoch in EARLY if epoch in self.trained.checkpoints]:
             scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -self._early(epoch))
-        together = {name: _together(swept, name, examples.targets) for name in sizes}
+        together = {name: together(swept, name, examples.targets) for name in sizes}
         damage = {name: flips for name, (_, flips) in together.items()}
         alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
         scores["critical neurons"] = (
@@ -211,12 +211,12 @@ class _Detection:
         rows = [
             {"score": name, "needs": needs, **judged}
             for name, (needs, values) in scores.items()
-            for judged in _judge(values, examples, self.data)
+            for judged in judge(values, examples, self.data)
         ]
         return {
             "rows": rows,
             "damage": [{"cut": name, "neurons": sizes[name], "flips": damage[name]} for name in sizes],
-            "flagged": _flagged(remaining, examples, self.data),
+            "flagged": flagged(remaining, examples, self.data),
             "points": _points(remaining, -swept.values(), examples, self.data),
         }
 
@@ -245,16 +245,28 @@ class _Detection:
         return ns.sweep(model, {}, self.data.loaders(self.split), metric=ns.margin).values()
 
 
-def _together(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
-    """Return the fragility over all draws of one kind of cut, and the mean share of examples that a draw flips."""
+def together(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
+    """Return the fragility over all draws of one kind of cut, and the mean share of examples that a draw flips.
+
+    Args:
+        swept: margins under edits that are called "name, draw".
+        name: of the kind.
+        targets: the classes, int64 (N,).
+    """
     labels = [label for label in swept.labels if label.rpartition(",")[0] == name]
     margins = torch.stack([swept.values(label) for label in labels])
     flips = ((margins > 0) != (swept.values() > 0)).double().mean()
     return ns.fragility(margins, targets), float(flips)
 
 
-def _judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
-    """Return, for each minority, how well a score tells it from the rest of its class."""
+def judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
+    """Return, for each minority, how well a score tells it from the rest of its class.
+
+    Args:
+        scores: (N,), higher for those that should belong to a minority.
+        examples: the N examples; a group of several classes is not foreseen.
+        data: the data set, for the names of its groups and for which are minorities.
+    """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     rows = []
@@ -278,8 +290,14 @@ def _judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
     return rows
 
 
-def _flagged(scores: Tensor, examples: Examples, data: Any) -> Row:
-    """Return how many examples of each true group the fence calls fragile; or why it cannot be drawn."""
+def flagged(scores: Tensor, examples: Examples, data: Any) -> Row:
+    """Return how many examples of each true group the fence calls fragile; or why it cannot be drawn.
+
+    Args:
+        scores: the fragility of the examples, (N,).
+        examples: the N examples.
+        data: the data set, for the names of its groups.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant scores: the error that follows says more
@@ -386,13 +404,13 @@ class _Bench:
         return balanced_logistic(self.held.features, self.held.targets, groups, seed=self.seed)
 
 
-def mitigate(data: Any, model: nn.Module, edit: ns.Edit, split: str, seed: int) -> list[Row]:
+def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int) -> list[Row]:
     """Return every way to retrain the last layer on a split, with the labels that each takes.
 
     Args:
         data: the data set.
         model: the trained model.
-        edit: what is cut to infer groups, see `knockout`.
+        edit: what is cut to infer groups, see `knockout`; None where there is no branch to cut.
         split: the images to retrain on.
         seed: of the balanced subsets.
     """
@@ -404,6 +422,8 @@ def mitigate(data: Any, model: nn.Module, edit: ns.Edit, split: str, seed: int) 
     true = Examples.of(data.splits[split]).groups
 
     def inferred() -> Tensor:
+        if edit is None:
+            raise ValueError("no groups are inferred: the network has no residual branch to cut")
         return infer(model, data, split, edit).groups
 
     def by_final_loss() -> Tensor:

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from neuronsurgery.study import cli
-
-LITTLE = {"train": (24, 8, 6, 12), "validation": (4,) * 4, "test": (4,) * 4}
+from study.little_study import make_little
 
 
 def run(arguments: list[str], kill_after: float | None = None) -> bool:
@@ -35,7 +34,7 @@ def run(arguments: list[str], kill_after: float | None = None) -> bool:
 
 
 def main() -> None:
-    cli.QUICK_COUNTS = LITTLE
+    make_little()
     folder, kills, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     started = time.perf_counter()
     assert run([*arguments, "--out", str(folder / "whole")])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import neuronsurgery as ns
@@ -15,7 +18,7 @@ from neuronsurgery.study import data, run
 from neuronsurgery.study.cli import main
 from study.test_readers import make_birds
 
-FEW = ("study", "--quick", "--epochs", "1")
+FEW = ("study", "--quick", "--epochs", "1", "--data", "digits", "--stages", "1", "--experiments", "1a", "1g")
 COUNTS = {"train": (24, 8, 6, 12), "validation": (4,) * 4, "test": (4,) * 4}
 
 
@@ -23,8 +26,9 @@ COUNTS = {"train": (24, 8, 6, 12), "validation": (4,) * 4, "test": (4,) * 4}
 def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded data, but few of them."""
     made = {"digits": data.digits, "synthetic": data.synthetic}
-    few: dict[str, Callable[[int], data.DataSet]] = {
-        name: lambda seed, make=make: make(seed, counts=COUNTS)  # type: ignore[misc]
+    held_out = {"digits": {}, "synthetic": {"held-out": (24, 8, 6, 12)}}
+    few: dict[str, Callable[..., data.DataSet]] = {
+        name: lambda seed, counts, name=name, make=make: make(seed, counts=COUNTS | held_out[name])  # type: ignore[misc]
         for name, make in made.items()
     }
     monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
@@ -76,7 +80,7 @@ def run_model(folder: Path) -> Any:
 
 
 def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
-    every = [*FEW, "--experiments", "all", "--epochs", "5", "--data", "synthetic"]
+    every = ["study", "--quick", "--epochs", "5", "--stages", "1"]
     assert main([*every, "--out", str(tmp_path / "a")]) == 0
     assert main([*every, "--out", str(tmp_path / "b")]) == 0
     results = results_of(tmp_path / "a")
@@ -90,7 +94,7 @@ def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path
 def test_a_killed_run_goes_on_to_the_same_results(
     killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*FEW, "--experiments", "1a", "1e", "1g"]
+    arguments = [*FEW[:-2], "1a", "1e", "1g"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     calls = []
     measure = run.measure
@@ -122,15 +126,70 @@ def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Scores: gradient norm of 336 neurons" in capsys.readouterr().out
 
 
-def test_waterbirds_from_disk_with_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_waterbirds_from_disk_with_another_network(
+    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_birds(root := tmp_path / "birds")
     folder = tmp_path / "run"
-    chosen = ["--data", "waterbirds", "--root", str(root), "--arch", "resnet18", "--experiments", "1a"]
-    assert main([*FEW, *chosen, "--out", str(folder)]) == 0
+    chosen = ["--data", "waterbirds", "--root", str(root), "--stages", "1", "--experiments", "1a", "1b"]
+    architecture = ["--arch", arch] if arch != "resnet50" else []  # the default
+    assert main(["study", "--quick", "--epochs", "1", *chosen, *architecture, "--out", str(folder)]) == 0
     printed = capsys.readouterr().out
+    assert f"{arch}, " in printed
     assert "nothing pre-trained" in printed
-    assert results_of(folder)["experiments"]["1a"]["train"]
+    results = results_of(folder)
+    assert results["experiments"]["1a"]["train"]
+    assert "fc.weight" not in {layer["name"] for layer in results["layers"]}
     assert "fc.weight" in load_file(folder / "checkpoints" / "epoch-001.safetensors")
+
+
+def test_both_stages_and_fragility_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["study", "--quick", "--experiments", "1a", "--out", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for title in ("1a  Zero the top neurons", "Stage 2  Worst group of the test images", "Last layer retrained"):
+        assert title in printed
+    results = results_of(folder)
+    assert {"experiments", "stage_two", "fragility"} <= results.keys()
+    assert results["settings"]["stages"] == ["1", "2", "fragility"]
+
+
+def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs"
+    assert main([*FEW, "--seeds", "2", "--out", str(folder)]) == 0
+    assert "| ERM | training accuracy is near 100 %" in capsys.readouterr().out
+    together = results_of(folder)
+    assert together["seeds"] == [0, 1]
+    for seed in (0, 1):
+        assert results_of(folder / f"seed-{seed}")["settings"]["seed"] == seed
+        assert (folder / f"seed-{seed}" / "report.html").exists()
+    alone = results_of(folder / "seed-1")["accuracy"]["train"]
+    assert [column["values"][1] for column in together["accuracy"]["train"]] == alone
+    assert main([*FEW, "--out", str(folder)]) == 1
+    assert "holds files that are no run of this study" in capsys.readouterr().err
+
+
+def test_a_split_and_an_experiment_are_added_to_a_run_that_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main([*FEW[:-1], "--out", str(folder)]) == 0
+    before = results_of(folder)["experiments"]["1a"]["train"]
+    assert main([*FEW[:-2], "1a", "1b", "--split", "train", "--split", "test", "--out", str(folder)]) == 0
+    after = results_of(folder)["experiments"]
+    assert after["1a"]["train"] == before
+    assert set(after["1a"]) == set(after["1b"]) == {"train", "test"}
+
+
+def test_two_processes_train_together_and_the_first_goes_on(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("little_study.py")
+    arguments = ["--nproc-per-node", "2", "--master-port", "0", "--standalone", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, *FEW, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=program.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder: ") == 1
+    assert results_of(tmp_path / "run")["experiments"]["1a"]["train"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-001.safetensors"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint).values())
 
 
 @pytest.mark.parametrize(

@@ -213,12 +213,13 @@ def test_gradient_chooses_the_neurons_of_largest_gradient(split: Split) -> None:
     assert {neuron.index for neuron in method.choose(model, 0, 1)} == set(expected.tolist())
 
 
-def test_hard_images_are_those_of_highest_loss(split: Split) -> None:
-    """Of the two hardest both are taken; the gradient is theirs alone."""
+@pytest.mark.parametrize("top", [1, 2, 4, 7, 12])
+def test_hard_images_are_those_of_highest_loss(top: int, split: Split) -> None:
+    """Of the hardest all are taken; the gradient is theirs alone."""
     model = small_network().eval()
-    method = ContrastivePruning([(split.images, split.targets)], where="0.*", fraction=0.5, top=2, sample=2)
+    method = ContrastivePruning([(split.images, split.targets)], where="0.*", fraction=0.5, top=top, sample=top)
     losses = functional.cross_entropy(model(split.images), split.targets, reduction="none")
-    (gradient,) = torch.autograd.grad(losses.topk(2).values.mean(), [model[0].weight])  # type: ignore[index]
+    (gradient,) = torch.autograd.grad(losses.topk(top).values.mean(), [model[0].weight])  # type: ignore[index]
     expected = gradient.flatten(1).norm(dim=1).topk(3).indices
     assert {neuron.index for neuron in method.choose(model, 0, 1)} == set(expected.tolist())
 
@@ -518,6 +519,10 @@ def test_batches_of_eight_images_by_hand() -> None:
         for block, cell in zip(blocks, [(y, p), (y, 1 - p), (1 - y, p), (1 - y, 1 - p)], strict=True):
             assert set(block) <= CELLS[cell]
             assert len(set(block)) == min(2, len(CELLS[cell]))  # no repeats as far as there are images
+    ones = {tuple(source.draw(1, 0, 1, step).tolist()) for step in range(200)}
+    for (y, p), images in CELLS.items():  # any image of a cell may be drawn with any of the others
+        pairs = {(drawn[0], drawn[3]) for drawn in ones if drawn[0] in images}
+        assert pairs == {(one, two) for one in images for two in CELLS[1 - y, 1 - p]}
     for cell, images in CELLS.items():  # any image is as likely to be the first anchor
         assert firsts[cell] / 400 == pytest.approx(len(images) / 8, abs=0.1)
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from neuronsurgery.study import training
-from neuronsurgery.study.data import Augmentation, Split, synthetic
+from neuronsurgery.study.data import Augmentation, Split, raw_bits, synthetic
 from neuronsurgery.study.methods import (
     ContrastiveBatches,
     ContrastivePruning,
@@ -212,6 +212,15 @@ def test_training_uses_the_rate_of_the_plateau(split: Split, tmp_path: Path) -> 
     assert steps == pytest.approx([0.25, 0.25, 0.25, 0.125, 0.125, 0.0625], rel=1e-5)
 
 
+@pytest.mark.parametrize("epoch", range(1, 6))
+def test_the_rate_of_the_plateau_survives_a_kill(epoch: int, split: Split, tmp_path: Path) -> None:
+    recipe = Recipe("sgd", learning_rate=0.25, epochs=6, batch_size=len(split), schedule="plateau")
+    with pytest.raises(KilledError, match="killed here"):
+        train(Constant(), split, tmp_path, recipe=recipe, method=Uphill(), progress=kill_after(epoch))
+    after = train(Constant(), split, tmp_path, recipe=recipe, method=Uphill())
+    assert after.get_parameter("weight").item() == pytest.approx(3 * 0.25 + 2 * 0.125 + 0.0625, rel=1e-5)
+
+
 class Constant(nn.Module):
     """Its one weight as the logit of either class."""
 
@@ -305,6 +314,18 @@ def test_dropout_resumes_too(split: Split, tmp_path: Path) -> None:
         train(model(), split, tmp_path / "killed", recipe=SHORT["adam"], progress=kill_after(2))
     torch.rand(5)
     assert same_state(whole, train(model(), split, tmp_path / "killed", recipe=SHORT["adam"]))
+
+
+def test_dropout_is_drawn_from_a_seed_of_the_epoch(split: Split, tmp_path: Path) -> None:
+    """One step by hand: folders of runs that were begun long ago go on with the same draws."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 2))
+    recipe = Recipe("sgd", learning_rate=0.1, epochs=1, batch_size=len(split))
+    after = train(model, split, tmp_path, recipe=recipe, seed=3)
+    (batch,) = Embedded(split, None).epoch(len(split), 3, 1)
+    torch.manual_seed(int(raw_bits(1, "dropout", 3, 1)[0]) >> 1)
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    (gradient,) = torch.autograd.grad(loss, [model.get_parameter("2.weight")])
+    torch.testing.assert_close(after.get_parameter("2.weight"), model.get_parameter("2.weight") - 0.1 * gradient)
 
 
 def test_half_written_temporary_files_are_ignored(split: Split, tmp_path: Path) -> None:

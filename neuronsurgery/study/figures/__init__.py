@@ -29,3 +29,4 @@ from neuronsurgery.study.figures.marks import extent_of as extent_of
 from neuronsurgery.study.figures.marks import limits_of as limits_of
 from neuronsurgery.study.figures.marks import number as number
 from neuronsurgery.study.figures.marks import signed as signed
+from neuronsurgery.study.figures.rows import dot_rows as dot_rows

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from neuronsurgery.study.data import Split
 from neuronsurgery.study.figures import svg
+from neuronsurgery.study.figures.marks import HIGHLIGHT
 
 Pixels = npt.NDArray[np.uint8]
 """Red, green and blue, (height, width, 3)."""
 
 PAPER: Final = 255
+SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 
 
 def pixels_of(images: Tensor) -> Pixels:
@@ -69,7 +71,7 @@ def png(pixels: Pixels) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(_filtered(pixels), 9)), (b"IEND", b""))
     parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return SIGNATURE + b"".join(parts)
 
 
 def _filtered(pixels: Pixels) -> bytes:
@@ -135,14 +137,16 @@ class Picture:
     """An image of a figure.
 
     Attributes:
-        pixels: uint8 (height, width, 3); small, because the figure holds it whole.
+        pixels: uint8 (height, width, 3), or a PNG file as bytes; small, because the figure holds it whole.
         caption: short text under it, such as its fragility.
         note: what is said when one points at it.
+        framed: whether a strong frame is drawn around it: of a minority group.
     """
 
-    pixels: Pixels
+    pixels: Pixels | bytes
     caption: str = ""
     note: str = ""
+    framed: bool = False
 
 
 def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Picture]]], *, side: float = 88.0) -> str:
@@ -154,7 +158,7 @@ def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Picture]]], *, sid
         side: width and height of an image as drawn; one that is not square is fitted in.
 
     Raises:
-        ValueError: if there is no image, or one is not uint8 (height, width, 3).
+        ValueError: if there is no image, or one is neither uint8 (height, width, 3) nor a PNG file.
     """
     most = max((len(pictures) for _, pictures in rows), default=0)
     if not most:
@@ -177,6 +181,15 @@ def _embedded(picture: Picture, x: float, y: float, side: float) -> str:
     note = f"<title>{escape(picture.note)}</title>" if picture.note else ""
     image = (
         f'<image x="{svg.px(x)}" y="{svg.px(y)}" width="{svg.px(side)}" height="{svg.px(side)}" '
-        f'style="image-rendering:pixelated" href="{data_uri(png(picture.pixels))}"/>'
+        f'style="image-rendering:pixelated" href="{data_uri(_file_of(picture))}"/>'
     )
-    return f"<g>{note}{image}{caption if picture.caption else ''}</g>"
+    frame = svg.rectangle(x, y, side, side, "none", svg.stroke(HIGHLIGHT, 4)) if picture.framed else ""
+    return f"<g>{note}{image}{frame}{caption if picture.caption else ''}</g>"
+
+
+def _file_of(picture: Picture) -> bytes:
+    if not isinstance(picture.pixels, bytes):
+        return png(picture.pixels)
+    if not picture.pixels.startswith(SIGNATURE):
+        raise ValueError(f"image_rows: the image {picture.caption!r} is bytes, but no PNG file: pass pixels or a PNG")
+    return picture.pixels

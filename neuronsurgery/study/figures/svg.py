@@ -72,7 +72,8 @@ def _ticks(low: float, high: float, about: int = 6) -> list[float]:
     return [round(step * position, 10) for position in range(first, last + 1)]
 
 
-def _tick_text(value: float) -> str:
+def tick_text(value: float) -> str:
+    """Return the number at a tick."""
     return f"{value:g}".replace("-", MINUS)
 
 
@@ -227,20 +228,25 @@ def axes(area: Area, ticks: Sequence[float], axis: str) -> list[str]:
         drawn.append(
             line(area.left, y, area.left + area.width, y, INK if tick == 0 else FAINT, 1.6 if tick == 0 else 1)
         )
-        drawn.append(text(area.left - 7, y + 5, _tick_text(tick), size=SMALL, anchor="end"))
+        drawn.append(text(area.left - 7, y + 5, tick_text(tick), size=SMALL, anchor="end"))
     middle = area.top + area.height / 2
     drawn.append(text(17, middle, axis, size=SMALL, anchor="middle", extra=f'transform="rotate(-90 17 {px(middle)})"'))
     return drawn
+
+
+def ticks_of(limits: tuple[float, float], about: int = 6) -> list[float]:
+    """Return the ticks of a scale, which begins and ends at a tick; with 0 where both limits are equal."""
+    low, high = limits
+    if low == high:
+        low, high = (-1.0, 1.0) if low == 0 else (min(0.0, low), max(0.0, high))
+    return _ticks(low, high, about)
 
 
 def scaled(
     limits: tuple[float, float], top: float, width: float, height: float, about: int = 6
 ) -> tuple[Area, list[float]]:
     """Return the area of a figure and the ticks of its scale, which begins and ends at a tick."""
-    low, high = limits
-    if low == high:
-        low, high = (-1.0, 1.0) if low == 0 else (min(0.0, low), max(0.0, high))
-    ticks = _ticks(low, high, about)
+    ticks = ticks_of(limits, about)
     return Area(LEFT, top, width - LEFT - RIGHT, height, ticks[0], ticks[-1]), ticks
 
 

@@ -120,7 +120,7 @@ def _accuracy_figure(run: Mapping[str, Any], groups: Groups) -> str:
         counts = run["counts"].get(split, [0] * len(groups.names))
         marks = []
         for share, count in zip(run["accuracy"][split], counts, strict=True):
-            low, high = _wilson(share, count)
+            low, high = wilson(share, count)
             marks.append(Mark(100 * share, 100 * low, 100 * high))
         series.append(
             Series(split, tuple(marks), figures.ORDERED_COLOURS[2 * place % 3], split if len(split) < 6 else "")
@@ -128,16 +128,6 @@ def _accuracy_figure(run: Mapping[str, Any], groups: Groups) -> str:
     names = list(groups.names)
     title = "Accuracy of the trained model per group"
     return figures.grouped_bars(title, names, series, axis="accuracy, %", minority=groups.places, limits=(0.0, 100.0))
-
-
-def _wilson(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of `count` examples."""
-    if not count:
-        return share, share
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _training_figures(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -190,7 +180,7 @@ def _groups_table(run: Mapping[str, Any], groups: Groups) -> str:
         for split, found in counts.items():
             row.append(_count_cell(found, expected.get(split), place))
         for split, shares in accuracy.items():
-            low, high = _wilson(shares[place], counts.get(split, {place: 0})[place])
+            low, high = wilson(shares[place], counts.get(split, {place: 0})[place])
             row.append(f"{number(100 * shares[place])}<small>[{number(100 * low)}, {number(100 * high)}]</small>")
         both = {"train", "test"} <= set(accuracy)
         row.append(signed(100 * (accuracy["train"][place] - accuracy["test"][place])) if both else "&ndash;")

@@ -1,0 +1,114 @@
+"""Accuracies and what they are worth: each with its interval, and how one stands to others in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neuronsurgery.study.figures import Mark, number
+from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.wording import listed
+
+Found = float | Mapping[str, Any]
+"""A share of one run, or its summary over several seeds: values, mean, low and high."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A share, such as an accuracy.
+
+    Attributes:
+        value: the share, or its mean over the seeds.
+        low: lower end of its interval, over examples or over seeds; None where there is none.
+        high: upper end.
+        values: of every seed; empty for one run.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    values: tuple[float, ...] = ()
+
+    @property
+    def mark(self) -> Mark:
+        """The level as a mark of a figure, in percent."""
+        low, high = (None if end is None else 100 * end for end in (self.low, self.high))
+        return Mark(100 * self.value, low, high)
+
+    @property
+    def interval(self) -> str:
+        """The interval in percent, "[30.2, 49.1]"; nothing where there is none."""
+        return "" if self.low is None or self.high is None else f"[{number(100 * self.low)}, {number(100 * self.high)}]"
+
+    def __str__(self) -> str:
+        return f"{number(100 * self.value)} % {self.interval}".rstrip()
+
+
+def level_of(found: Found, count: int | None = None) -> Level:
+    """Return a share with its interval: Student's over seeds where it is a summary, else Wilson's of `count` examples.
+
+    Args:
+        found: the share, or the summary.
+        count: examples that a single share is of; None for a share that has no such number.
+    """
+    if isinstance(found, Mapping):
+        return Level(found["mean"], found["low"], found["high"], tuple(found["values"]))
+    return Level(found) if count is None else Level(found, *wilson(found, count))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `count` examples."""
+    if not count:
+        return share, share
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def by_group(run: Mapping[str, Any], groups: Groups, split: str, found: Sequence[Found]) -> dict[str, Level]:
+    """Return the accuracies of a split by group; a group without examples has none."""
+    counts = dict(zip(groups.names, run["counts"][split], strict=True))
+    present = [name for name, count in counts.items() if count]
+    return {name: level_of(one, counts[name]) for name, one in zip(present, found, strict=True)}
+
+
+def worst_group(levels: Mapping[str, Level]) -> str:
+    """Return the name of the group of lowest accuracy, of equals the first."""
+    return min(levels, key=lambda name: levels[name].value)
+
+
+def standing(one: Level, others: Mapping[str, Level]) -> str:
+    """Return against which others a level is higher, for which it is not settled, and which it is not above."""
+    above, unsettled, below = [], [], []
+    for name, other in others.items():
+        said = f"{name} ({number(100 * other.value)} %)"
+        if one.value <= other.value:
+            below.append(said)
+        elif one.low is None or other.high is None or one.low <= other.high:
+            unsettled.append(said)
+        else:
+            above.append(said)
+    parts = [f"not better than {listed(below, 20)}"] if below else []
+    parts += [f"higher than {listed(unsettled, 20)}, but the intervals overlap"] if unsettled else []
+    parts += [f"better than {listed(above, 20)}"] if above else []
+    return "; ".join(parts) or "there is nothing to compare it with"
+
+
+def verdicts(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Return against which controls an arm is better, worse or undecided over the seeds, with the mean differences."""
+    parts = []
+    for verdict, words in (("worse", "worse than"), ("undecided", "undecided against"), ("better", "better than")):
+        found = [
+            f"{one['control']} ({_difference_words(one)})" for one in differences if one["verdict"] == verdict
+        ]
+        parts += [f"{words} {listed(found, 20)}"] if found else []
+    return "; ".join(parts) or "there is nothing to compare it with"
+
+
+def _difference_words(one: Mapping[str, Any]) -> str:
+    ends = f"[{number(100 * one['low'])}, {number(100 * one['high'])}]"
+    sign = "+" if one["mean"] >= 1e-9 else ""
+    return f"{sign}{number(100 * one['mean'])} points {ends}"

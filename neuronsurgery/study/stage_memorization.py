@@ -1,0 +1,439 @@
+"""The stage that asks who is memorised by the definition of the word: many trainings, each on a part of the images.
+
+The score of an image is how much more often models that saw it get it right than models that did not. Three questions
+are put to it: do minority images score higher than the rest of their class; are they the ones that lose most when the
+critical neurons of their group are zeroed in the run's own model; and do those agree with the knockout of `fragility`,
+which needs no second training. Each answer has an interval, and one that does not tell says so.
+
+Source: Feldman and Zhang, "What neural networks memorize and why", 2020.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import neuronsurgery as ns
+from neuronsurgery.capture import CaptureError
+from neuronsurgery.memorization import Fit
+from neuronsurgery.study import readers
+from neuronsurgery.study.data import raw_bits
+from neuronsurgery.study.experiments import DRAW_SEED, SIZES
+from neuronsurgery.study.models import DEFAULTS, build_model
+from neuronsurgery.study.run import RunFolder, Settings
+from neuronsurgery.study.stage_fragility import SHOWN, Examples, knockout
+from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.training import RECIPES, EpochReport, Hardware, Recipe, checkpoint_path, digest, train
+from neuronsurgery.sweep import student_quantile
+
+Row: TypeAlias = dict[str, Any]
+
+MODELS: Final = 40
+"""Of 2397 images and a share of 0.7, some image is in all subsets of 24 models in four seeds of ten; of 40, in none."""
+
+SHARE: Final = 0.7
+LEVEL: Final = 0.95
+RESAMPLES: Final = 1000
+AT_ONCE: Final = 10**7
+"""Numbers in memory at once, while resampling."""
+
+OWN: Final = "critical neurons of the own group"
+RANDOM: Final = "random neurons"
+
+
+def stage_memorization(
+    folder: RunFolder,
+    data: Any,
+    trained: Trained,
+    *,
+    models: int = MODELS,
+    share: float = SHARE,
+    epochs: int | None = None,
+    recipe: Recipe | None = None,
+    hardware: Hardware = Hardware(),
+    progress: bool = True,
+) -> Row:
+    """Return who of the training images is memorised, as the entry "memorization" of `results.json`.
+
+    Its keys: "models", "share", "epochs"; "groups", the mean score of each; "minority_difference", by how much the
+    minority of a class scores above the rest of it, averaged over the minorities and for each alone; "points", the
+    scores by group, thinned; "relation", Spearman's correlation of the score with what a cut of the trained model does
+    to the image. A number that cannot be given is None, and the row says why as "impossible".
+
+    Args:
+        folder: the run folder; what it holds is not done again, nor is a model that was trained before a kill.
+        data: the data set, embedded or read from disk: splits, loaders and group names.
+        trained: the trained model of the run, on which the cuts are tried.
+        models: how many models to train, at least 2.
+        share: of the training images that each is trained on, in (0, 1).
+        epochs: passes of each over its share. None: half of the run's, rounded down, at least 1.
+        recipe: of the run; its epochs do not count. None: that of the run's preset.
+        hardware: where and how the models are trained.
+        progress: whether to write lines of progress to standard error.
+
+    Raises:
+        ValueError: if epochs is below 1, models or share out of range, or an image in all or in none of the subsets
+            (says how many models are needed); before any training.
+    """
+    settings = folder.settings
+    epochs = max(1, settings.epochs // 2) if epochs is None else epochs
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be an integer of at least 1, not {epochs!r}: pass None for half of the run's")
+    chosen = replace(recipe or _preset(settings), epochs=epochs)
+    # Outcomes of another length of training are other outcomes; `memorization_scores` would not notice.
+    kept = folder.path / "memorization" / f"share-{share:g}-epochs-{epochs}"
+
+    def compute() -> Row:
+        started = time.perf_counter()
+        fit = make_fit(data, settings, chosen, hardware)
+        ensemble = Ensemble.trained(fit, len(data.splits["train"]), models, share, settings.seed, kept, progress)
+        found = {
+            "models": models,
+            "share": share,
+            "epochs": epochs,
+            **_by_group(ensemble, data),
+            "relation": _relation(folder, data, trained, ensemble.scores.values, progress),
+        }
+        folder.note_seconds("memorization", time.perf_counter() - started)
+        return found
+
+    row: Row = folder.remember(f"memorization-{models}-{share:g}-{epochs}", compute)
+    return row
+
+
+def _preset(settings: Settings) -> Recipe:
+    return RECIPES[settings.preset] if settings.preset in RECIPES else DEFAULTS[settings.preset].recipe
+
+
+# The models
+
+
+def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware = Hardware()) -> Fit:
+    """Return the study's training as a function of the images to train on, for `ns.memorization_scores`.
+
+    Initial weights (of a network from a file: of its head), order and augmentation are drawn anew for every subset:
+    memorization is defined over all that is random in a training. Their seed is made from the run's and the subset
+    alone, so that a model is the same whether or not others were trained before it.
+
+    Args:
+        data: the data set.
+        settings: of the run: architecture, initial weights and seed.
+        recipe: how to train.
+        hardware: where and how.
+
+    Returns:
+        The indices of training images, int64 -> whether each of all training images, as it is, is then classified
+        right, bool (N,).
+    """
+    split = data.splits["train"]
+
+    def fit(indices: Tensor) -> Tensor:
+        seed = int(raw_bits(1, "memorization", settings.seed, digest([indices]))[0] >> np.uint64(1))
+        part = replace(data, splits={**data.splits, "train": split.subset(indices)})
+        network = build_model(settings.arch, len(set(split.targets.tolist())), settings.weights, seed).model
+        with tempfile.TemporaryDirectory(prefix="neuronsurgery-") as temporary:
+
+            def drop_last_but_one(report: EpochReport) -> None:
+                checkpoint_path(temporary, report.epoch - 1).unlink()
+
+            model = train(
+                network,
+                readers.training_source(part),
+                temporary,
+                recipe=recipe,
+                seed=seed,
+                hardware=hardware,
+                progress=drop_last_but_one,
+            )
+        return ns.sweep(model, {}, readers.batches(split, 250)).values() > 0.5
+
+    return fit
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Many models and what each came to.
+
+    Attributes:
+        scores: the memorization of each image, in the order of the split.
+        outcomes: float64 (models, N), how right each model is on each image.
+        member: bool (models, N), whether it was trained on it.
+    """
+
+    scores: ns.MemorizationScores
+    outcomes: Tensor
+    member: Tensor
+
+    @classmethod
+    def trained(
+        cls, fit: Fit, count: int, models: int, share: float, seed: int, folder: Path, progress: bool = False
+    ) -> Ensemble:
+        """Return the models of `ns.memorization_scores`, trained or read from the folder."""
+        scores = ns.memorization_scores(fit, count, models, share, seed, folder=folder, progress=progress)
+        rows: list[Tensor] = []
+
+        def note(indices: Tensor) -> Tensor:
+            rows.append(torch.zeros(count, dtype=torch.bool).index_fill(0, indices, True))
+            return rows[-1]
+
+        ns.memorization_scores(note, count, models, share, seed)
+        files = sorted(folder.glob("model-*.safetensors"))[:models]
+        outcomes = torch.stack([load_file(file)["outcomes"].double() for file in files])
+        ensemble = cls(scores, outcomes, torch.stack(rows))
+        seen, unseen = ensemble._means()
+        assert torch.allclose(seen - unseen, scores.values), "the files hold what the scores were made of"
+        return ensemble
+
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Return the mean outcome of each image over the models that saw it and over the others, each (N,)."""
+        means = [(self.outcomes * side).sum(0) / side.sum(0) for side in (self.member, ~self.member)]
+        return means[0], means[1]
+
+    def without_each(self) -> Iterator[Tensor]:
+        """Yield, for each model, the scores (N,) of the others.
+
+        An image that no other model saw, or failed to see, keeps the mean outcome of that side.
+        """
+        for outcome, member in zip(self.outcomes, self.member, strict=True):
+            seen, unseen = (
+                torch.where(mine & (side.sum(0) > 1), mean - (outcome - mean) / (side.sum(0) - 1).clamp(min=1), mean)
+                for mean, side, mine in zip(self._means(), (self.member, ~self.member), (member, ~member), strict=True)
+            )
+            yield seen - unseen
+
+
+# By group
+
+
+def _by_group(ensemble: Ensemble, data: Any) -> Row:
+    split = data.splits["train"]
+    scores = ensemble.scores
+    means = scores.by_group(split.groups)
+    return {
+        "groups": [
+            {
+                "group": data.group_names[int(group)],
+                "mean": found.mean,
+                "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+                "count": found.examples,
+            }
+            for group, found in means.items()
+        ],
+        "minority_difference": _minority_difference(ensemble, data),
+        "points": _points(scores.values, data),
+    }
+
+
+def _points(scores: Tensor, data: Any) -> list[Row]:
+    """Return the scores by group, evenly thinned."""
+    points = []
+    for group, name in enumerate(data.group_names):
+        members = (data.splits["train"].groups == group).nonzero().flatten()
+        kept = members[torch.linspace(0, len(members) - 1, min(SHOWN, len(members))).round().long()]
+        points.append({"group": name, "of": len(members), "scores": [round(s, 4) for s in scores[kept].tolist()]})
+    return points
+
+
+def _minority_difference(ensemble: Ensemble, data: Any) -> Row:
+    """Return by how much minorities score above the rest of their class: the mean over them, and each alone."""
+    split = data.splits["train"]
+    cells = torch.where(torch.isin(split.groups, torch.tensor(data.minority)), split.groups, -1 - split.targets)
+    contrasts: dict[str, Tensor] = {}
+    for group in data.minority:
+        rare = split.groups == group
+        common = cells == -1 - split.targets[rare][0] if rare.any() else rare
+        if common.any():
+            contrasts[data.group_names[group]] = rare / rare.sum().double() - common / common.sum().double()
+    if not contrasts:
+        reason = "no class has both minority images and others"
+        return {"mean": None, "low": None, "high": None, "text": f"not shown: {reason}", "impossible": reason}
+    average = torch.stack(list(contrasts.values())).mean(0)
+    return {
+        **contrast(ensemble, average, cells, "minority images"),
+        "groups": [{"group": name, **contrast(ensemble, weights, cells, name)} for name, weights in contrasts.items()],
+    }
+
+
+def contrast(ensemble: Ensemble, weights: Tensor, cells: Tensor, name: str) -> Row:
+    """Return a weighted sum of scores with an interval that knows of the models and of the images.
+
+    All images share the models, so their scores err together: what that comes to is the jackknife over models. The
+    images stand for others of their cell: the variance of a cell's mean, from the spread of its scores. The interval
+    is Student's of the sum of both, with the degrees of freedom of Welch and Satterthwaite, rounded down. What is left
+    to chance in a single outcome is in both, so the interval is if anything too wide.
+
+    Args:
+        ensemble: the models.
+        weights: float64 (N,), equal within a cell; they sum to 0.
+        cells: int (N,), which images stand for the same.
+        name: of the images with positive weights, for the text.
+
+    Returns:
+        "mean", "low", "high", "models_error" and "examples_error" (the two standard errors), and "text".
+    """
+    models = len(ensemble.member)
+    mean = float(weights @ ensemble.scores.values)
+    left_out = torch.stack([scores @ weights for scores in ensemble.without_each()])
+    between_models = float((models - 1) / models * (left_out - left_out.mean()).square().sum())
+    parts = [(between_models, models - 1)]
+    for cell in cells[weights != 0].unique():
+        own = ensemble.scores.values[cells == cell]
+        if len(own) < 2:
+            reason = f"a single image says nothing of the spread among {name}, or the rest of their class"
+            said = f"not shown: {mean:+.3f}, and {reason}"
+            return {"mean": mean, "low": None, "high": None, "text": said, "impossible": reason}
+        total = float(weights[cells == cell].sum())
+        parts.append((total**2 * float(own.var()) / len(own), len(own) - 1))
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / degrees for part, degrees in parts)
+    degrees = max(1, int(variance**2 / spread)) if spread else models - 1
+    half = student_quantile((1 + LEVEL) / 2, degrees) * math.sqrt(variance)
+    low, high = mean - half, mean + half
+    verdict = f"{name} are memorised {{}} than the rest of their class"
+    said = verdict.format("more" if low > 0 else "less") if low > 0 or high < 0 else "not shown"
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "models_error": math.sqrt(between_models),
+        "examples_error": math.sqrt(variance - between_models),
+        "text": f"{said}: {mean:+.3f} ({100 * LEVEL:g} % interval {low:+.3f} to {high:+.3f})",
+    }
+
+
+# What cuts do to whom
+
+
+def _relation(folder: RunFolder, data: Any, trained: Trained, scores: Tensor, progress: bool) -> list[Row]:
+    """Return the correlation of the scores with what each cut does, over all images and within each minority."""
+    examples = Examples.of(data.splits["train"])
+    effects = _effects(folder, data, trained, examples, progress)
+    ordered = scores[examples.order]
+    among = {"all": torch.ones(len(ordered), dtype=torch.bool)}
+    among |= {data.group_names[group]: examples.groups == group for group in data.minority}
+    return [
+        {
+            "cut": name,
+            **rank_correlation(ordered[members], effect[members], folder.settings.seed),
+            "group": group,
+        }
+        for group, members in among.items()
+        for name, effect in effects.items()
+    ]
+
+
+def _effects(folder: RunFolder, data: Any, trained: Trained, examples: Examples, progress: bool) -> dict[str, Tensor]:
+    """Return what each cut does to each training image, float64 (N,), in the order of the loaders."""
+    model, loaders = trained.model, data.loaders("train")
+    gradients = folder.scores("gradients", lambda: ns.group_grad_norms(model, loaders, where=trained.where))
+    count = min(max(SIZES), gradients.layout.count)
+    edits = {f"own {group}": ns.zero_out(ns.topk(gradients[group], count)) for group in gradients.groups}
+    draws = {
+        f"random {draw}": ns.zero_out(ns.sample(gradients.layout, count, seed=DRAW_SEED + draw))
+        for draw in range(folder.settings.draws)
+    }
+    deep = _knockout(data, trained)
+    if progress:
+        sys.stderr.write("memorization: what cuts do to whom\n")
+    swept = ns.sweep(model, edits | draws | deep, loaders, metric=ns.margin)
+    before = swept.values().double()
+    own = before.clone()
+    for group, name in enumerate(data.group_names):
+        if f"own {name}" in edits:
+            members = examples.groups == group
+            own[members] = swept.values(f"own {name}").double()[members]
+    randomly = torch.stack([swept.values(label).double() for label in draws])
+    effects = {
+        f"{OWN}: change of the margin": own - before,
+        f"{OWN}: change of correctness": (own > 0).double() - (before > 0).double(),
+        f"{RANDOM}: change of the margin": randomly.mean(0) - before,
+        f"{RANDOM}: change of correctness": (randomly > 0).double().mean(0) - (before > 0).double(),
+        "nothing: the margin itself": before,
+    }
+    for label in deep:
+        left = ns.fragility(swept.values(label)[None], examples.targets).double()
+        effects["last residual stage: fragility"] = _centred(left, examples.targets)
+    return effects
+
+
+def _knockout(data: Any, trained: Trained) -> dict[str, ns.Edit]:
+    try:
+        return {"knockout": knockout(trained.model, next(iter(next(iter(data.loaders("train").values())))))}
+    except (ValueError, CaptureError):  # no residual branches: nothing to compare with
+        return {}
+
+
+def _centred(values: Tensor, targets: Tensor) -> Tensor:
+    """Return values minus the median of their class: the knockout shifts classes as a whole."""
+    centred = values.clone()
+    for target in targets.unique():
+        centred[targets == target] -= values[targets == target].median()
+    return centred
+
+
+def rank_correlation(scores: Tensor, effect: Tensor, seed: int) -> Row:
+    """Return Spearman's correlation of two values per image, with a percentile bootstrap interval over images.
+
+    The draws of the bootstrap depend on the seed and the number of images alone: one cut is compared with another on
+    the same draws. A draw in which either value is the same for all images shows no relation and counts as 0.
+
+    Args:
+        scores: float64 (N,).
+        effect: float64 (N,).
+        seed: of the draws.
+
+    Returns:
+        "spearman", "low", "high" and "count"; None and the reason, as "impossible", if a value is the same for all.
+    """
+    count = len(scores)
+    if count < 2 or scores.unique().numel() < 2 or effect.unique().numel() < 2:
+        what = "there are fewer than two images"
+        if count > 1:
+            what = f"the {'score' if scores.unique().numel() < 2 else 'effect of the cut'} is the same for all images"
+        return {"spearman": None, "low": None, "high": None, "count": count, "impossible": what}
+    levels = [values.unique(return_inverse=True)[1] for values in (scores, effect)]
+    drawn = [_weighted_spearman(levels[0], levels[1], weights).nan_to_num(0.0) for weights in _resamples(count, seed)]
+    bounds = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(drawn), bounds).tolist()
+    once = torch.ones(1, count, dtype=torch.float64)
+    return {"spearman": float(_weighted_spearman(*levels, once)), "low": low, "high": high, "count": count}
+
+
+def _resamples(count: int, seed: int) -> Iterator[Tensor]:
+    """Yield how often each image is drawn, float64 (some resamples, count)."""
+    for number in range(RESAMPLES):
+        drawn = raw_bits(count, "memorization, resample", seed, number) % np.uint64(count)
+        yield torch.from_numpy(np.bincount(drawn.astype(np.int64), minlength=count))[None].double()
+
+
+def _weighted_spearman(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Return Spearman's correlation of each resample, float64 (R,); NaN where one side has no spread.
+
+    Args:
+        first: the dense rank of each image by one value, int64 (N,).
+        second: by the other.
+        weights: how often each image is in a resample, float64 (R, N).
+    """
+    total = weights.sum(1, keepdim=True)
+    ranks = [_midranks(levels, weights) for levels in (first, second)]
+    x, y = (part - (weights * part).sum(1, keepdim=True) / total for part in ranks)
+    covariance = (weights * x * y).sum(1)
+    return covariance / ((weights * x * x).sum(1) * (weights * y * y).sum(1)).sqrt()
+
+
+def _midranks(levels: Tensor, weights: Tensor) -> Tensor:
+    """Return the rank of each image in each resample, float64 (R, N), ties sharing their mean."""
+    size = int(levels.max()) + 1
+    per_level = torch.zeros(len(weights), size, dtype=torch.float64).index_add_(1, levels, weights)
+    return (per_level.cumsum(1) - (per_level - 1) / 2)[:, levels]

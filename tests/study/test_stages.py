@@ -1,0 +1,299 @@
+"""Stage 2 and the fragility stage: which epoch counts, what an arm leaves, and what several seeds say together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from snapshot import assert_unchanged, snapshot
+
+import neuronsurgery as ns
+from neuronsurgery.study import data
+from neuronsurgery.study import stage_two as module
+from neuronsurgery.study.experiments import studied
+from neuronsurgery.study.last_layer import extract_features, last_logits
+from neuronsurgery.study.network import small_resnet
+from neuronsurgery.study.run import RunFolder, Settings
+from neuronsurgery.study.seeds import combine, compare
+from neuronsurgery.study.stage_fragility import (
+    Examples,
+    audit,
+    inferred_loaders,
+    knockout,
+    mitigate,
+    stage_fragility,
+    tuned_on_halves,
+)
+from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, make_arms, select, stage_two
+from neuronsurgery.study.training import (
+    Embedded,
+    Hardware,
+    Recipe,
+    checkpoint_epochs,
+    checkpoint_path,
+    read_trajectory,
+    train,
+)
+
+COUNTS = {"train": (60, 10, 8, 30), "held-out": (60, 8, 6, 30), "validation": (6,) * 4, "test": (8,) * 4}
+RECIPE = Recipe(epochs=3, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> data.DataSet:
+    """Little synthetic data with held-out images."""
+    return data.synthetic(0, counts=COUNTS)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: data.DataSet, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A network trained for three epochs."""
+    pytest.importorskip("sklearn.linear_model")  # its import draws from Python's random state, once
+    path = tmp_path_factory.mktemp("erm")
+    model = train(small_resnet(0), dataset.train, path, recipe=RECIPE)
+    checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
+    return Trained(model, checkpoints, read_trajectory(path), studied({"head.weight", "head.bias"}))
+
+
+def setting_of(dataset: data.DataSet, trained: Trained) -> Setting:
+    """Stage 2 at its shortest."""
+    source = Embedded(dataset.train, dataset.augmentation)
+    return Setting(trained, source, RECIPE, 0, tuple(dataset.train.counts), False, 1, 1)
+
+
+# Which epoch counts
+
+
+def arm(name: str, points: list[tuple[list[float], list[float], list[float]]], choice: str | None = None) -> Any:
+    """A made-up arm: validation, held-out and test accuracies of two groups, epoch by epoch."""
+    return {
+        "name": name,
+        "choice": choice,
+        "settings": {"recipe": {"learning_rate": 0.1}},
+        "trajectory": [
+            {"epoch": i, "validation": v, "held-out": h, "test": t, "inferred": [min(h), 1.0]}
+            for i, (v, h, t) in enumerate(points, start=1)
+        ],
+    }
+
+
+COUNTS_OF_TWO = {"train": (90, 10), "held-out": (9, 1), "validation": (5, 5), "test": (20, 20)}
+
+
+def test_each_rule_picks_its_epoch_and_never_looks_at_the_test_images() -> None:
+    points = [
+        ([0.5, 0.5], [1.0, 0.0], [0.1, 0.9]),  # highest worst group of validation
+        ([0.9, 0.4], [0.9, 0.5], [0.2, 0.8]),  # highest worst inferred group
+        ([0.3, 0.2], [1.0, 0.1], [0.3, 0.7]),  # highest accuracy over the held-out images
+        ([0.1, 0.1], [0.1, 0.0], [0.4, 0.6]),  # last
+    ]
+    (row,) = select([arm("a", points)], COUNTS_OF_TWO, "held-out")
+    picked = {rule: found["epoch"] for rule, found in row["selected"].items()}
+    assert picked == {"last epoch": 4, "class labels": 3, "inferred groups": 2, "worst group": 1}
+    found = row["selected"]["class labels"]
+    assert found["worst"] == 0.3
+    assert found["balanced"] == found["plain"] == pytest.approx(0.5)
+    assert found["train-weighted"] == pytest.approx(0.9 * 0.3 + 0.1 * 0.7)
+
+
+def test_of_equally_good_epochs_the_first_counts() -> None:
+    points = [([0.5, 0.5], [0.5, 0.5], [0.1, 0.2]), ([0.5, 0.5], [0.5, 0.5], [0.9, 0.9])]
+    (row,) = select([arm("a", points)], COUNTS_OF_TWO, "held-out")
+    assert row["selected"]["worst group"]["epoch"] == 1
+    assert row["selected"]["last epoch"]["epoch"] == 2
+
+
+def test_arms_of_one_choice_are_chosen_among_and_listed_alone_too() -> None:
+    slow = arm("continued, slow", [([0.5, 0.5], [0.5, 0.5], [0.1, 0.1])], "continued")
+    fast = arm("continued, fast", [([0.6, 0.6], [0.4, 0.4], [0.3, 0.3])], "continued")
+    rows = select([slow, fast], COUNTS_OF_TWO, "held-out")
+    assert [row["name"] for row in rows] == ["continued, slow", "continued, fast", "continued, rate chosen"]
+    chosen = rows[-1]["selected"]
+    assert chosen["worst group"]["arm"] == "continued, fast"
+    assert chosen["class labels"]["arm"] == "continued, slow"
+    assert chosen["last epoch"]["arm"] == "continued, slow"  # the first rate, where nothing chooses
+
+
+def test_an_arm_that_could_not_be_trained_selects_nothing() -> None:
+    (row,) = select([{**arm("a", []), "impossible": "no error set"}], COUNTS_OF_TWO, "held-out")
+    assert row["selected"] == {}
+
+
+def test_average_by_counts_is_the_accuracy_over_all_images() -> None:
+    assert average([1.0, 0.5], [3, 1]) == pytest.approx(3.5 / 4)
+
+
+# The stages
+
+
+def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", Settings(quick=True))
+    setting = setting_of(dataset, trained)
+    before = snapshot(trained.model)
+    results = stage_two(folder, dataset, setting, Hardware(), progress=False)
+    assert_unchanged(before, trained.model)
+    names = [row["name"] for row in results["arms"]]
+    assert names == ["ERM", *(one.name for one in make_arms(setting)), "DFR", "ERM continued, rate chosen"]
+    assert len({one.slug for one in make_arms(setting)}) == len(make_arms(setting))
+    for row in results["arms"]:
+        assert ("impossible" in row) != bool(row["selected"])
+        assert set(row["selected"]) <= set(SELECTIONS)
+        assert row["labels"].startswith("class")
+    assert json.loads(json.dumps(results)) == results
+    monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert stage_two(folder, dataset, setting, Hardware(), progress=False) == results
+
+
+def test_stage_two_reports_the_accuracies_of_the_weights_it_leaves(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run", Settings(quick=True))
+    results = stage_two(folder, dataset, setting_of(dataset, trained), Hardware(), progress=False)
+    row = next(row for row in results["arms"] if row["name"] == "pruned by gradient")
+    path = folder.path / "stage-2" / "pruned-by-gradient"
+    assert checkpoint_epochs(path) == (1,)
+    from neuronsurgery.study.training import load_checkpoint
+
+    kept = load_checkpoint(trained.model, path, 1)
+    assert list(ns.evaluate(kept, dataset.loaders("test")).values) == row["trajectory"][-1]["test"]
+
+
+def test_fragility_stage_leaves_every_number_and_is_taken_up(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run", Settings(quick=True, draws=2))
+    before = snapshot(trained.model)
+    results = stage_fragility(folder, dataset, trained, progress=False)
+    assert_unchanged(before, trained.model)
+    assert json.loads(json.dumps(results)) == results
+    assert stage_fragility(folder, dataset, trained, progress=False) == results
+    assert results["edit"] == ["block3.conv2.weight"]
+    scores = {row["score"] for row in results["detection"]["train"]}
+    assert {"knockout", "final margin", "margin after epoch 1", "critical neurons"} <= scores
+    assert {row["group"] for row in results["detection"]["train"]} == {"landbird on water", "waterbird on land"}
+    assert [sum(part["of"] for part in results["points"])] == [len(dataset.train)]
+
+
+def test_a_network_without_skips_says_so_instead(dataset: data.DataSet, trained: Trained, tmp_path: Path) -> None:
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2)).eval()
+    folder = RunFolder(tmp_path / "run", Settings(quick=True))
+    results = stage_fragility(folder, dataset, Trained(plain, {}, [], studied(())), progress=False)
+    assert "no residual branch" in results["impossible"]
+
+
+def test_knockout_zeroes_the_last_stage_alone(dataset: data.DataSet, trained: Trained) -> None:
+    batch = next(iter(next(iter(dataset.loaders("train").values()))))
+    edit = knockout(trained.model, batch)
+    assert edit.neurons.by_layer() == {"block3.conv2.weight": tuple(range(64))}
+
+
+def test_inferred_groups_are_in_the_order_of_the_loaders(dataset: data.DataSet, trained: Trained) -> None:
+    edit = knockout(trained.model, next(iter(next(iter(dataset.loaders("train").values())))))
+    examples = Examples.of(dataset.splits["train"])
+    order = torch.cat([batch[2] for part in dataset.loaders("train").values() for batch in part])
+    assert torch.equal(order, examples.groups)
+    margins = ns.sweep(trained.model, {"cut": edit}, dataset.loaders("train"), metric=ns.margin).values("cut")
+    images = dataset.train.images[examples.order]
+    with torch.no_grad():
+        logits = ns.apply(edit, trained.model).eval()(images)
+    assert torch.allclose(margins.float(), ns.margin(logits, examples.targets), atol=1e-4)
+
+
+def test_loaders_by_inferred_group_hold_each_image_once(dataset: data.DataSet) -> None:
+    targets = Examples.of(dataset.train).targets
+    scores = torch.arange(len(targets)).double()
+    inferred = ns.infer_groups(scores, targets, rule=0.2)
+    loaders = inferred_loaders(dataset, "train", inferred)
+    sizes = {name: sum(len(batch[1]) for batch in loader) for name, loader in loaders.items()}
+    assert list(sizes.values()) == [row["count"] for row in inferred.to_records()]
+    assert sum(sizes.values()) == len(dataset.train)
+
+
+def test_audit_shows_the_images_that_score_highest(dataset: data.DataSet, trained: Trained) -> None:
+    edit = knockout(trained.model, next(iter(next(iter(dataset.loaders("train").values())))))
+    rows = audit(dataset, trained.model, edit, count=3)
+    assert [row["class"] for row in rows] == [0, 1]
+    with torch.no_grad():
+        logits = ns.apply(edit, trained.model).eval()(dataset.train.images)
+    margins = ns.margin(logits, dataset.train.targets)
+    for row in rows:
+        members = (dataset.train.targets == row["class"]).nonzero().flatten()
+        lowest = members[margins[members].argsort()[:3]]
+        assert [image["index"] for image in row["images"]] == lowest.tolist()
+
+
+def test_mitigation_says_what_each_row_takes_and_why_one_is_missing(dataset: data.DataSet, trained: Trained) -> None:
+    edit = knockout(trained.model, next(iter(next(iter(dataset.loaders("train").values())))))
+    rows = {row["name"]: row for row in mitigate(dataset, trained.model, edit, "held-out", 0)}
+    assert rows["ERM"]["test"] == list(ns.evaluate(trained.model, dataset.loaders("test")).values)
+    assert "group" in rows["true groups"]["labels"]
+    assert "group" not in rows["inferred by knockout"]["labels"]
+    for row in rows.values():
+        assert ("worst" in row) != ("impossible" in row)
+
+
+def test_gamma_by_halves_never_judges_on_what_it_fits(dataset: data.DataSet, trained: Trained) -> None:
+    held = extract_features(trained.model, dataset.loaders("held-out"))
+    logits = last_logits(trained.model, held.features)
+    rule, gamma = tuned_on_halves(held, logits, held.targets, 0)
+    assert rule.coef.shape == (1, 64)
+    assert gamma in (0.0, 1.0, 2.0, 4.0, 8.0)
+
+
+# Several seeds
+
+
+def results_of(seed: int, worst: float) -> dict[str, Any]:
+    """The least that a run's results have."""
+    picked = {"arm": "x", "epoch": 1, "test": [1.0, worst], "worst": worst} | dict.fromkeys(
+        ("plain", "balanced", "train-weighted"), 0.5
+    )
+    control = {**picked, "test": [1.0, 0.5], "worst": 0.5}
+    arms = [
+        {"name": "ERM continued, rate 0.0002", "family": "control", "selected": {"last epoch": control}},
+        {"name": "pruned by gradient", "family": "paper", "selected": {"last epoch": picked}},
+    ]
+    said = {"text": "", "labels": "class", "trajectory": [{"epoch": 1, "test": [1.0, worst]}]}
+    return {
+        "settings": {"seed": seed, "data": "synthetic"},
+        "groups": ["a", "b"],
+        "minority": [1],
+        "counts": {},
+        "accuracy": {"test": [1.0, worst]},
+        "stage_two": {
+            **dict.fromkeys(("fine_tuning_epochs", "comparison_epochs", "splits", "class_labels_of"), 1),
+            "train_counts": [9, 1],
+            "selections": {"last epoch": "no labels"},
+            "arms": [{**one, **said} for one in arms],
+        },
+    }
+
+
+def test_several_seeds_are_compared_pair_by_pair() -> None:
+    combined = combine({seed: results_of(seed, 0.6 + 0.01 * seed) for seed in range(3)})
+    assert combined["kind"] == "seeds"
+    assert combined["seeds"] == [0, 1, 2]
+    assert combined["accuracy"]["test"][1]["mean"] == pytest.approx(0.61)
+    (difference,) = combined["stage_two"]["differences"]
+    assert difference["values"] == pytest.approx([0.1, 0.11, 0.12])
+    assert difference["verdict"] == "better"
+
+
+def test_differences_whose_interval_holds_zero_are_undecided() -> None:
+    assert compare([0.1, -0.1, 0.05])["verdict"] == "undecided"
+    assert compare([-0.1, -0.11, -0.12])["verdict"] == "worse"
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_refused() -> None:
+    runs = {0: results_of(0, 0.5), 1: results_of(1, 0.5)}
+    runs[1]["settings"]["data"] = "digits"
+    with pytest.raises(ValueError, match="the runs differ in data: only the seed may differ"):
+        combine(runs)
+    with pytest.raises(ValueError, match="at least two seeds, not of 1"):
+        combine({0: results_of(0, 0.5)})
