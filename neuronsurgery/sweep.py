@@ -7,6 +7,7 @@ change has a paired interval and a p-value: the same examples before and after.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from neuronsurgery.types import (
     Unpack,
     default_predict,
     extract_logits,
+    group_members,
     iterate_groups,
     model_device,
 )
@@ -160,10 +162,13 @@ class Sweep:
 
     def _per_group(self, label: str, function: Callable[[np.ndarray, np.ndarray], Any]) -> dict[Group, Any]:
         before, after = self.values().numpy(), self.values(label).numpy()
-        members: dict[Group, list[int]] = {group: [] for group in self.baseline.groups}
-        for position, group in enumerate(self.members):
-            members[group].append(position)
-        return {group: function(before[chosen], after[chosen]) for group, chosen in members.items()}
+        return {group: function(before[chosen], after[chosen]) for group, chosen in self._positions.items()}
+
+    @functools.cached_property
+    def _positions(self) -> dict[Group, np.ndarray]:
+        """The positions of each group's examples: asked for once per edit, and the same for all."""
+        members = group_members(self.members)
+        return {group: np.array(members.get(group, ()), dtype=np.int64) for group in self.baseline.groups}
 
     def to_records(self, level: float = 0.95) -> list[dict[str, Any]]:
         """Return one row per edit and group, for any data frame: value, change, its interval and p-value."""

@@ -338,6 +338,20 @@ def test_a_block_on_the_bare_input_counts() -> None:
     assert layers(ns.residual_branches(OnInput(), (torch.randn(5, 3), torch.zeros(5).long()))) == ["a.weight"]
 
 
+def test_computed_embeddings_and_any_place_of_the_batch() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.a, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = nn.functional.embedding(ids, 2 * self.embed.weight).transpose(0, 1)
+            return self.fc((x + self.a(x)).mean(0))  # type: ignore[no-any-return]
+
+    (found,) = ns.residual_branches(SequenceFirst(), (torch.randint(9, (5, 3)), torch.zeros(5).long()))
+    assert found == ns.Branch("a.weight", 0, (3, 4))
+
+
 INSIDE = {
     "residual": {"a2.weight": "a1.weight", "b2.weight": "b1.weight"},
     "resnet18": {"layer2.0.conv2.weight": "layer2.0.conv1.weight", "layer4.1.conv2.weight": "layer4.1.conv1.weight"},

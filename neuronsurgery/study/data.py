@@ -612,7 +612,8 @@ def with_label_noise(split: Split, share: float, seed: int) -> tuple[Split, Tens
         raise ValueError(f"label noise: share must be in [0, 1], found {share}: 0.03 makes 3 images in 100 wrong")
     if not bool(((split.targets == 0) | (split.targets == 1)).all()):
         raise ValueError(
-            f"label noise: expected the classes 0 and 1, found {sorted(set(split.targets.tolist()))}: give a split of two"
+            f"label noise: expected the classes 0 and 1, found {sorted(set(split.targets.tolist()))}: give a split of "
+            f"these two"
         )
     flipped = torch.zeros(len(split), dtype=torch.bool)
     drawn = permutation(len(split), "label noise", seed)[: round(share * len(split))]

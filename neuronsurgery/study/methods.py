@@ -648,8 +648,13 @@ def _describe(method: Any, left_out: str = "") -> dict[str, object]:
     for field in fields(method):
         value = getattr(method, field.name)
         if field.name != left_out:
-            said[field.name] = f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+            said[field.name] = _name(value) if callable(value) else value
     return said
+
+
+def _name(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)  # functools.partial has no name
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 import neuronsurgery as ns
 from neuronsurgery.capture import CaptureError
+from neuronsurgery.fragility import ROUNDING
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import permutation
 from neuronsurgery.study.figures.images import Pixels, pixels_of, png
@@ -193,7 +194,7 @@ class _Detection:
         }
         for epoch in [epoch for epoch in EARLY if epoch in self.trained.checkpoints]:
             scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -self._early(epoch))
-        together = {name: together(swept, name, examples.targets) for name in sizes}
+        together = {name: joint_fragility(swept, name, examples.targets) for name in sizes}
         damage = {name: flips for name, (_, flips) in together.items()}
         alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
         scores["critical neurons"] = (
@@ -211,12 +212,12 @@ class _Detection:
         rows = [
             {"score": name, "needs": needs, **judged}
             for name, (needs, values) in scores.items()
-            for judged in judge(values, examples, self.data)
+            for judged in judge_scores(values, examples, self.data)
         ]
         return {
             "rows": rows,
             "damage": [{"cut": name, "neurons": sizes[name], "flips": damage[name]} for name in sizes],
-            "flagged": flagged(remaining, examples, self.data),
+            "flagged": _flagged(remaining, examples, self.data),
             "points": _points(remaining, -swept.values(), examples, self.data),
         }
 
@@ -245,7 +246,7 @@ class _Detection:
         return ns.sweep(model, {}, self.data.loaders(self.split), metric=ns.margin).values()
 
 
-def together(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
+def joint_fragility(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
     """Return the fragility over all draws of one kind of cut, and the mean share of examples that a draw flips.
 
     Args:
@@ -259,11 +260,11 @@ def together(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float
     return ns.fragility(margins, targets), float(flips)
 
 
-def judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
+def judge_scores(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
     """Return, for each minority, how well a score tells it from the rest of its class.
 
     Args:
-        scores: (N,), higher for those that should belong to a minority.
+        scores: (N,), higher for those that should belong to a minority; constant (to rounding) ones tell nothing.
         examples: the N examples; a group of several classes is not foreseen.
         data: the data set, for the names of its groups and for which are minorities.
     """
@@ -275,9 +276,11 @@ def judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
         if not members.any():
             continue
         within = examples.targets == examples.targets[members][0]
-        truth, values = members[within].numpy(), scores[within].numpy()
+        truth, values = members[within].numpy(), scores[within]
         if truth.all():
             continue
+        if values.max() - values.min() <= ROUNDING * values.abs().max():
+            values = torch.zeros_like(values)  # rounding differs from batch to batch, and would tell groups apart
         rows.append(
             {
                 "group": data.group_names[group],
@@ -290,14 +293,8 @@ def judge(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
     return rows
 
 
-def flagged(scores: Tensor, examples: Examples, data: Any) -> Row:
-    """Return how many examples of each true group the fence calls fragile; or why it cannot be drawn.
-
-    Args:
-        scores: the fragility of the examples, (N,).
-        examples: the N examples.
-        data: the data set, for the names of its groups.
-    """
+def _flagged(scores: Tensor, examples: Examples, data: Any) -> Row:
+    """Return how many examples of each true group the fence calls fragile; or why it cannot be drawn."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant scores: the error that follows says more

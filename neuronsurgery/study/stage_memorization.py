@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -28,7 +28,7 @@ import neuronsurgery as ns
 from neuronsurgery.capture import CaptureError
 from neuronsurgery.memorization import Fit
 from neuronsurgery.study import readers
-from neuronsurgery.study.data import raw_bits
+from neuronsurgery.study.data import Doubles, Integers, raw_bits
 from neuronsurgery.study.experiments import DRAW_SEED, SIZES
 from neuronsurgery.study.models import DEFAULTS, build_model
 from neuronsurgery.study.run import RunFolder, Settings
@@ -40,13 +40,11 @@ from neuronsurgery.sweep import student_quantile
 Row: TypeAlias = dict[str, Any]
 
 MODELS: Final = 40
-"""Of 2397 images and a share of 0.7, some image is in all subsets of 24 models in four seeds of ten; of 40, in none."""
+"""Of 2397 images, one or another was in all subsets of 24 models for 7 seeds of 20, of 40 models for none."""
 
 SHARE: Final = 0.7
 LEVEL: Final = 0.95
 RESAMPLES: Final = 1000
-AT_ONCE: Final = 10**7
-"""Numbers in memory at once, while resampling."""
 
 OWN: Final = "critical neurons of the own group"
 RANDOM: Final = "random neurons"
@@ -61,7 +59,7 @@ def stage_memorization(
     share: float = SHARE,
     epochs: int | None = None,
     recipe: Recipe | None = None,
-    hardware: Hardware = Hardware(),
+    hardware: Hardware | None = None,
     progress: bool = True,
 ) -> Row:
     """Return who of the training images is memorised, as the entry "memorization" of `results.json`.
@@ -79,7 +77,7 @@ def stage_memorization(
         share: of the training images that each is trained on, in (0, 1).
         epochs: passes of each over its share. None: half of the run's, rounded down, at least 1.
         recipe: of the run; its epochs do not count. None: that of the run's preset.
-        hardware: where and how the models are trained.
+        hardware: where and how the models are trained. None: on the CPU, as the run's own by default.
         progress: whether to write lines of progress to standard error.
 
     Raises:
@@ -92,7 +90,7 @@ def stage_memorization(
         raise ValueError(f"epochs must be an integer of at least 1, not {epochs!r}: pass None for half of the run's")
     chosen = replace(recipe or _preset(settings), epochs=epochs)
     # Outcomes of another length of training are other outcomes; `memorization_scores` would not notice.
-    kept = folder.path / "memorization" / f"share-{share:g}-epochs-{epochs}"
+    kept = folder.path / "memorization" / f"share-{share}-epochs-{epochs}"
 
     def compute() -> Row:
         started = time.perf_counter()
@@ -108,7 +106,7 @@ def stage_memorization(
         folder.note_seconds("memorization", time.perf_counter() - started)
         return found
 
-    row: Row = folder.remember(f"memorization-{models}-{share:g}-{epochs}", compute)
+    row: Row = folder.remember(f"memorization-{models}-{share}-{epochs}", compute)
     return row
 
 
@@ -119,7 +117,7 @@ def _preset(settings: Settings) -> Recipe:
 # The models
 
 
-def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware = Hardware()) -> Fit:
+def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware | None = None) -> Fit:
     """Return the study's training as a function of the images to train on, for `ns.memorization_scores`.
 
     Initial weights (of a network from a file: of its head), order and augmentation are drawn anew for every subset:
@@ -130,7 +128,7 @@ def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware =
         data: the data set.
         settings: of the run: architecture, initial weights and seed.
         recipe: how to train.
-        hardware: where and how.
+        hardware: where and how; None: on the CPU.
 
     Returns:
         The indices of training images, int64 -> whether each of all training images, as it is, is then classified
@@ -153,10 +151,16 @@ def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware =
                 temporary,
                 recipe=recipe,
                 seed=seed,
-                hardware=hardware,
+                hardware=hardware or Hardware(),
                 progress=drop_last_but_one,
             )
-        return ns.sweep(model, {}, readers.batches(split, 250)).values() > 0.5
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            right = [
+                model(images.to(device)).argmax(1).cpu() == targets
+                for images, targets, _ in readers.batches(split, 250)
+            ]
+        return torch.cat(right)
 
     return fit
 
@@ -203,12 +207,13 @@ class Ensemble:
     def without_each(self) -> Iterator[Tensor]:
         """Yield, for each model, the scores (N,) of the others.
 
-        An image that no other model saw, or failed to see, keeps the mean outcome of that side.
+        An image that no other model saw, or that all others saw, keeps its mean outcome over that side.
         """
-        for outcome, member in zip(self.outcomes, self.member, strict=True):
+        sides = (self.member, ~self.member)
+        for model, outcome in enumerate(self.outcomes):
             seen, unseen = (
-                torch.where(mine & (side.sum(0) > 1), mean - (outcome - mean) / (side.sum(0) - 1).clamp(min=1), mean)
-                for mean, side, mine in zip(self._means(), (self.member, ~self.member), (member, ~member), strict=True)
+                mean - side[model] * (outcome - mean) / (side.sum(0) - 1).clamp(min=1)
+                for mean, side in zip(self._means(), sides, strict=True)
             )
             yield seen - unseen
 
@@ -287,7 +292,7 @@ def contrast(ensemble: Ensemble, weights: Tensor, cells: Tensor, name: str) -> R
     left_out = torch.stack([scores @ weights for scores in ensemble.without_each()])
     between_models = float((models - 1) / models * (left_out - left_out.mean()).square().sum())
     parts = [(between_models, models - 1)]
-    for cell in cells[weights != 0].unique():
+    for cell in sorted(set(cells[weights != 0].tolist())):
         own = ensemble.scores.values[cells == cell]
         if len(own) < 2:
             reason = f"a single image says nothing of the spread among {name}, or the rest of their class"
@@ -329,6 +334,7 @@ def _relation(folder: RunFolder, data: Any, trained: Trained, scores: Tensor, pr
             "group": group,
         }
         for group, members in among.items()
+        if members.any()
         for name, effect in effects.items()
     ]
 
@@ -375,9 +381,9 @@ def _knockout(data: Any, trained: Trained) -> dict[str, ns.Edit]:
 
 
 def _centred(values: Tensor, targets: Tensor) -> Tensor:
-    """Return values minus the median of their class: the knockout shifts classes as a whole."""
+    """Return values minus the median of their class: an edit that cuts deeply shifts a class as a whole."""
     centred = values.clone()
-    for target in targets.unique():
+    for target in set(targets.tolist()):
         centred[targets == target] -= values[targets == target].median()
     return centred
 
@@ -397,43 +403,35 @@ def rank_correlation(scores: Tensor, effect: Tensor, seed: int) -> Row:
         "spearman", "low", "high" and "count"; None and the reason, as "impossible", if a value is the same for all.
     """
     count = len(scores)
-    if count < 2 or scores.unique().numel() < 2 or effect.unique().numel() < 2:
-        what = "there are fewer than two images"
-        if count > 1:
-            what = f"the {'score' if scores.unique().numel() < 2 else 'effect of the cut'} is the same for all images"
-        return {"spearman": None, "low": None, "high": None, "count": count, "impossible": what}
-    levels = [values.unique(return_inverse=True)[1] for values in (scores, effect)]
-    drawn = [_weighted_spearman(levels[0], levels[1], weights).nan_to_num(0.0) for weights in _resamples(count, seed)]
-    bounds = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(drawn), bounds).tolist()
-    once = torch.ones(1, count, dtype=torch.float64)
-    return {"spearman": float(_weighted_spearman(*levels, once)), "low": low, "high": high, "count": count}
+    constant = [name for name, values in (("score", scores), ("effect", effect)) if _dense_ranks(values).max() < 1]
+    if constant:
+        reason = f"the {' and the '.join(constant)} {'is' if len(constant) == 1 else 'are'} the same for all images"
+        return {"spearman": None, "low": None, "high": None, "count": count, "impossible": reason}
+    levels = _dense_ranks(scores), _dense_ranks(effect)
+    drawn = [_spearman(*levels, times) for times in _resamples(count, seed)]
+    low, high = np.quantile(np.nan_to_num(drawn, nan=0.0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return {"spearman": _spearman(*levels, np.ones(count)), "low": low, "high": high, "count": count}
 
 
-def _resamples(count: int, seed: int) -> Iterator[Tensor]:
-    """Yield how often each image is drawn, float64 (some resamples, count)."""
+def _resamples(count: int, seed: int) -> Iterator[Doubles]:
+    """Yield how often each of `count` images is drawn, float64 (count,), for each resample."""
     for number in range(RESAMPLES):
         drawn = raw_bits(count, "memorization, resample", seed, number) % np.uint64(count)
-        yield torch.from_numpy(np.bincount(drawn.astype(np.int64), minlength=count))[None].double()
+        yield np.bincount(drawn.astype(np.int64), minlength=count).astype(np.float64)
 
 
-def _weighted_spearman(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Return Spearman's correlation of each resample, float64 (R,); NaN where one side has no spread.
-
-    Args:
-        first: the dense rank of each image by one value, int64 (N,).
-        second: by the other.
-        weights: how often each image is in a resample, float64 (R, N).
-    """
-    total = weights.sum(1, keepdim=True)
-    ranks = [_midranks(levels, weights) for levels in (first, second)]
-    x, y = (part - (weights * part).sum(1, keepdim=True) / total for part in ranks)
-    covariance = (weights * x * y).sum(1)
-    return covariance / ((weights * x * x).sum(1) * (weights * y * y).sum(1)).sqrt()
+def _dense_ranks(values: Tensor) -> Integers:
+    """Return 0 for the images of the smallest value, 1 for those of the next one, and so on: int64 (N,)."""
+    return np.unique(values.numpy(), return_inverse=True)[1].astype(np.int64)
 
 
-def _midranks(levels: Tensor, weights: Tensor) -> Tensor:
-    """Return the rank of each image in each resample, float64 (R, N), ties sharing their mean."""
-    size = int(levels.max()) + 1
-    per_level = torch.zeros(len(weights), size, dtype=torch.float64).index_add_(1, levels, weights)
-    return (per_level.cumsum(1) - (per_level - 1) / 2)[:, levels]
+def _spearman(first: Integers, second: Integers, times: Doubles) -> float:
+    """Return Spearman's correlation where each image is there so many times; NaN where one side has no spread."""
+    deviations = []
+    for levels in (first, second):
+        per_level = np.bincount(levels, times)
+        ranks = (per_level.cumsum() - (per_level - 1) / 2)[levels]  # of a tie, their mean
+        deviations.append(ranks - (times @ ranks) / times.sum())
+    x, y = deviations
+    spread = math.sqrt((times @ (x * x)) * (times @ (y * y)))
+    return float(times @ (x * y)) / spread if spread else math.nan

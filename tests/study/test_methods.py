@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def test_a_predicate_is_described_by_its_name(source: Embedded) -> None:
     method = ContrastivePruning(unaugmented(source), where=is_inner)
     assert method.describe()["where"] == f"{__name__}.is_inner"
     assert "examples" not in method.describe()
+    assert replace(method, where=partial(is_inner)).describe()["where"] == "functools.partial"
 
 
 def is_inner(name: str, module: nn.Module, parameter: Tensor) -> bool:

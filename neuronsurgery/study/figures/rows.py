@@ -14,7 +14,7 @@ from neuronsurgery.study.figures.marks import FAINT, GREY, INK, Mark, Series, de
 LANE: Final = 13.0
 """Height of one series in a row."""
 
-PLOT: Final = 400.0
+PLOT: Final = 310.0
 """Width that values are drawn in."""
 
 NO_HEADINGS: Final[Mapping[int, str]] = MappingProxyType({})
@@ -40,7 +40,7 @@ def dot_rows(
     headings: Mapping[int, str] = NO_HEADINGS,
     each: Sequence[Sequence[Sequence[float]]] = (),
     limits: tuple[float, float] | None = None,
-    names: float = 216.0,
+    names: float = 168.0,
 ) -> str:
     """Return one row per thing, with a marker and its interval for each series one below the other, as SVG.
 

@@ -12,9 +12,13 @@ from typing import Final
 
 from neuronsurgery.study.report.controls import controls
 from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.fragility import fragility
 from neuronsurgery.study.report.layers import rewinding, within_layers
+from neuronsurgery.study.report.memorization import memorization
 from neuronsurgery.study.report.ranks import ranks
 from neuronsurgery.study.report.section import Chapter, Entry, Results, Section
+from neuronsurgery.study.report.seeds import accuracies, claims
+from neuronsurgery.study.report.stage_two import stage_two
 from neuronsurgery.study.report.whole_model import whole_model
 
 
@@ -31,7 +35,7 @@ def _experiment(identifier: str, title: str, build: Callable[[Results, Groups, s
                 made.append(section)
         return made
 
-    return Entry(identifier, title, sections, awaited=True)
+    return Entry(identifier, f"{identifier} {title}", sections, "1")
 
 
 def _rows(split: str, records: list[Results]) -> list[Results]:
@@ -63,11 +67,28 @@ STAGE_ONE: Final = (
     _experiment("1g", "Controls: neurons that are not critical", controls),
 )
 
-CONTENTS: Final[tuple[Entry, ...]] = STAGE_ONE
-"""Every entry, in the order of the page."""
+CONTENTS: Final[tuple[Entry, ...]] = (
+    *STAGE_ONE,
+    Entry("2", "Stage 2: mitigation without group labels", stage_two, "2"),
+    Entry("fragility", "Fragility: who is memorised, found without group labels", fragility, "fragility"),
+    Entry("memorization", "Memorisation of training images", memorization),
+)
+"""Every entry of the report of a run, in the order of the page."""
+
+OVER_SEEDS: Final[tuple[Entry, ...]] = (
+    Entry("accuracy", "Accuracy of the trained models", accuracies),
+    Entry("claims", "What the paper claims of Stage 1", claims, "1"),
+    *CONTENTS[len(STAGE_ONE) : -1],
+)
+"""Every entry of the report of several seeds."""
+
+
+def contents_of(run: Results) -> tuple[Entry, ...]:
+    """Return the entries that the report of these results may have."""
+    return OVER_SEEDS if run.get("kind") == "seeds" else CONTENTS
 
 
 def chapters_of(run: Results, groups: Groups) -> list[Chapter]:
     """Return the entries that a run has something of, with their sections."""
-    built = [(entry, entry.build(run, groups)) for entry in CONTENTS]
+    built = [(entry, entry.build(run, groups)) for entry in contents_of(run)]
     return [Chapter(entry, sections) for entry, sections in built if sections]

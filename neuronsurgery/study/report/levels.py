@@ -81,29 +81,36 @@ def worst_group(levels: Mapping[str, Level]) -> str:
 
 
 def standing(one: Level, others: Mapping[str, Level]) -> str:
-    """Return against which others a level is higher, for which it is not settled, and which it is not above."""
+    """Return than which others a level is not better, than which higher without being settled, and than which better.
+
+    Better is higher with an interval that does not overlap the other's.
+    """
     above, unsettled, below = [], [], []
-    for name, other in others.items():
-        said = f"{name} ({number(100 * other.value)} %)"
+    for name in sorted(others, key=lambda name: -others[name].value):
+        other = others[name]
         if one.value <= other.value:
-            below.append(said)
+            below.append(name)
         elif one.low is None or other.high is None or one.low <= other.high:
-            unsettled.append(said)
+            unsettled.append(name)
         else:
-            above.append(said)
-    parts = [f"not better than {listed(below, 20)}"] if below else []
-    parts += [f"higher than {listed(unsettled, 20)}, but the intervals overlap"] if unsettled else []
-    parts += [f"better than {listed(above, 20)}"] if above else []
+            above.append(name)
+    parts = [f"not better than {_named(below, others)}"] if below else []
+    parts += [f"higher than {_named(unsettled, others)}, but the intervals overlap"] if unsettled else []
+    parts += [f"better than {_named(above, others)}"] if above else []
     return "; ".join(parts) or "there is nothing to compare it with"
+
+
+def _named(names: Sequence[str], others: Mapping[str, Level]) -> str:
+    """Return those of the others that are named, highest first, or that it is all of them."""
+    said = [f"{name} ({number(100 * others[name].value)} %)" for name in names]
+    return f"all of {listed(said, 20)}" if len(said) == len(others) > 1 else listed(said, 20)
 
 
 def verdicts(differences: Sequence[Mapping[str, Any]]) -> str:
     """Return against which controls an arm is better, worse or undecided over the seeds, with the mean differences."""
     parts = []
     for verdict, words in (("worse", "worse than"), ("undecided", "undecided against"), ("better", "better than")):
-        found = [
-            f"{one['control']} ({_difference_words(one)})" for one in differences if one["verdict"] == verdict
-        ]
+        found = [f"{one['control']} ({_difference_words(one)})" for one in differences if one["verdict"] == verdict]
         parts += [f"{words} {listed(found, 20)}"] if found else []
     return "; ".join(parts) or "there is nothing to compare it with"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -10,12 +9,13 @@ from typing import Any, Final
 from neuronsurgery.study import figures
 from neuronsurgery.study.figures import Mark, Series, number, signed
 from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.levels import wilson
 from neuronsurgery.study.report.page import bullets, figures_html, folded, paragraph
 from neuronsurgery.study.report.section import Chapter, Entry
-from neuronsurgery.study.report.tables import html_table
+from neuronsurgery.study.report.tables import html_table, words_table
 from neuronsurgery.study.report.wording import PRESETS, level_of, listed, percent, times
 
-PLAIN_RULES: Final = (
+STAGE_ONE_RULES: Final = (
     "A change is accuracy after the edit minus accuracy before it, of the same examples, in percentage points.",
     "An effect on a group is seen where the interval of its change excludes 0 (of several random draws: in more than "
     "half of them). No effect of a point or more: the interval lies within one point of 0. Undecided: neither.",
@@ -23,62 +23,114 @@ PLAIN_RULES: Final = (
     "figure shows the accuracy of that same group. Magnitude chooses the same neurons for every group.",
     "In a table, bold: an effect is seen; in brackets the interval; p of McNemar's exact test. Of several draws: "
     "mean and standard deviation, in how many an effect is seen, the outermost ends of the intervals, the median p.",
-    "Minority groups, where class and attribute disagree, are hatched or drawn thick, and named so.",
 )
+MINORITY: Final = (
+    "Minority groups, where class and attribute disagree, are hatched, tinted, framed or drawn thick, and named so."
+)
+PARTS: Final[Mapping[str, str]] = {"1": "Stage 1", "2": "Stage 2", "fragility": "fragility"}
+
+
+def title_of(run: Mapping[str, Any], chapters: Sequence[Chapter]) -> str:
+    """Return the title of the page: the stages that it has something of."""
+    stages = dict.fromkeys(chapter.entry.stage for chapter in chapters)
+    parts = [PARTS[stage] for stage in stages if stage in PARTS]
+    over = f"{times(len(run['seeds']), 'seed')} of {run['settings'].get('data')}" if run.get("kind") == "seeds" else ""
+    return ": ".join(["Critical neurons", *([listed(parts)] if parts else [])]) + (f", {over}" if over else "")
 
 
 def opening_html(
-    run: Mapping[str, Any], groups: Groups, chapters: Sequence[Chapter], awaited: Sequence[Entry] = ()
+    run: Mapping[str, Any], groups: Groups, chapters: Sequence[Chapter], entries: Sequence[Entry] = ()
 ) -> str:
     """Return all that stands above the sections.
 
     Args:
-        run: the results.
+        run: the results, of one run or over several seeds.
         groups: of the run.
-        chapters: what the run has, for the table of what came out.
-        awaited: what a whole run has: the page names those that this one lacks.
+        chapters: what the run has, for the table of contents and for what came out.
+        entries: what a run may have: the page names those that this one was asked for and lacks.
     """
     settings = run["settings"]
     found = {chapter.entry.identifier for chapter in chapters}
-    missing = [f"{entry.identifier} ({entry.title})" for entry in awaited if entry.identifier not in found]
+    missing = [entry.heading for entry in entries if entry.asked_for(settings) and entry.identifier not in found]
     quick = "A quick run: few epochs and draws. It shows that the program runs; its numbers mean little."
-    unfinished = f"This run has no result yet of {listed(missing, 7)}."
-    told = [str(settings.get(key)) for key in ("data", "arch")] + [f"preset {settings.get('preset')}"]
-    told += [f"{settings.get('epochs')} epochs", f"seed {settings.get('seed')}"]
-    table = html_table(["setting", ""], _settings_rows(run)).replace(
-        '<div class="scroll">', '<div class="scroll words">'
-    )
+    unfinished = f"This run has no result yet of: {'; '.join(missing)}."
     return "\n".join(
         part
         for part in (
-            "<h1>Critical neurons: Stage 1</h1>",
-            paragraph(", ".join(told)),
+            f"<h1>{escape(title_of(run, chapters))}</h1>",
+            paragraph(_told(run)),
+            _seed_links(run),
             paragraph(quick, "warning") if settings.get("quick") else "",
             paragraph(unfinished, "warning") if missing else "",
-            paragraph(_accuracy_words(run, groups), "finding"),
-            figures_html(model_figures(run, groups)),
-            _groups_table(run, groups),
-            paragraph(_counts_words(run)),
-            bullets([_seconds_words(run)]),
-            "<h2>What came out</h2>" if chapters else "",
+            _contents_html(chapters),
+            *(_seeds_opening(run) if run.get("kind") == "seeds" else _model_opening(run, groups)),
+            '<h2 id="out">What came out</h2>' if chapters else "",
             _overview_html(chapters),
             "<h3>How to read this</h3>",
-            bullets(_how_to_read(run)),
-            folded("Setting and environment", table),
+            bullets(_how_to_read(run, chapters)),
+            folded("Setting and environment", words_table(["setting", ""], _settings_rows(run))),
         )
         if part
     )
 
 
-def _how_to_read(run: Mapping[str, Any]) -> list[str]:
+def _told(run: Mapping[str, Any]) -> str:
+    """Return the run in a line: data, network, training and seeds."""
+    settings = run["settings"]
+    told = [str(settings.get(key)) for key in ("data", "arch")] + [f"preset {settings.get('preset')}"]
+    seeds = f"seeds {listed([str(seed) for seed in run['seeds']], 12)}" if run.get("kind") == "seeds" else ""
+    return ", ".join([*told, f"{settings.get('epochs')} epochs", seeds or f"seed {settings.get('seed')}"])
+
+
+def _seed_links(run: Mapping[str, Any]) -> str:
+    """Return the links to the reports of the single seeds, which lie in folders beside this page."""
+    if run.get("kind") != "seeds":
+        return ""
+    links = ", ".join(f'<a href="seed-{seed}/report.html">seed {seed}</a>' for seed in run["seeds"])
+    return f"<p>Every seed has a report of its own: {links}.</p>"
+
+
+def _contents_html(chapters: Sequence[Chapter]) -> str:
+    """Return the table of contents."""
+    links = [
+        f'<li><a href="#e{chapter.entry.identifier}">{escape(chapter.entry.heading)}</a></li>' for chapter in chapters
+    ]
+    newline = "\n"
+    return f'<nav aria-label="Contents"><ul class="contents">\n{newline.join(links)}\n</ul></nav>' if links else ""
+
+
+def _model_opening(run: Mapping[str, Any], groups: Groups) -> list[str]:
+    """Return what is said of the trained model before any edit."""
+    return [
+        paragraph(_accuracy_words(run, groups), "finding"),
+        figures_html(model_figures(run, groups)),
+        _groups_table(run, groups),
+        paragraph(_counts_words(run)),
+        bullets([_seconds_words(run)]),
+    ]
+
+
+def _seeds_opening(run: Mapping[str, Any]) -> list[str]:
+    few = "Two seeds say next to nothing of a mean: Student's interval reaches six times their distance to each side."
+    return [paragraph(few, "warning")] if len(run["seeds"]) == 2 else []
+
+
+def _how_to_read(run: Mapping[str, Any], chapters: Sequence[Chapter]) -> list[str]:
     """Return the rules that the sentences of the page follow, and how its intervals are made where the run says so."""
-    made = run.get("intervals") or {}
+    if run.get("kind") == "seeds":
+        said = (
+            "Every seed is another data draw, network and order of batches. Intervals are Student's 95 % intervals of "
+            "the mean over the seeds, which they take for independent and about normal."
+        )
+        return [said, MINORITY]
     said = (
         f"Intervals are {percent(level_of(run))} intervals over the examples of one training run. They are not over "
         f"seeds: another seed trains another network, and only several runs can say how far that varies."
     )
+    made = run.get("intervals") or {}
     how = [f"{kind}: {made[key]}." for kind, key in (("Intervals", "method"), ("p-values", "p")) if made.get(key)]
-    return [PLAIN_RULES[0], said, *how, *PLAIN_RULES[1:]]
+    rules = STAGE_ONE_RULES if any(chapter.entry.stage == "1" for chapter in chapters) else ()
+    return [*rules[:1], said, *how, *rules[1:], MINORITY]
 
 
 def _seconds_words(run: Mapping[str, Any]) -> str:
@@ -91,6 +143,7 @@ def _seconds_words(run: Mapping[str, Any]) -> str:
 
 
 def _overview_html(chapters: Sequence[Chapter]) -> str:
+    """Return the table of the experiments, and the first sentence of every chapter that has no row in it."""
     rows = [
         [
             f'<a href="#e{chapter.entry.identifier}">{escape(chapter.entry.heading)}</a>',
@@ -101,12 +154,21 @@ def _overview_html(chapters: Sequence[Chapter]) -> str:
         for section in chapter.sections
         if any(section.overview)
     ]
-    table = html_table(["experiment", "split", "minority groups", "majority groups"], rows)
-    return table.replace('<div class="scroll">', '<div class="scroll words">') if rows else ""
+    others = [chapter for chapter in chapters if not any(any(section.overview) for section in chapter.sections)]
+    items = [
+        f'<li><a href="#e{chapter.entry.identifier}">{escape(chapter.entry.heading)}</a>. '
+        f"{escape(chapter.sections[0].finding)}</li>"
+        for chapter in others
+    ]
+    newline = "\n"
+    table = words_table(["experiment", "split", "minority groups", "majority groups"], rows) if rows else ""
+    return table + (f"<ul>\n{newline.join(items)}\n</ul>" if items else "")
 
 
 def model_figures(run: Mapping[str, Any], groups: Groups) -> list[tuple[str, str, str]]:
-    """Return the figures of the trained model before any edit: accuracy per group, and how training went."""
+    """Return the figures of one run's model before any edit: accuracy per group, and how training went."""
+    if run.get("kind") == "seeds":
+        return []
     if not run["accuracy"]:
         return _training_figures(run)
     caption = "Whiskers: Wilson's 95 % intervals. Hatched: minority groups."

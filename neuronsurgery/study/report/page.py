@@ -36,11 +36,14 @@ th { font-weight: normal; text-align: left; }
 thead th { text-align: right; vertical-align: bottom; border-bottom: 2px solid #1A1A1A; font-weight: bold;
   max-width: 190px; }
 thead th.head { text-align: left; }
+.words table { min-width: 600px; }
 .words td { text-align: left; white-space: normal; }
 .words thead th { text-align: left; }
 tbody th { min-width: 112px; }
-small { display: block; font-size: 13px; color: #555555; }
+small { display: block; font-weight: normal; font-size: 13px; color: #555555; }
 code { font: 13px/1.3 Menlo, Consolas, monospace; }
+.contents { columns: 2 320px; column-gap: 36px; max-width: none; padding-left: 20px; }
+.contents li { break-inside: avoid; }
 summary { cursor: pointer; color: #0B4A75; font-weight: bold; padding: 6px 0; }
 @media (max-width: 640px) { body { font-size: 16px; padding: 12px 14px 40px; } h1 { font-size: 25px; }
   h2 { font-size: 21px; } figure { padding: 4px; } .finding, .warning { font-size: 16px; } }

@@ -47,20 +47,22 @@ class Entry:
 
     Attributes:
         identifier: such as "1a"; the anchor of its heading is "e1a".
-        title: its heading.
+        heading: what the page calls it: "1a Zero the top neurons of the whole model".
         build: the results of a run and its groups to the sections, none where the run has nothing of it.
-        awaited: whether the page says so where a run has nothing of it.
+        stage: of which stage of a run it is, such as "1": the page says so where a run was asked for it and has nothing
+            of it; empty for an entry that nothing asks for.
     """
 
     identifier: str
-    title: str
+    heading: str
     build: Callable[[Results, Groups], list[Section]]
-    awaited: bool = False
+    stage: str = ""
 
-    @property
-    def heading(self) -> str:
-        """What the page calls it: "1a Zero the top neurons of the whole model"."""
-        return f"{self.identifier} {self.title}"
+    def asked_for(self, settings: Results) -> bool:
+        """Whether a run of these settings is to have it."""
+        experiments = settings.get("experiments")
+        wanted = self.stage != "1" or experiments is None or self.identifier in experiments
+        return bool(self.stage) and self.stage in settings.get("stages", ("1",)) and wanted
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from neuronsurgery.study.figures import number, signed
 from neuronsurgery.study.report.effects import Cell, Effect, Groups, own_effects, setting_words
+from neuronsurgery.study.report.levels import Level
 
 ROWS_SHOWN: Final = 60
 """Rows of a long table on the page; the CSV file has all of them."""
@@ -27,9 +28,20 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], heads: int 
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
 
 
+def words_table(header: Sequence[str], rows: Sequence[Sequence[str]], heads: int = 1) -> str:
+    """Return an `html_table` whose cells are words rather than numbers."""
+    return html_table(header, rows, heads).replace('<div class="scroll">', '<div class="scroll words">', 1)
+
+
 def p_text(p: float) -> str:
     """Return a p-value for a cell, as HTML."""
     return "&lt;0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def level_cell(level: Level, where: str = "") -> str:
+    """Return a table cell: a share in percent over its interval, and where it was found."""
+    small = f"{level.interval} {escape(where)}".strip()
+    return number(100 * level.value) + (f"<small>{small}</small>" if small else "")
 
 
 def group_headers(groups: Groups) -> list[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.artifacts import write_atomically
-from neuronsurgery.study.report.contents import CONTENTS, chapters_of
+from neuronsurgery.study.report.contents import STAGE_ONE, chapters_of, contents_of
 from neuronsurgery.study.report.effects import Groups
-from neuronsurgery.study.report.opening import model_figures, opening_html
+from neuronsurgery.study.report.opening import model_figures, opening_html, title_of
 from neuronsurgery.study.report.page import document, section_html
 from neuronsurgery.study.report.section import Chapter, Results
 from neuronsurgery.study.report.tables import csv_table
@@ -27,22 +28,36 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     The page holds its styles and figures and loads nothing. The same results give the same bytes.
 
     Args:
-        results: the content of a run's `results.json` (schema 1); experiments may be missing.
+        results: the content of a `results.json` (schema 1), of one run, where experiments may be missing, or of kind
+            "seeds".
         folder: made if it is not there. Files of these names are replaced, others left alone.
 
     Raises:
-        ValueError: if the results are of another schema, or are not a run's.
+        ValueError: if the results are of another schema or kind, or are not a run's.
         OSError: if the folder cannot be written to, or is full; a report that was there is as it was.
     """
     run, groups = _checked(results)
     chapters = chapters_of(run, groups)
     sections = [section for chapter in chapters for section in chapter.sections]
     drawn = [figure for section in sections for figure in section.figures + section.more_figures]
-    files = {f"figures/{name}.svg": svg.encode() for name, _, svg in drawn + model_figures(run, groups)}
+    files = _figure_files([*drawn, *model_figures(run, groups)])
     files |= {f"tables/{name}.csv": csv_table(rows) for name, rows in _tables(run, groups, chapters).items() if rows}
     # The page last: whoever finds a new page finds new figures and tables beside it.
     write_files(folder, {**files, "report.html": _page(run, groups, chapters).encode()})
     return folder / "report.html"
+
+
+def _figure_files(drawn: Sequence[tuple[str, str, str]]) -> dict[str, bytes]:
+    """Return the content of every figure's file.
+
+    Raises:
+        ValueError: if two figures have one name: the second would take the place of the first.
+    """
+    counts = Counter(name for name, _, _ in drawn)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise ValueError(f"two figures of the report are called {', '.join(twice)}: give each section names of its own")
+    return {f"figures/{name}.svg": svg.encode() for name, _, svg in drawn}
 
 
 def _checked(results: Results) -> tuple[Results, Groups]:
@@ -57,11 +72,15 @@ def _checked(results: Results) -> tuple[Results, Groups]:
             f"results.json has schema {schema!r}, and this version reads schema {SCHEMA}: make the report with the "
             f"version of neuronsurgery that wrote it ({results.get('version', 'unknown')}), or run the study again"
         )
-    missing = [key for key in ("settings", "groups", "counts") if key not in results]
+    kind = results.get("kind")
+    if kind not in (None, "seeds"):
+        raise ValueError(f'results.json is of kind {kind!r}; this version knows one run, without a kind, and "seeds"')
+    needed = ("settings", "groups", "counts", *(("seeds",) if kind == "seeds" else ()))
+    missing = [key for key in needed if key not in results]
     if missing:
         raise ValueError(f"results.json lacks {', '.join(missing)}: it is not of a finished or interrupted study run")
     run = {"accuracy": {}, "experiments": {}, "minority": []} | dict(results)
-    known = [entry.identifier for entry in CONTENTS]
+    known = [entry.identifier for entry in STAGE_ONE]
     unknown = sorted(set(run["experiments"]) - set(known))
     if unknown:
         raise ValueError(f"results.json has experiments {', '.join(unknown)}; this version knows {', '.join(known)}")
@@ -70,12 +89,12 @@ def _checked(results: Results) -> tuple[Results, Groups]:
 
 
 def _page(run: Results, groups: Groups, chapters: Sequence[Chapter]) -> str:
-    awaited = [entry for entry in CONTENTS if entry.awaited]
-    body = [opening_html(run, groups, chapters, awaited)]
+    body = [opening_html(run, groups, chapters, contents_of(run))]
     for chapter in chapters:
         body.append(f'<h2 id="e{chapter.entry.identifier}">{escape(chapter.entry.heading)}</h2>')
         body += [section_html(section) for section in chapter.sections]
-    return document(f"Stage 1: {run['settings'].get('data')}, seed {run['settings'].get('seed')}", body)
+    settings, title = run["settings"], title_of(run, chapters)
+    return document(title if run.get("kind") else f"{title}; {settings.get('data')}, seed {settings.get('seed')}", body)
 
 
 def _tables(run: Results, groups: Groups, chapters: Sequence[Chapter]) -> dict[str, list[Results]]:
@@ -85,6 +104,8 @@ def _tables(run: Results, groups: Groups, chapters: Sequence[Chapter]) -> dict[s
         for section in chapter.sections:
             for name, rows in section.rows.items():
                 tables.setdefault(name, []).extend(rows)
+    if run.get("kind") == "seeds":
+        return tables
     return {**tables, "groups": _group_rows(run, groups), "training": list(run.get("trajectory") or [])}
 
 

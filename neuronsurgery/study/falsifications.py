@@ -1,0 +1,333 @@
+"""Where finding the memorised by a knockout should fail, and whether it does: one change at a time to data or network.
+
+The knockout of the last residual stage was chosen on one data set and one network. Each `Condition` takes away one
+thing that it may owe its success to: the augmentation, right labels, a shallow network, skip connections, a shortcut
+that is simpler than the class. Whatever comes out is reported; group labels and wrong labels are used to judge only.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import neuronsurgery as ns
+from neuronsurgery.fragility import ROUNDING, SMALLEST_CELL
+from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
+from neuronsurgery.study.experiments import studied
+from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
+from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.stage_fragility import (
+    SEED,
+    Examples,
+    Row,
+    joint_fragility,
+    judge_scores,
+    mitigate,
+)
+from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.training import (
+    RECIPES,
+    Recipe,
+    checkpoint_epochs,
+    checkpoint_path,
+    load_checkpoint,
+    print_progress,
+    read_trajectory,
+    train,
+)
+
+EARLY: Final = 2
+"""The epoch whose checkpoint is asked: with two classes, its margins rank as its losses do."""
+
+SHARES: Final = (0.025, 0.1, 0.2)
+"""Of the neurons, how many are cut at random."""
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What a network is trained on, and which one.
+
+    Attributes:
+        name: short, for tables.
+        text: what it takes away.
+        data: the data set of (seed, counts=...).
+        network: of (seed, classes), freshly initialised.
+        augmented: whether training images vary from epoch to epoch.
+        noise: the share of the training images that are given a wrong class.
+        counts: images per group of splits to change, or None.
+        recipe: how to train.
+    """
+
+    name: str
+    text: str
+    data: Callable[..., DataSet] = synthetic
+    network: Callable[[int, int], nn.Module] = small_resnet
+    augmented: bool = True
+    noise: float = 0.0
+    counts: Mapping[str, Counts] | None = None
+    recipe: Recipe = RECIPES["adam"]
+
+    @property
+    def slug(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+CONDITIONS: Final = (
+    Condition("as is", "the default data and network, for comparison"),
+    Condition(
+        "no augmentation", "training images are the same in every epoch, so that all are remembered", augmented=False
+    ),
+    Condition("label noise", "3 % of the training images have the wrong class: they are remembered, too", noise=0.03),
+    Condition("deeper network", "two blocks in each stage: how deep should the cut be?", network=deep_resnet),
+    Condition("plain network", "no skip connections: nothing is left where a layer is cut", network=plain_cnn),
+    Condition(
+        "equally hard shortcut", "class and attribute are two digits, drawn alike: neither is simpler", data=pair
+    ),
+)
+
+
+def falsifications(
+    folder: RunFolder, *, seed: int, conditions: Sequence[Condition] = CONDITIONS, progress: bool = True
+) -> list[Row]:
+    """Return what became of detection and mitigation under each condition, as the entry "falsifications" of results.
+
+    Networks are trained in `falsifications/` of the folder.
+
+    Args:
+        folder: the run folder; a condition that it holds is not done again, half a training is taken up.
+        seed: of data, weights and batches.
+        conditions: what to try.
+        progress: whether to write lines of progress to standard error.
+
+    Returns:
+        One row per condition: what it is ("condition", "text", "seed", "parameters", "groups", "minority", "counts"),
+        "accuracy" per split and group (of the rightly labelled images), "wrong_labels" (how many, and the share of them
+        that was learnt; None without label noise), "cuts" (the layers of each knockout) or "impossible" (why there is
+        none), "detection" per split, and "mitigation" (None without held-out images). Detection has "rows" (AUC and
+        average precision of each score for each minority within its class, wrong labels left out), "flagged" (by
+        Tukey's fence, per true group without the wrong labels, and of these; "refused" where they are so few in a class
+        that `infer_groups` makes no groups of them) and "damage" (the share of predictions that each cut changes).
+
+    Raises:
+        ValueError: if two conditions have one name.
+    """
+    slugs = [condition.slug for condition in conditions]
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"two conditions have one name among {', '.join(sorted(slugs))}: give each a name of its own")
+    return [
+        folder.remember(
+            f"falsification-{condition.slug}-seed-{seed}",
+            functools.partial(_falsify, folder, condition, seed, progress),
+        )
+        for condition in conditions
+    ]
+
+
+def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool) -> Row:
+    if progress:
+        sys.stderr.write(f"falsification, {condition.name}: {condition.recipe.epochs} epochs\n")
+    started = time.perf_counter()
+    data, wrong = _make_data(condition, seed)
+    trained = _train(folder, condition, data, seed, progress)
+    cuts, impossible = _knockouts(trained.model, data)
+    case = _Case(data, wrong, trained, cuts, folder.settings.draws)
+    row = {
+        "condition": condition.name,
+        "text": condition.text,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "groups": list(data.group_names),
+        "minority": list(data.minority),
+        "counts": {name: list(split.counts) for name, split in data.splits.items()},
+        "accuracy": {name: case.accuracy(name) for name in data.splits},
+        "wrong_labels": case.learnt_wrong_labels(),
+        "cuts": {name: list(edit.neurons.by_layer()) for name, edit in cuts.items()},
+        "impossible": impossible,
+        "detection": {name: case.detect(name) for name in ("train", "held-out") if name in data.splits},
+        "mitigation": mitigate(data, trained.model, cuts.get("knockout"), "held-out", seed)
+        if "held-out" in data.splits
+        else None,
+    }
+    folder.note_seconds(f"falsification, {condition.name}, seed {seed}", time.perf_counter() - started)
+    return row
+
+
+def _make_data(condition: Condition, seed: int) -> tuple[DataSet, Tensor]:
+    """The data set, and which of its training images have a wrong class, bool (N,)."""
+    data = condition.data(seed, counts=condition.counts)
+    noisy, wrong = with_label_noise(data.train, condition.noise, seed)
+    return replace(data, splits=MappingProxyType({**data.splits, "train": noisy})), wrong
+
+
+def _train(folder: RunFolder, condition: Condition, data: DataSet, seed: int, progress: bool) -> Trained:
+    path = folder.path / "falsifications" / f"{condition.slug}-seed-{seed}"
+    model = train(
+        condition.network(seed, len(set(data.train.targets.tolist()))),
+        data.train,
+        path,
+        recipe=condition.recipe,
+        seed=seed,
+        augmentation=data.augmentation if condition.augmented else None,
+        progress=print_progress if progress else None,
+    )
+    checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
+    return Trained(model, checkpoints, read_trajectory(path), studied(("head.weight", "head.bias")))
+
+
+def _knockouts(model: nn.Module, data: DataSet) -> tuple[dict[str, ns.Edit], str | None]:
+    """The cuts of residual branches by name, of which the first is the method's; or none, and why."""
+    try:
+        branches = ns.residual_branches(model, next(iter(next(iter(data.loaders("train").values())))))
+    except ValueError as error:
+        return {}, str(error)
+    last = branches[-1].stage
+    layers = {
+        "knockout": [branch.layer for branch in branches if branch.stage == last],
+        "knockout, last branch only": [branches[-1].layer],
+        "knockout, last two stages": [branch.layer for branch in branches if branch.stage >= last - 1],
+    }
+    # In a stage of one branch the first two are one.
+    different = {name: chosen for name, chosen in layers.items() if name == "knockout" or chosen != layers["knockout"]}
+    layout = ns.find_layout(model)
+    return {name: _zeroed(layout, *chosen) for name, chosen in different.items()}, None
+
+
+def _zeroed(layout: ns.Layout, *layers: str) -> ns.Edit:
+    return ns.zero_out(ns.select(layout, dict.fromkeys(layers, ...)))
+
+
+def fence_flags(scores: Tensor, targets: Tensor) -> Tensor:
+    """Who lies above Tukey's fence of the class, bool (N,): as by `infer_groups`, which refuses groups of a few.
+
+    Args:
+        scores: (N,), of a class all constant (to rounding) if they tell nothing: then none is flagged.
+        targets: the classes, int64 (N,).
+    """
+    flags = torch.zeros(len(scores), dtype=torch.bool)
+    for target in sorted(set(targets.tolist())):
+        own = scores[targets == target].double()
+        low, high = np.quantile(own.numpy(), (0.25, 0.75))
+        if own.max() - own.min() > ROUNDING * own.abs().max():
+            flags[targets == target] = own > high + 1.5 * (high - low)
+    return flags
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """A trained network and what it is asked.
+
+    Attributes:
+        data: the data set, wrong classes included.
+        wrong: bool (N,), which training images have one.
+        trained: the network and its checkpoints.
+        cuts: the knockouts by name; none where there is no residual branch.
+        draws: how many random draws are averaged.
+    """
+
+    data: DataSet
+    wrong: Tensor
+    trained: Trained
+    cuts: Mapping[str, ns.Edit]
+    draws: int
+
+    def accuracy(self, split: str) -> list[float | None]:
+        """The accuracy of each group, images with a wrong class left out; None for a group without images."""
+        right = self.data.splits[split].subset(~self.wrong) if split == "train" else self.data.splits[split]
+        loaders = replace(self.data, splits={split: right}).loaders(split)
+        found = ns.evaluate(self.trained.model, loaders)
+        return [float(found[name]) if name in loaders else None for name in self.data.group_names]
+
+    def learnt_wrong_labels(self) -> Row | None:
+        """How many wrong classes there are, per true group, and the share of them that the network gives back."""
+        if not self.wrong.any():
+            return None
+        noisy = self.data.train.subset(self.wrong)
+        found = ns.evaluate(self.trained.model, replace(self.data, splits={"train": noisy}).loaders("train"))
+        return {"counts": list(noisy.counts), "learnt": float(found.average)}
+
+    def detect(self, split: str) -> Row:
+        """How well each score finds the minorities of a split, and who is flagged by it."""
+        examples = Examples.of(self.data.splits[split])
+        wrong = self.wrong[examples.order] if split == "train" else torch.zeros(len(examples.order), dtype=torch.bool)
+        right = Examples(examples.order[~wrong], examples.targets[~wrong], examples.groups[~wrong])
+        scores, damage = self._scores(split, examples.targets)
+        return {
+            "rows": [
+                {"score": name, "needs": needs, **judged}
+                for name, (needs, values) in scores.items()
+                for judged in judge_scores(values[~wrong], right, self.data)
+            ],
+            "flagged": [
+                {"score": name, **self._count_flagged(values, examples, wrong)} for name, (_, values) in scores.items()
+            ],
+            "damage": [{"cut": name, "flips": flips} for name, flips in damage.items()],
+        }
+
+    def _count_flagged(self, values: Tensor, examples: Examples, wrong: Tensor) -> Row:
+        """The flags per true group, wrong classes apart; and whether `infer_groups` would refuse so few."""
+        flags = fence_flags(values, examples.targets)
+        cells = [int((flags[examples.targets == target] == flag).sum()) for target in (0, 1) for flag in (False, True)]
+        return {
+            "fragile": torch.bincount(examples.groups[flags & ~wrong], minlength=4).tolist(),
+            "wrong_labels": int((flags & wrong).sum()),
+            "refused": min(cells) < SMALLEST_CELL,
+        }
+
+    def _scores(self, split: str, targets: Tensor) -> tuple[dict[str, tuple[str, Tensor]], dict[str, float]]:
+        """Every score with what it needs, and the share of predictions that each cut changes."""
+        model, loaders = self.trained.model, self.data.loaders(split)
+        alone, drawn = {**self.cuts}, self._random_cuts()
+        if not self.cuts:
+            others, redrawn = self._cuts_without_branches()
+            alone, drawn = others, drawn | redrawn
+        labelled = {f"{name}, {draw}": edit for name, edits in drawn.items() for draw, edit in enumerate(edits)}
+        swept = ns.sweep(model, alone | labelled, loaders, metric=ns.margin)
+        scores: dict[str, tuple[str, Tensor]] = {}
+        damage: dict[str, float] = {}
+        for name in alone:
+            remaining = swept.values(name)
+            scores[name] = ("final model, one edit", ns.fragility(remaining[None], targets))
+            damage[name] = float(((remaining > 0) != (swept.values() > 0)).double().mean())
+        scores["final margin"] = ("final model", -swept.values())
+        if EARLY in self.trained.checkpoints:
+            early = load_checkpoint(model, self.trained.checkpoints[EARLY].parents[1], EARLY)
+            margins = ns.sweep(early, {}, loaders, metric=ns.margin).values()
+            scores[f"margin after epoch {EARLY}"] = (f"checkpoint of epoch {EARLY}", -margins)
+        for name, edits in drawn.items():
+            values, damage[name] = joint_fragility(swept, name, targets)
+            scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)} neurons", values)
+        return scores, damage
+
+    def _random_cuts(self) -> dict[str, list[ns.Edit]]:
+        layout = ns.find_layout(self.trained.model, where=self.trained.where)
+        return {
+            f"random neurons, {100 * share:g} %": [
+                ns.zero_out(ns.sample(layout, max(1, round(share * layout.count)), seed=SEED + draw))
+                for draw in range(self.draws)
+            ]
+            for share in SHARES
+        }
+
+    def _cuts_without_branches(self) -> tuple[dict[str, ns.Edit], dict[str, list[ns.Edit]]]:
+        """What could be cut instead: the last convolution; and the last two, each with weights drawn anew."""
+        layout = ns.find_layout(self.trained.model, where=self.trained.where)
+        before, last = [layer.parameter for layer in layout][-2:]
+        redrawn: dict[str, list[ns.Edit]] = {
+            f"{layer} re-initialised": [
+                ns.random_init(ns.select(layout, {layer: ...}), relative_std=1.0, seed=SEED + draw)
+                for draw in range(self.draws)
+            ]
+            for layer in (before, last)
+        }
+        return {f"{last} zeroed": _zeroed(layout, last)}, redrawn
