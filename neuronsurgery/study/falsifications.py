@@ -287,12 +287,10 @@ class _Case:
     def _scores(self, split: str, targets: Tensor) -> tuple[dict[str, tuple[str, Tensor]], dict[str, float]]:
         """Every score with what it needs, and the share of predictions that each cut changes."""
         model, loaders = self.trained.model, self.data.loaders(split)
-        alone, drawn = {**self.cuts}, self._random_cuts()
-        if not self.cuts:
-            others, redrawn = self._cuts_without_branches()
-            alone, drawn = others, drawn | redrawn
+        alone, redrawn = (self.cuts, {}) if self.cuts else self._cuts_without_branches()
+        drawn = self._random_cuts() | redrawn
         labelled = {f"{name}, {draw}": edit for name, edits in drawn.items() for draw, edit in enumerate(edits)}
-        swept = ns.sweep(model, alone | labelled, loaders, metric=ns.margin)
+        swept = ns.sweep(model, {**alone, **labelled}, loaders, metric=ns.margin)
         scores: dict[str, tuple[str, Tensor]] = {}
         damage: dict[str, float] = {}
         for name in alone:
@@ -319,7 +317,7 @@ class _Case:
             for share in SHARES
         }
 
-    def _cuts_without_branches(self) -> tuple[dict[str, ns.Edit], dict[str, list[ns.Edit]]]:
+    def _cuts_without_branches(self) -> tuple[Mapping[str, ns.Edit], dict[str, list[ns.Edit]]]:
         """What could be cut instead: the last convolution; and the last two, each with weights drawn anew."""
         layout = ns.find_layout(self.trained.model, where=self.trained.where)
         before, last = [layer.parameter for layer in layout][-2:]

@@ -713,7 +713,10 @@ def _write(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) ->
     """Writes a safetensors file that is either complete or absent, even if the process or the machine dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_atomically(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} could not be written ({error}): make room, and start again to go on") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from neuronsurgery.study import data, figures
 from neuronsurgery.study.figures import Mark, Picture, Series, contact_sheet, number, pixels_of, png, signed
-from neuronsurgery.study.report import contents, write_report, writing
+from neuronsurgery.study.report import contents, write_report
 from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.section import Entry, Section
 
@@ -321,7 +321,7 @@ def test_null_result_says_no_effect(tmp_path: Path) -> None:
     said = report_of(one_change(0.0, -0.002, 0.002), tmp_path)
     assert "chosen by each group's own gradient, no effect seen on any group. And" in said
     assert "Neither the minority nor the majority groups show an effect." in said
-    assert "an effect is seen" not in said.split("1a Zero the top neurons of the whole model", 2)[2]
+    assert "an effect is seen" not in said.split("1a Zero the top neurons of the whole model", 3)[3]
 
 
 def test_wide_interval_is_undecided(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_quick_run_and_missing_experiments_are_named(tmp_path: Path) -> None:
     made["settings"]["quick"] = True
     said = report_of(made, tmp_path)
     assert "A quick run" in said
-    assert "This run has no result yet of 1b (Where the critical neurons rank), 1c" in said
+    assert "This run has no result yet of: 1b Where the critical neurons rank; 1c" in said
 
 
 def test_expected_counts_stand_beside_those_found(tmp_path: Path) -> None:
@@ -406,6 +406,38 @@ def test_settings_that_are_lists_read_as_lists(tmp_path: Path) -> None:
     made["settings"] |= {"splits": ["train", "test"], "stages": []}
     said = report_of(made, tmp_path)
     assert "splits train, test" in said and "stages none" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"stages": ["1"], "experiments": ["1a"]}, []),
+        ({"stages": ["1"], "experiments": ["1a", "1g"]}, ["1g Controls"]),
+        ({"stages": ["1", "2"], "experiments": ["1a"]}, ["Stage 2"]),
+        ({"stages": ["2", "fragility"], "experiments": ["1a", "1b"]}, ["Stage 2", "Fragility"]),
+    ],
+)
+def test_only_what_a_run_was_asked_for_is_missing(tmp_path: Path, settings: dict[str, Any], missing: list[str]) -> None:
+    made = MadeUp(draws=2).results(["1a"])
+    made["settings"] |= settings
+    warned = re.findall(r"This run has no result yet of: ([^<]*)\.</p>", write_report(made, tmp_path).read_text())
+    assert len(warned) == bool(missing)
+    assert [entry.startswith(name) for entry, name in zip("".join(warned).split("; "), missing, strict=False)] == [
+        True for _ in missing
+    ]
+    assert "".join(warned).count(";") == max(0, len(missing) - 1)
+
+
+def test_two_figures_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    svg = figures.strips("Title", ["a"], [[1.0]], axis="points")
+
+    def twice(run: Mapping[str, Any], groups: Groups) -> list[Section]:
+        return [Section("One.", figures=[("same", "", svg)]), Section("Two.", more_figures=[("same", "", svg)])]
+
+    monkeypatch.setattr(contents, "CONTENTS", (*contents.CONTENTS, Entry("twice", "Twice", twice)))
+    with pytest.raises(ValueError, match="two figures of the report are called same: give each section names of its"):
+        write_report(MadeUp(draws=2).results([]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Any run
@@ -481,26 +513,25 @@ def test_a_further_section_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
         section = Section("An arm & another.", figures=[("arms", "", svg)], rows={"arms": run["arms"]})
         return [section, Section("More.", heading="By epoch", rows={"arms": [{"arm": "last"}], "none": []})]
 
-    entries = (*contents.CONTENTS, Entry("2", "Arms of <Stage 2>", arms))
+    entries = (*contents.CONTENTS, Entry("arms", "Arms of <any kind>", arms))
     monkeypatch.setattr(contents, "CONTENTS", entries)
-    monkeypatch.setattr(writing, "CONTENTS", entries)
     made = MadeUp(draws=2).results(["1a"])
     write_report(made, tmp_path / "without")
-    assert "Stage 2" not in (tmp_path / "without" / "report.html").read_text()
+    assert "any kind" not in (tmp_path / "without" / "report.html").read_text()
     page = write_report(made | {"arms": [{"arm": "first"}]}, tmp_path / "with").read_text()
-    assert '<h2 id="e2">2 Arms of &lt;Stage 2&gt;</h2>\n<p class="finding">An arm &amp; another.</p>' in page
+    assert '<h2 id="earms">Arms of &lt;any kind&gt;</h2>\n<p class="finding">An arm &amp; another.</p>' in page
     assert "<h3>By epoch</h3>" in page
     assert (tmp_path / "with" / "tables" / "arms.csv").read_text() == "arm\nfirst\nlast\n"
     assert not (tmp_path / "with" / "tables" / "none.csv").exists()
     assert 'All rows: <a href="tables/arms.csv">tables/arms.csv</a></p>' in page
     assert "none.csv" not in page
     assert (tmp_path / "with" / "figures" / "arms.svg").read_text() in page
-    assert 'href="#e2"' not in page  # it has no overview, and so no row in the table at the top
+    assert page.count('href="#earms"') == 2  # in the contents, and with its first sentence in what came out
 
 
 REPORT_MODULES = [
-    *("effects", "wording", "tables", "section", "page", "whole_model", "ranks", "layers", "controls", "opening"),
-    *("contents", "writing"),
+    *("effects", "wording", "levels", "tables", "section", "page", "whole_model", "ranks", "layers", "controls"),
+    *("stage_two", "fragility", "memorization", "seeds", "opening", "contents", "writing"),
 ]
 
 
@@ -508,7 +539,7 @@ REPORT_MODULES = [
     ("package", "order"),
     [
         ("report", REPORT_MODULES),
-        ("figures", ["marks", "svg", "bars", "lines", "dots", "images"]),
+        ("figures", ["marks", "svg", "bars", "lines", "dots", "rows", "images"]),
         ("readers", ["pixels", "disk", "tables", "assembly", "layouts"]),
     ],
 )
@@ -773,6 +804,7 @@ def test_figures_of_nothing_but_zeros_are_drawn() -> None:
         figures.strips("Title", ["a"], [[0.0]], axis="points"),
         figures.sensitive_bars("Title", ["5 epochs back"], zeros, layers=9),
         figures.histogram_pair("Title", ("upper", [0] * 20), ("lower", [0] * 20)),
+        figures.dot_rows("Title", ["a"], zeros, axis="points"),
     ):
         ElementTree.fromstring(svg)
 
@@ -780,7 +812,13 @@ def test_figures_of_nothing_but_zeros_are_drawn() -> None:
 def test_names_are_escaped_in_figures() -> None:
     nasty = '<b>&"quoted"'
     series = [Series(nasty, (Mark(1.0),), "#000000")] * 2
-    for draw in (figures.grouped_bars, figures.dot_ranges, figures.depth_lines, figures.trajectories):
+    for draw in (
+        figures.grouped_bars,
+        figures.dot_ranges,
+        figures.dot_rows,
+        figures.depth_lines,
+        figures.trajectories,
+    ):
         root = ElementTree.fromstring(draw(nasty, [nasty], series, axis=nasty))
         assert nasty in [element.text for element in root.iter()]
 
@@ -860,6 +898,44 @@ def test_dots_of_one_height_lie_side_by_side() -> None:
     assert sorted(x - few[0][0] for x, _ in few) == [-8.0, -4.0, 0.0, 4.0, 8.0]
     (many,) = dots_of(figures.strips("Title", ["a"], [[1.0] * 1000], axis="points"))
     assert max(x for x, _ in many) - min(x for x, _ in many) <= 0.85 * (520 - 68 - 14)
+
+
+def test_rows_have_a_marker_for_each_series_where_its_value_is() -> None:
+    series = [
+        Series("first", (Mark(10.0, 0.0, 20.0), None, Mark(90.0, 80.0, 130.0, solid=False)), "#123456"),
+        Series("second", (Mark(50.0), Mark(50.0), Mark(50.0)), "#654321"),
+    ]
+    each = [[[5.0, 15.0], [], []], [[], [], []]]
+    rows = ["a", "b", "c"]
+    svg = figures.dot_rows(
+        "Title", rows, series, axis="accuracy, %", headings={1: "More"}, each=each, limits=(0.0, 100.0)
+    )
+    circles = [(float(x) + 4.2, float(y)) for x, y in re.findall(r'd="M([\d.]+) ([\d.]+)a4\.2', svg)][1:]
+    grid = sorted(
+        {float(x) for x in re.findall(r'<path d="M([\d.]+) [\d.]+L\1 [\d.]+" stroke="#(?:DDDDDD|1A1A1A)"', svg)}
+    )
+    scale = (grid[-1] - grid[0]) / 100
+    assert [x for x, _ in circles] == pytest.approx([grid[0] + 10 * scale, grid[0] + 90 * scale], abs=0.11)
+    lines = re.findall(r'<path d="M([\d.]+) ([\d.]+)L([\d.]+) \2" stroke="#123456"', svg)
+    ends = [(float(left), float(right)) for left, _, right in lines]
+    assert ends[0] == pytest.approx((grid[0], grid[0] + 20 * scale), abs=0.11)
+    assert ends[1] == pytest.approx((grid[0] + 80 * scale, grid[-1]), abs=0.11)  # cut at the edge
+    heights = {text: float(y) for y, text in re.findall(r'y="([\d.]+)" font-size="14"[^>]*>(a|b|c|More)<', svg)}
+    assert heights["a"] < heights["More"] < heights["b"] < heights["c"]
+    assert svg.count('stroke="#123456" stroke-width="1.6" fill="none"') == 4  # two intervals, two single values
+    assert "c, first: 90.0 [80.0, 130.0]" in svg
+    with pytest.raises(ValueError, match="dot_rows: 'Title' has no marks: leave the figure out"):
+        figures.dot_rows("Title", ["a"], [Series("first", (None,), "#123456")], axis="points")
+
+
+def test_a_picture_may_be_a_png_file_and_framed() -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    plain = figures.image_rows("Title", [("row", [Picture(pixels, "a")])])
+    assert figures.image_rows("Title", [("row", [Picture(png(pixels), "a")])]) == plain
+    framed = figures.image_rows("Title", [("row", [Picture(pixels, "a", framed=True)])])
+    assert framed.count(f'stroke="{figures.HIGHLIGHT}"') == plain.count(f'stroke="{figures.HIGHLIGHT}"') + 1
+    with pytest.raises(ValueError, match="image_rows: the image 'a' is bytes, but no PNG file"):
+        figures.image_rows("Title", [("row", [Picture(b"GIF89a", "a")])])
 
 
 def decoded(file: bytes) -> np.ndarray:

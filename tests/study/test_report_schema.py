@@ -12,6 +12,7 @@ import pytest
 
 from neuronsurgery.study import data
 from neuronsurgery.study.cli import main
+from neuronsurgery.study.seeds import combine
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 COUNTS = {
@@ -25,16 +26,16 @@ FREE = ("impossible_rows",)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two seeds, on few images."""
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The results of a run on few images, and of two seeds; the second seed is the first once more."""
     made: Callable[..., data.DataSet] = data.synthetic
+    path = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "neuronsurgery.study.cli.EMBEDDED", {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-        )
-        path = tmp_path_factory.mktemp("seeds")
-        assert main(["study", "--quick", "--seeds", "2", "--out", str(path)]) == 0
-    return path
+        few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
+        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(path)]) == 0
+    one = json.loads((path / "results.json").read_text())
+    return {"## One run": one, "## Several seeds": json.loads(json.dumps(combine({0: one, 1: one})))}
 
 
 def keys_of(value: Any) -> Iterator[str]:
@@ -47,31 +48,18 @@ def keys_of(value: Any) -> Iterator[str]:
             yield from keys_of(inner)
 
 
-@pytest.mark.parametrize(
-    ("file", "heading"), [("seed-0/results.json", "## One run"), ("results.json", "## Several seeds")]
-)
-def test_every_key_of_the_results_is_explained(folder: Path, file: str, heading: str) -> None:
-    page = PAGE.read_text()
-    assert heading in page
-    named = set(re.findall(r"`([^`\n]+)`", page))
-    results = json.loads((folder / file).read_text())
-    assert {"stage_two", "fragility"} <= set(results)
-    assert sorted(set(keys_of(results)) - named) == []
+@pytest.mark.parametrize("heading", ["## One run", "## Several seeds"])
+def test_every_key_of_the_results_is_explained(kinds: dict[str, dict[str, Any]], heading: str) -> None:
+    named = set(re.findall(r"`([^`\n]+)`", PAGE.read_text()))
+    assert {"stage_two", "fragility"} <= set(kinds[heading])
+    assert sorted(set(keys_of(kinds[heading])) - named) == []
 
 
-def test_the_top_level_keys_stand_in_the_section_of_their_kind(folder: Path) -> None:
-    one, several = PAGE.read_text().split("## One run")[1].split("## Several seeds")
-    for text, file in ((one, "seed-0/results.json"), (several, "results.json")):
-        keys = set(json.loads((folder / file).read_text()))
-        assert sorted(keys - set(re.findall(r"`([^`\n]+)`", text))) == []
+def test_the_top_keys_stand_in_the_part_of_their_kind(kinds: dict[str, dict[str, Any]]) -> None:
+    parts = PAGE.read_text().split("## One run")[1].split("## Several seeds")
+    for text, results in zip(parts, kinds.values(), strict=True):
+        assert sorted(set(results) - set(re.findall(r"`([^`\n]+)`", text))) == []
 
 
 def test_a_key_that_is_not_explained_is_found() -> None:
     assert set(keys_of({"a": [{"b": {"impossible_rows": {"c": 1}}}]})) == {"a", "b", "impossible_rows"}
-
-
-def test_the_seeds_have_reports_that_the_upper_one_links_to(folder: Path) -> None:
-    page = (folder / "report.html").read_text()
-    links = re.findall(r'href="(seed-[^"]*)"', page)
-    assert links == ["seed-0/report.html", "seed-1/report.html"]
-    assert all((folder / link).is_file() for link in links)
