@@ -18,12 +18,14 @@ import neuronsurgery as ns
 from neuronsurgery.study import data
 from neuronsurgery.study.claims import render
 from neuronsurgery.study.experiments import studied
+from neuronsurgery.study.falsifications import falsifications
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model
 from neuronsurgery.study.readers import READERS, Loading, describe_counts, training_source
 from neuronsurgery.study.run import EXPERIMENTS, STAGES, RunFolder, Settings, describe_run, read_results, write_results
 from neuronsurgery.study.seeds import combine, refuse_other_files
 from neuronsurgery.study.stage_fragility import stage_fragility
+from neuronsurgery.study.stage_memorization import stage_memorization
 from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, stage_two
 from neuronsurgery.study.training import (
@@ -48,6 +50,7 @@ QUICK = {
     "quick": True,
 }
 QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
+QUICK_MODELS = 20
 QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
 
 
@@ -98,7 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the changes on this split; may be given more than once (default: train)",
     )
     study.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages (default: all)")
-    study.add_argument("--full", action="store_true", help="Stage 2 at the paper's lengths, and with more rates")
+    study.add_argument(
+        "--memorization", action="store_true", help="also the memorisation score of every training image: 40 trainings"
+    )
+    study.add_argument(
+        "--full",
+        action="store_true",
+        help="Stage 2 at the paper's lengths and with more rates; and where fragility should fail (embedded data)",
+    )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
     _add_disk_options(study.add_argument_group("images on disk"))
     _add_hardware_options(study.add_argument_group("hardware"))
@@ -211,10 +221,14 @@ def _surgery(
     settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
     setting = _setting(options, settings, dataset, trained, built)
+    how: dict[str, Any] = {"recipe": setting.recipe, "hardware": _hardware(options)}
+    few: dict[str, Any] = {"models": QUICK_MODELS, "epochs": 1} if settings.quick else {}
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
         "2": lambda: {"stage_two": stage_two(folder, dataset, setting, _hardware(options))},
         "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
+        "memorization": lambda: {"memorization": stage_memorization(folder, dataset, trained, **few, **how)},
+        "falsifications": lambda: {"falsifications": falsifications(folder, seed=settings.seed)},
     }
     for name, stage in stages.items():
         if name in settings.stages:
@@ -294,9 +308,10 @@ def _settings(options: argparse.Namespace) -> Settings:
         "seed": options.seed,
         "epochs": _recipe(options).epochs,
         "splits": tuple(dict.fromkeys(options.split or ["train"])),
-        "stages": tuple(sorted(set(options.stages))),
         "experiments": EXPERIMENTS if "all" in options.experiments else tuple(sorted(set(options.experiments))),
     }
+    more = ["memorization"] * options.memorization + ["falsifications"] * (options.full and options.data in EMBEDDED)
+    chosen["stages"] = tuple([stage for stage in STAGES if stage in options.stages] + more)
     chosen["comparison_epochs"] = max(1, chosen["epochs"] // 2)
     if options.full:
         chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": chosen["epochs"], "full": True}

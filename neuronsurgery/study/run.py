@@ -44,7 +44,7 @@ class Settings:
         epochs: passes over the training images.
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
-        stages: which stages, of `STAGES`.
+        stages: which stages, of `STAGES` or beyond them "memorization" and "falsifications".
         experiments: which ones of Stage 1, "1a" to "1g".
         draws: how many random draws are averaged.
         control_draws: how many matched controls a p-value rests on.

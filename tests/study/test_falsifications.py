@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, falsifications
-from neuronsurgery.study.data import PAIR_COUNTS, SYNTHETIC_COUNTS, Split, pair, synthetic, with_label_noise
+from neuronsurgery.study.data import PAIR_COUNTS, SYNTHETIC_COUNTS, Split, digits, pair, synthetic, with_label_noise
 from neuronsurgery.study.falsifications import CONDITIONS, Condition, fence_flags
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
@@ -287,8 +287,12 @@ def shortened(condition: Condition) -> Condition:
     return replace(condition, counts=SMALL, noise=noise, recipe=replace(condition.recipe, epochs=3, batch_size=16))
 
 
-NAMES = ("label noise", "deeper network", "plain network", "equally hard shortcut")
-SHORT = tuple(shortened(condition) for condition in CONDITIONS if condition.name in NAMES)
+NOT_HELD_OUT = {split: counts for split, counts in SMALL.items() if split != "held-out"}
+NAMES = ("label noise", "deeper network", "plain network", "nothing held out")
+SHORT = (
+    *(shortened(condition) for condition in CONDITIONS if condition.name in NAMES),
+    replace(shortened(Condition("nothing held out", "digits have no such split", data=digits)), counts=NOT_HELD_OUT),
+)
 
 
 @pytest.fixture(scope="module")
@@ -333,9 +337,11 @@ def test_every_condition_says_what_it_is_and_what_came_of_it(rows: dict[str, Any
     assert tuple(rows) == NAMES
     for row in rows.values():
         assert (row["impossible"] is None) == bool(row["cuts"])
-        assert row["counts"] == {name: list(counts) for name, counts in SMALL.items()}
-        assert set(row["accuracy"]) == set(SMALL)
-        assert [part["name"] for part in row["mitigation"]][:2] == ["ERM", "class-balanced"]
+        splits = NOT_HELD_OUT if row["condition"] == "nothing held out" else SMALL
+        assert row["counts"] == {name: list(counts) for name, counts in splits.items()}
+        assert set(row["accuracy"]) == set(splits)
+        assert list(row["detection"]) == [name for name in ("train", "held-out") if name in splits]
+        assert (row["mitigation"] is None) == ("held-out" not in splits)
         for found in row["detection"].values():
             scores = {part["score"] for part in found["rows"]}
             assert {"final margin", "margin after epoch 2", "random neurons, 20 %"} <= scores
@@ -392,7 +398,7 @@ def test_the_deeper_network_is_cut_at_three_depths(rows: dict[str, Any], folder:
 
 
 def test_the_shallow_network_has_one_branch_in_its_last_stage(rows: dict[str, Any]) -> None:
-    assert rows["equally hard shortcut"]["cuts"] == {
+    assert rows["nothing held out"]["cuts"] == {
         "knockout": ["block3.conv2.weight"],
         "knockout, last two stages": ["block2.conv2.weight", "block3.conv2.weight"],
     }

@@ -910,7 +910,7 @@ def test_rows_have_a_marker_for_each_series_where_its_value_is() -> None:
     svg = figures.dot_rows(
         "Title", rows, series, axis="accuracy, %", headings={1: "More"}, each=each, limits=(0.0, 100.0)
     )
-    circles = [(float(x) + 4.2, float(y)) for x, y in re.findall(r'd="M([\d.]+) ([\d.]+)a4\.2', svg)][1:]
+    circles = [(float(x) + 4.2, float(y)) for x, y in re.findall(r'd="M([\d.]+) ([\d.]+)a4\.2', svg)]
     grid = sorted(
         {float(x) for x in re.findall(r'<path d="M([\d.]+) [\d.]+L\1 [\d.]+" stroke="#(?:DDDDDD|1A1A1A)"', svg)}
     )

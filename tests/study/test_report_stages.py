@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -128,7 +129,9 @@ def fragility(knockout: float = 0.99, margin: float = 0.9, inferred: float = 0.6
 
 def one_run(**stages: Any) -> dict[str, Any]:
     made = MadeUp(draws=2).results([])
-    made["settings"] |= {"stages": ["2", "fragility"], "experiments": []}
+    made["settings"] |= {"stages": ["2", "fragility"]}
+    for key in ("layers", "neurons", "experiments", "sensitive_layers", "missing_distances", "control_p"):
+        del made[key]
     return made | stages
 
 
@@ -195,7 +198,7 @@ def test_many_arms_stay_apart_and_legible(tmp_path: Path) -> None:
     svg = (tmp_path / "figures" / "stage-two-worst.svg").read_text()
     heights = sorted(float(y) for y in re.findall(r'<text x="14" y="([\d.]+)"', svg))
     assert len(heights) == 22
-    assert min(after - before for before, after in zip(heights, heights[1:], strict=False)) >= 17
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 17
     assert float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0]) <= 620
     for name in ("stage-two-fine-tuned", "stage-two-anew", "stage-two-group2"):
         ElementTree.parse(tmp_path / "figures" / f"{name}.svg")
@@ -340,7 +343,6 @@ def test_report_over_seeds_has_its_chapters_and_links(tmp_path: Path) -> None:
     }
     for file in (tmp_path / "figures").iterdir():
         ElementTree.parse(file)
-    assert "nan" not in page.lower().replace("nan\u0074", "")
 
 
 def claim(verdict: str, group: str = "landbird on water", **columns: Any) -> dict[str, Any]:

@@ -223,7 +223,9 @@ def _strips(found: _Found) -> tuple[list[tuple[str, str, str]], list[tuple[str, 
             continue
         dashed = fences if key == "fragility" else ()
         words = "Dashed: the fence of the class, above which an example is called fragile." if any(dashed) else ""
-        svg = figures.strips(title, names, values, axis=axis, minority=places, thresholds=dashed)
+        heights = [*(one for some in values for one in some), *(fence for fence in dashed if fence is not None)]
+        limits = (min(heights), max(heights))
+        svg = figures.strips(title, names, values, axis=axis, minority=places, thresholds=dashed, limits=limits)
         drawn.append((f"fragility-{key}", f"{shown}Bar: median. {words}".strip(), svg))
     return drawn[:1], drawn[1:]
 

@@ -166,7 +166,7 @@ def _beaten_words(found: _Found, rules: Sequence[str]) -> str:
     return (
         f"Of {things}, {settled} {'is' if settled == 1 else 'are'} better than every control in the worst "
         f"group, {higher} {'is' if higher == 1 else 'are'} higher than every control {mean}, and for {failed} some "
-        f"control does as well or better."
+        f"control does as well or better{' on the mean' if found.over_seeds else ''}."
     )
 
 
@@ -337,8 +337,8 @@ def _remarks(found: _Found) -> list[str]:
         said.append(f"No epoch is chosen by inferred groups, because none could be inferred: {stage['not_inferred']}")
     for arm in found.arms:
         if arm.get("impossible"):
-            why = f"in {times(arm['impossible'], 'seed')}" if found.over_seeds else f": {arm['impossible']}"
-            said.append(f"{arm['name']} was impossible{' ' if found.over_seeds else ''}{why}")
+            why = f" in {times(arm['impossible'], 'seed')}." if found.over_seeds else f": {arm['impossible']}"
+            said.append(f"{arm['name']} was impossible{why}")
     return said
 
 
