@@ -37,15 +37,26 @@ DRAW_SEED: Final = 20250101
 """First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
 
 
-def studied(head: Collection[str]) -> Callable[[str, nn.Module, Tensor], bool]:
-    """Return the predicate of the layers that are studied: all but a classifier's own rows.
+@dataclass(frozen=True)
+class Studied:
+    """The predicate of the layers that are studied: all but a classifier's own rows.
 
     To zero one of those decides between the classes by construction and says nothing about memorisation.
 
-    Args:
+    Attributes:
         head: the names of the classifier's parameters.
     """
-    return lambda name, module, parameter: name not in head
+
+    head: tuple[str, ...]
+
+    def __call__(self, name: str, module: nn.Module, parameter: Tensor) -> bool:
+        """Return whether a layer is studied."""
+        return name not in self.head
+
+
+def studied(head: Collection[str]) -> Studied:
+    """Return the predicate of the layers that are studied, given the names of the classifier's parameters."""
+    return Studied(tuple(sorted(head)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ size of the data changes by a rule that is written down where the setting is, an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
@@ -87,18 +87,26 @@ def _over(model: nn.Module, loader: Loader, judge: Any) -> Tensor:
     return torch.cat(said)
 
 
-def identification_epoch(epochs: int) -> int:
+IDENTIFICATION_SHARES: Final = (0.02, 0.2)
+"""JTT's first stage as a share of the run: 1 of 50 epochs on CelebA, 60 of 300 on Waterbirds."""
+
+
+def identification_epoch(epochs: int, share: float = IDENTIFICATION_SHARES[-1]) -> int:
     """The epoch of the ERM run whose mistakes Just Train Twice and Correct-n-Contrast go by, at least 1.
 
-    A fifth of the run, as in JTT's settings for Waterbirds (60 of 300): late enough to have learnt the spurious
-    attribute, too early to have memorised the images that contradict it. Which epoch that is, JTT tunes on validation
-    images with known groups; this rule looks at nothing.
+    It should be late enough to have learnt the spurious attribute, and too early to have memorised the images that
+    contradict it. Which epoch that is, JTT tunes on validation images with known groups; the shares that came of it on
+    two data sets, `IDENTIFICATION_SHARES`, are far apart, so that both are to be tried.
+
+    Args:
+        epochs: of the run.
+        share: of the run, in (0, 1].
 
     Example:
-        >>> identification_epoch(300), identification_epoch(30), identification_epoch(1)
+        >>> identification_epoch(300), identification_epoch(30), identification_epoch(30, share=0.02)
         (60, 6, 1)
     """
-    return max(1, round(epochs / 5))
+    return max(1, round(share * epochs))
 
 
 # The paper's fine-tuning
@@ -653,6 +661,9 @@ def _describe(method: Any, left_out: str = "") -> dict[str, object]:
 
 
 def _name(function: Any) -> str:
+    """The name of a function; of a callable that is a value, the value."""
+    if is_dataclass(function):
+        return repr(function)
     named = function if hasattr(function, "__qualname__") else type(function)  # functools.partial has no name
     return f"{named.__module__}.{named.__qualname__}"
 

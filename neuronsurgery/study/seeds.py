@@ -83,7 +83,7 @@ def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
 
 MEASURES = ("worst", "plain", "balanced", "train-weighted")
 FIXED_RATE = f"{CONTINUED}, rate {FINE_TUNING.learning_rate:g}"
-CONTROLS = (FIXED_RATE, f"{CONTINUED}, rate chosen", "nothing pruned", "random pruned", "pruned, own statistics")
+CONTROLS = (FIXED_RATE, f"{CONTINUED}, chosen", "nothing pruned", "random pruned", "pruned, own statistics")
 """What the paper's arms are held against; the first is the same fine-tuning without the contrastive term."""
 
 

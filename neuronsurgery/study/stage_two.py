@@ -9,6 +9,7 @@ Rules that set sizes look at the training images alone; nothing is tuned on test
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from neuronsurgery.objectives import jtt_weights
 from neuronsurgery.study.last_layer import dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
     FINE_TUNING,
+    IDENTIFICATION_SHARES,
     ContrastiveBatches,
     ContrastivePruning,
     CorrectNContrast,
@@ -82,7 +84,7 @@ class Arm:
         epochs: how long.
         make: (the start, the source, the method, the recipe) of `train`; called when the arm is trained, since some
             make a first pass over the images.
-        choice: arms of one choice are one method whose rate is chosen with the epoch.
+        choice: arms of one choice are one method, whose rate or first stage is chosen together with the epoch.
     """
 
     name: str
@@ -131,9 +133,9 @@ class Setting:
         return load_checkpoint(self.trained.model, folder, epoch)
 
     @property
-    def identified(self) -> nn.Module:
-        """The early ERM model by whose mistakes JTT and CnC go."""
-        return self.checkpoint(identification_epoch(self.recipe.epochs))
+    def early(self) -> list[int]:
+        """The epochs of the ERM run whose mistakes JTT and CnC go by."""
+        return sorted({identification_epoch(self.recipe.epochs, share) for share in IDENTIFICATION_SHARES})
 
 
 def make_arms(setting: Setting) -> list[Arm]:
@@ -153,7 +155,7 @@ def _continued(setting: Setting) -> list[Arm]:
             f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}",
             "class",
             setting.fine_tuning_epochs,
-            lambda rate=rate: make(rate),  # type: ignore[misc]  # mypy cannot type a default
+            functools.partial(make, rate),
             choice=CONTINUED,
         )
         for rate in setting.rates
@@ -193,7 +195,7 @@ def _contrastive(setting: Setting) -> list[Arm]:
             f"fine-tuned against a twin that shares the weights: {text}",
             "class",
             setting.fine_tuning_epochs,
-            lambda options=options: make(options),  # type: ignore[misc]  # mypy cannot type a default
+            functools.partial(make, options),
         )
         for name, family, text, options in VARIANTS
     ]
@@ -203,15 +205,15 @@ def _comparisons(setting: Setting) -> list[Arm]:
     epochs = setting.comparison_epochs
     recipe = replace(setting.recipe, epochs=epochs)
 
-    def just_train_twice() -> tuple[nn.Module, Source, Method, Recipe]:
-        errors = error_set(setting.identified, unaugmented(setting.source))
+    def just_train_twice(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
+        errors = error_set(setting.checkpoint(early), unaugmented(setting.source))
         source = Upsampled(setting.source, jtt_weights(errors, jtt_upsampling(errors)))
         # As many steps as the others make: an epoch with copies has more.
         fewer = max(1, round(epochs * len(setting.source) / len(source)))
         return setting.checkpoint(0), source, Erm(), replace(recipe, epochs=fewer)
 
-    def correct_n_contrast() -> tuple[nn.Module, Source, Method, Recipe]:
-        predicted = predictions(setting.identified, unaugmented(setting.source))
+    def correct_n_contrast(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
+        predicted = predictions(setting.checkpoint(early), unaugmented(setting.source))
         method = CorrectNContrast(statistics="frozen" if setting.pretrained else "batch")
         return setting.checkpoint(0), ContrastiveBatches(setting.source, predicted), method, recipe
 
@@ -220,25 +222,35 @@ def _comparisons(setting: Setting) -> list[Arm]:
         method = GroupDro(len(setting.groups), group_dro_step_size(steps))
         return setting.checkpoint(0), GroupBalanced(setting.source), method, recipe
 
-    early = f"the ERM model of epoch {identification_epoch(setting.recipe.epochs)}"
-    return [
+    twice = [
         Arm(
-            "JTT",
+            f"JTT, T = {early}",
             "comparison",
-            f"Just Train Twice: from the first weights, the images that {early} gets wrong being half of an epoch",
+            f"Just Train Twice: from the first weights, the images that the ERM model of epoch {early} gets wrong "
+            f"being half of an epoch",
             "class",
             epochs,
-            just_train_twice,
-        ),
+            functools.partial(just_train_twice, early),
+            choice="JTT",
+        )
+        for early in setting.early
+    ]
+    contrast = [
         Arm(
-            "CnC",
+            f"CnC, T = {early}",
             "comparison",
             f"Correct-n-Contrast: from the first weights, features of a class brought together across the predictions "
-            f"of {early}",
+            f"of the ERM model of epoch {early}",
             "class",
             epochs,
-            correct_n_contrast,
-        ),
+            functools.partial(correct_n_contrast, early),
+            choice="CnC",
+        )
+        for early in setting.early
+    ]
+    return [
+        *twice,
+        *contrast,
         Arm(
             "Group DRO",
             "comparison",
@@ -374,35 +386,37 @@ def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled:
     """
     chosen = [{**row, "selected": _selected([row], counts, unlabelled)} for row in rows]
     for choice in dict.fromkeys(row["choice"] for row in rows if row["choice"]):
-        together = [row for row in rows if row["choice"] == choice]
-        chosen.append(
-            {
-                **together[0],
-                "name": f"{choice}, rate chosen",
-                "text": f"{choice}: the rate chosen together with the epoch, of {len(together)}",
-                "choice": None,
-                "settings": {"rates": [row["settings"]["recipe"]["learning_rate"] for row in together]},
-                "trajectory": [],
-                "selected": _selected(together, counts, unlabelled),
-            }
-        )
+        together = [row for row in rows if row["choice"] == choice and row["trajectory"]]
+        if len(together) > 1:
+            chosen.append(
+                {
+                    **together[0],
+                    "name": f"{choice}, chosen",
+                    "text": f"{choice}: which of its {len(together)} variants is chosen together with the epoch",
+                    "choice": None,
+                    "settings": {"of": [row["name"] for row in together]},
+                    "trajectory": [],
+                    "selected": _selected(together, counts, unlabelled),
+                }
+            )
     return chosen
 
 
 def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> dict[str, Row]:
     """Return by rule the chosen epoch of one arm, or of several among which is chosen, and its test accuracies."""
     points = [(row["name"], point) for row in rows for point in row["trajectory"]]
-    last = rows[0]["trajectory"][-1:]
+    last = next((row["trajectory"][-1:] for row in rows if row["trajectory"]), [])
     if not points:
         return {}
     rules: dict[str, Callable[[Row], float]] = {
         "last epoch": lambda point: float(point is last[0]),
-        "class labels": lambda point: average(point[unlabelled], counts[unlabelled]),
+        "class labels": lambda point: average(point[unlabelled], [count for count in counts[unlabelled] if count]),
         "inferred groups": lambda point: min(point["inferred"]),
         "worst group": lambda point: min(point["validation"]),
     }
     if "inferred" not in points[0][1]:
         del rules["inferred groups"]
+    tested = [place for place, count in enumerate(counts["test"]) if count]  # a group without images has no accuracy
     found = {}
     for rule, score in rules.items():
         name, point = max(points, key=lambda entry: score(entry[1]))  # of equals the first
@@ -412,9 +426,9 @@ def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabell
             "epoch": point["epoch"],
             "test": test,
             "worst": min(test),
-            "plain": average(test, counts["test"]),
+            "plain": average(test, [counts["test"][place] for place in tested]),
             "balanced": average(test, [1] * len(test)),
-            "train-weighted": average(test, counts["train"]),
+            "train-weighted": average(test, [counts["train"][place] for place in tested]),
         }
     return found
 

@@ -111,7 +111,7 @@ def test_arms_of_one_choice_are_chosen_among_and_listed_alone_too() -> None:
     slow = arm("continued, slow", [([0.5, 0.5], [0.5, 0.5], [0.1, 0.1])], "continued")
     fast = arm("continued, fast", [([0.6, 0.6], [0.4, 0.4], [0.3, 0.3])], "continued")
     rows = select([slow, fast], COUNTS_OF_TWO, "held-out")
-    assert [row["name"] for row in rows] == ["continued, slow", "continued, fast", "continued, rate chosen"]
+    assert [row["name"] for row in rows] == ["continued, slow", "continued, fast", "continued, chosen"]
     chosen = rows[-1]["selected"]
     assert chosen["worst group"]["arm"] == "continued, fast"
     assert chosen["class labels"]["arm"] == "continued, slow"
@@ -139,7 +139,7 @@ def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
     results = stage_two(folder, dataset, setting, Hardware(), progress=False)
     assert_unchanged(before, trained.model)
     names = [row["name"] for row in results["arms"]]
-    assert names == ["ERM", *(one.name for one in make_arms(setting)), "DFR", "ERM continued, rate chosen"]
+    assert names == ["ERM", *(one.name for one in make_arms(setting)), "DFR", "ERM continued, chosen"]
     assert len({one.slug for one in make_arms(setting)}) == len(make_arms(setting))
     for row in results["arms"]:
         assert ("impossible" in row) != bool(row["selected"])
