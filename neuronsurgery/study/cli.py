@@ -22,7 +22,16 @@ from neuronsurgery.study.falsifications import falsifications
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model
 from neuronsurgery.study.readers import READERS, Loading, describe_counts, training_source
-from neuronsurgery.study.run import EXPERIMENTS, STAGES, RunFolder, Settings, describe_run, read_results, write_results
+from neuronsurgery.study.run import (
+    EXPERIMENTS,
+    STAGES,
+    RunFolder,
+    Settings,
+    describe_run,
+    read_results,
+    refuse_missing_groups,
+    write_results,
+)
 from neuronsurgery.study.seeds import combine, refuse_other_files
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_memorization import stage_memorization
@@ -201,6 +210,7 @@ def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[st
     Under `torchrun` the processes share the training by empirical risk minimisation.
     """
     dataset = _dataset(options, settings)
+    refuse_missing_groups(dataset, settings)
     built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
     with distributed(options.device) as rank:
         if rank == 0:

@@ -143,6 +143,28 @@ def read_results(path: Path) -> dict[str, Any]:
     return {**results, "seconds": _read_json(timings)} if timings.exists() else results
 
 
+def refuse_missing_groups(data: Any, settings: Settings) -> None:
+    """Raise a ValueError, before any training, if a group has no images in a split that the run looks at.
+
+    Args:
+        data: the data set: group names and counts per split.
+        settings: of the run; Stage 1 looks at the splits that it is measured on, the others at all.
+    """
+    looked_at = {"train", *settings.splits} | (set() if settings.stages == ("1",) else set(data.splits))
+    empty = [
+        f"{split}: {', '.join(names)}"
+        for split in data.splits
+        if split in looked_at
+        for names in [[n for n, count in zip(data.group_names, data.splits[split].counts, strict=True) if not count]]
+        if names
+    ]
+    if empty:
+        raise ValueError(
+            f"groups without images in {'; '.join(empty)}: give the data set images of them, leave them out of its "
+            f"table, or, if they are only missing in validation or test, run --stages 1 on the splits that have them"
+        )
+
+
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write `results.json` of a run folder: every number of the report."""
     write_atomically(path / "results.json", json.dumps(results, indent=1).encode())
@@ -165,7 +187,7 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
         )
         return values
 
-    splits = [split for split in data.splits if any(data.splits[split].counts)]
+    splits = [split for split in data.splits if all(data.splits[split].counts)]
     return {
         "schema": SCHEMA,
         "version": version("neuronsurgery"),

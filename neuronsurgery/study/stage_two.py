@@ -405,7 +405,7 @@ def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled:
 def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> dict[str, Row]:
     """Return by rule the chosen epoch of one arm, or of several among which is chosen, and its test accuracies."""
     points = [(row["name"], point) for row in rows for point in row["trajectory"]]
-    last = next((row["trajectory"][-1:] for row in rows if row["trajectory"]), [])
+    last: list[Row] = next((row["trajectory"][-1:] for row in rows if row["trajectory"]), [])
     if not points:
         return {}
     rules: dict[str, Callable[[Row], float]] = {

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from neuronsurgery.study.run import RunFolder, Settings, read_results
+from neuronsurgery.study import data
+from neuronsurgery.study.run import RunFolder, Settings, read_results, refuse_missing_groups
 
 TESTS = Path(__file__).parents[1]
 SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--experiments", "1b", "1a")
@@ -86,3 +87,13 @@ def test_what_was_computed_is_remembered_and_a_damaged_memory_is_named(tmp_path:
     (tmp_path / "run" / "experiments" / "value.json").write_text("[0.1,")
     with pytest.raises(ValueError, match=r"value\.json is damaged .* delete it, and it is made again"):
         folder.remember("value", lambda: 0)
+
+
+def test_groups_without_images_are_refused_before_training_where_a_run_looks_at_them() -> None:
+    dataset = data.synthetic(0, counts={"validation": (2, 2, 2, 0), "held-out": (2,) * 4})
+    refuse_missing_groups(dataset, Settings(stages=("1",)))
+    refuse_missing_groups(dataset, Settings(stages=("1",), splits=("train", "test")))
+    message = r"groups without images in validation: waterbird on water: give .*--stages 1"
+    for settings in (Settings(), Settings(stages=("1",), splits=("validation",))):
+        with pytest.raises(ValueError, match=message):
+            refuse_missing_groups(dataset, settings)

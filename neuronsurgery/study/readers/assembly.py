@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import torch
+from torch import Tensor
 
-from neuronsurgery.study.readers.disk import ImageData, ImageSplit, Loading
+from neuronsurgery.study.readers.disk import EXPECTED_COUNTS, ImageData, ImageSplit, Loading
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, open_image, torchvision_transforms
 from neuronsurgery.study.readers.tables import Problems, raise_for, whole_number
 
@@ -79,9 +80,17 @@ def assemble(
     class_names, group_names = describe(y_values, a_values)
     targets = torch.tensor(y)
     groups = targets * len(a_values) + torch.tensor(a)
+    if name not in EXPECTED_COUNTS:  # the groups of published data keep their numbers
+        groups, group_names = _without_empty(groups, group_names)
     whole = ImageSplit(rows.folder, tuple(rows.path), targets, groups, len(group_names), framing, loading)
     parts = {part: whole.subset(torch.tensor([place == part for place in split_of])) for part in SPLITS}
     return ImageData(name, class_names, group_names, RandomCrop(framing.size), MappingProxyType(parts))
+
+
+def _without_empty(groups: Tensor, names: tuple[str, ...]) -> tuple[Tensor, tuple[str, ...]]:
+    """The groups numbered anew, and their names, without those that no image of any split belongs to."""
+    present, numbers = torch.unique(groups, return_inverse=True)
+    return numbers, tuple(names[group] for group in present.tolist())
 
 
 def encode_binary(values: Sequence[str], what: str, names: Sequence[str]) -> tuple[list[int], list[str], Problems]:

@@ -57,7 +57,7 @@ class ImageSplit:
         folder: what `paths` are relative to.
         paths: one per image.
         targets: int64 (N,), the class `y`.
-        groups: int64 (N,), `y * attributes + a`.
+        groups: int64 (N,), `y * attributes + a`, without gaps where a data set has no image of some pair.
         group_count: how many groups the whole data set has.
         framing: how images are evaluated, and trained on without an augmentation.
         loading: how they are fetched.
