@@ -1,7 +1,7 @@
 """Several runs that differ in their seed alone: what they say together.
 
 Each seed is a run in a folder of its own, `seed-0`, `seed-1` ..., and can be looked at alone. The folder above them
-gets a `results.json` of kind "seeds", `claims.md`, and a report.
+gets a `results.json` of kind "seeds" and a report of its own.
 """
 
 from __future__ import annotations

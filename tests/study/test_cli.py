@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, run
+from neuronsurgery.study import data, stage_one
 from neuronsurgery.study.cli import main
 from study.test_readers import make_birds
 
@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_to_the_same_results(
     arguments = [*FEW[:-2], "1a", "1e", "1g"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     calls = []
-    measure = run.measure
+    measure = stage_one.measure
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -105,10 +105,10 @@ def test_a_killed_run_goes_on_to_the_same_results(
             raise KeyboardInterrupt("killed")
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(run, "measure", dying)
+    monkeypatch.setattr(stage_one, "measure", dying)
     with pytest.raises(KeyboardInterrupt, match="killed"):
         main([*arguments, "--out", str(tmp_path / "broken")])
-    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(stage_one, "measure", measure)
     assert not (tmp_path / "broken" / "results.json").exists()
     assert main([*arguments, "--out", str(tmp_path / "broken")]) == 0
     assert results_of(tmp_path / "broken") == results_of(tmp_path / "whole")

@@ -287,12 +287,28 @@ def test_memorisation_is_one_more_chapter(tmp_path: Path) -> None:
         "share": 0.7,
         "groups": rows,
         "points": [{"group": row["group"], "scores": [row["mean"], 0.5]} for row in rows],
-        "relation": {"spearman": 0.1, "low": -0.1, "high": 0.3, "count": 99, "text": "Scores and fragility"},
+        "minority_difference": {"mean": 0.1, "low": 0.05, "high": 0.15, "text": "minority images are memorised more"},
+        "relation": [
+            {"cut": "knockout", "group": "all", "spearman": 0.1, "low": -0.1, "high": 0.3, "count": 99},
+            {"cut": "critical", "group": "landbird on water", "spearman": 0.4, "low": 0.2, "high": 0.6, "count": 9},
+            {
+                "cut": "random",
+                "group": "all",
+                "spearman": None,
+                "low": None,
+                "high": None,
+                "count": 1,
+                "impossible": "x",
+            },
+        ],
     }
+    found["groups"][0]["standard_error"] = None
     said = report_of(one_run(memorization=found), tmp_path)
     assert "G1 landbird on water (minority) 0.30 ± 0.01" in said
-    assert "1 of 2 minority groups lies above every majority group" in said
-    assert f"Scores and fragility (Spearman's rank correlation 0.10 [{MINUS}0.10, 0.30] over 99 examples: no" in said
+    assert "Minority images are memorised more." in said
+    assert "Of 3 rank correlations between the score and what a cut does to an image, 1 have" in said
+    assert f"all images knockout 99 0.10 [{MINUS}0.10, 0.30] no relation seen" in " ".join(said.split())
+    assert "not given: x" in said
     assert "of 40 models" in said and "every model saw 70 % of the training images" in said
     assert (tmp_path / "figures" / "memorization.svg").is_file()
     assert "Memorisation" not in report_of(one_run(), tmp_path / "none")

@@ -15,7 +15,7 @@ from neuronsurgery.study import data
 from neuronsurgery.study.run import RunFolder, Settings, read_results, refuse_missing_groups
 
 TESTS = Path(__file__).parents[1]
-SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--experiments", "1b", "1a")
+SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--stages", "1", "2", "--experiments", "1b", "1a")
 
 
 def test_ten_kills_at_random_moments_leave_the_same_results(tmp_path: Path) -> None:

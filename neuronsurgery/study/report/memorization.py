@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from html import escape
-from typing import Any
 
 from neuronsurgery.study import figures
 from neuronsurgery.study.figures import number
@@ -30,37 +29,46 @@ def memorization(run: Results, groups: Groups) -> list[Section]:
         f"training images. Near 0: learnt from the others; near 1: right only because it was seen.",
     ]
     section.rows = {"memorization": found["groups"]}
-    return [section]
+    return [section, *_relation(found, groups)]
 
 
 def _finding(found: Results, groups: Groups) -> str:
     """Return the mean scores, whether the minority groups are memorised more than each other group, and a relation."""
     rows = {row["group"]: row for row in found["groups"]}
     means = [
-        f"{groups.label(name)} {number(rows[name]['mean'], 2)} ± {number(rows[name]['standard_error'], 2)}"
+        f"{groups.label(name)} {number(rows[name]['mean'], 2)}"
+        + ("" if rows[name]["standard_error"] is None else f" ± {number(rows[name]['standard_error'], 2)}")
         for name in groups.names
         if name in rows
     ]
-    text = f"Mean memorisation score ± its standard error: {listed(means, 12)}."
-    few = [rows[name]["mean"] for name in groups.names if name in rows and name in groups.minority]
-    many = [rows[name]["mean"] for name in groups.majority if name in rows]
-    if few and many:
-        above = sum(mean > max(many) for mean in few)
-        lie = "lies" if above == 1 else "lie"
-        text += f" {above} of {times(len(few), 'minority group')} {lie} above every majority group."
-    return f"{text} {_relation_words(found)}".strip()
+    said = found["minority_difference"]["text"]
+    return f"Mean memorisation score ± its standard error: {listed(means, 12)}. {said[0].upper()}{said[1:]}."
 
 
-def _relation_words(found: Results) -> str:
-    relation: Any = found.get("relation")
-    if not relation:
-        return ""
-    ends = f"[{number(relation['low'], 2)}, {number(relation['high'], 2)}]"
-    seen = "" if relation["low"] > 0 or relation["high"] < 0 else ": no relation is seen, its interval includes 0"
-    return (
-        f"{relation['text']} (Spearman's rank correlation {number(relation['spearman'], 2)} {ends} over "
-        f"{relation['count']} examples{seen})."
+def _relation(found: Results, groups: Groups) -> list[Section]:
+    """Return the section of how the scores go with what each cut does to an image."""
+    related = list(found.get("relation", ()))
+    if not related:
+        return []
+    rows, seen = [], 0
+    for row in related:
+        among = "all images" if row["group"] == "all" else escape(groups.label(row["group"]))
+        if row.get("spearman") is None:
+            said = [f"not given: {escape(row.get('impossible', ''))}", ""]
+        else:
+            shown = row["low"] > 0 or row["high"] < 0
+            seen += shown
+            ends = f"[{number(row['low'], 2)}, {number(row['high'], 2)}]"
+            said = [f"{number(row['spearman'], 2)}<small>{ends}</small>", "seen" if shown else "no relation seen"]
+        rows.append([among, escape(row["cut"]), str(row["count"]), *said])
+    finding = (
+        f"Of {times(len(related), 'rank correlation')} between the score and what a cut does to an image, {seen} have "
+        f"an interval that excludes 0. Among all images a relation may be no more than that of the groups."
     )
+    section = Section(finding, heading="What goes with the score")
+    section.table = html_table(["among", "cut, and what is measured", "images", "Spearman's correlation", ""], rows)
+    section.rows = {"memorization_relation": related}
+    return [section]
 
 
 def _strips(found: Results, groups: Groups) -> list[tuple[str, str, str]]:
@@ -84,7 +92,7 @@ def _table(found: Results, groups: Groups) -> str:
         [
             escape(groups.label(row["group"])),
             number(row["mean"], 3),
-            number(row["standard_error"], 3),
+            "&ndash;" if row["standard_error"] is None else number(row["standard_error"], 3),
             str(row["count"]),
         ]
         for row in found["groups"]
