@@ -36,9 +36,10 @@ from neuronsurgery.study.seeds import combine, refuse_other_files
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_memorization import stage_memorization
 from neuronsurgery.study.stage_one import Trained, stage_one
-from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, stage_two
+from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, stage_two
 from neuronsurgery.study.training import (
     RECIPES,
+    Embedded,
     Hardware,
     Recipe,
     checkpoint_epochs,
@@ -243,6 +244,8 @@ def _surgery(
     for name, stage in stages.items():
         if name in settings.stages:
             results |= stage()
+            if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
+                results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
             write_results(folder.path, results)
     if options.seeds > 1:
         _report(argparse.Namespace(folder=folder.path))
@@ -276,7 +279,14 @@ def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trai
         settings.fine_tuning_epochs,
         settings.comparison_epochs,
         MORE_RATES if settings.full else RATES,
+        _joined(dataset) if settings.full else None,
     )
+
+
+def _joined(dataset: Any) -> Embedded | None:
+    if not isinstance(dataset, data.DataSet) or "held-out" not in dataset.splits:
+        return None
+    return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -90,6 +90,13 @@ class Augmentation:
     shift: int = 1
 
 
+def join(*splits: Split) -> Split:
+    """The images of several splits as one, again in ascending order of their groups."""
+    groups = torch.cat([split.groups for split in splits])
+    whole = Split(torch.cat([s.images for s in splits]), torch.cat([s.targets for s in splits]), groups)
+    return whole.subset(torch.argsort(groups, stable=True))
+
+
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """A named data set.

@@ -85,6 +85,7 @@ class Arm:
         make: (the start, the source, the method, the recipe) of `train`; called when the arm is trained, since some
             make a first pass over the images.
         choice: arms of one choice are one method, whose rate or first stage is chosen together with the epoch.
+        held_out: whether it is also trained on the held-out images, which then cannot choose its epoch.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Arm:
     epochs: int
     make: Callable[[], tuple[nn.Module, Source, Method, Recipe]]
     choice: str | None = None
+    held_out: bool = False
 
     @property
     def slug(self) -> str:
@@ -115,6 +117,8 @@ class Setting:
         fine_tuning_epochs: of the paper's method and its controls.
         comparison_epochs: of the methods that train from the first weights again.
         rates: of ERM continued.
+        joined: the training and the held-out images together, to give those methods the images that last layers are
+            retrained on; None leaves these arms out.
     """
 
     trained: Trained
@@ -126,6 +130,7 @@ class Setting:
     fine_tuning_epochs: int
     comparison_epochs: int
     rates: Sequence[float] = RATES
+    joined: SplitSource | None = None
 
     def checkpoint(self, epoch: int) -> nn.Module:
         """The ERM model after an epoch."""
@@ -140,7 +145,28 @@ class Setting:
 
 def make_arms(setting: Setting) -> list[Arm]:
     """Return every arm that is trained: the paper's, its controls, and the comparisons."""
-    return [*_continued(setting), *_contrastive(setting), *_comparisons(setting)]
+    arms = [*_continued(setting), *_contrastive(setting), *_comparisons(setting, setting.source)]
+    if setting.joined is None:
+        return arms
+    more = [_from_scratch(setting, setting.joined), *_comparisons(setting, setting.joined)]
+    return arms + [
+        replace(
+            arm,
+            name=f"{arm.name}, held-out images too",
+            text=f"{arm.text}; on training and held-out images",
+            choice=arm.choice and f"{arm.choice}, held-out images too",
+            held_out=True,
+        )
+        for arm in more
+    ]
+
+
+def _from_scratch(setting: Setting, source: SplitSource) -> Arm:
+    def make() -> tuple[nn.Module, Source, Method, Recipe]:
+        return setting.checkpoint(0), source, Erm(), replace(setting.recipe, epochs=setting.comparison_epochs)
+
+    text = "empirical risk minimisation from the first weights"
+    return Arm("ERM", "comparison", text, "class", setting.comparison_epochs, make)
 
 
 def _continued(setting: Setting) -> list[Arm]:
@@ -201,26 +227,26 @@ def _contrastive(setting: Setting) -> list[Arm]:
     ]
 
 
-def _comparisons(setting: Setting) -> list[Arm]:
+def _comparisons(setting: Setting, source: SplitSource) -> list[Arm]:
     epochs = setting.comparison_epochs
     recipe = replace(setting.recipe, epochs=epochs)
 
     def just_train_twice(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
-        errors = error_set(setting.checkpoint(early), unaugmented(setting.source))
-        source = Upsampled(setting.source, jtt_weights(errors, jtt_upsampling(errors)))
+        errors = error_set(setting.checkpoint(early), unaugmented(source))
+        upsampled = Upsampled(source, jtt_weights(errors, jtt_upsampling(errors)))
         # As many steps as the others make: an epoch with copies has more.
-        fewer = max(1, round(epochs * len(setting.source) / len(source)))
-        return setting.checkpoint(0), source, Erm(), replace(recipe, epochs=fewer)
+        fewer = max(1, round(epochs * len(source) / len(upsampled)))
+        return setting.checkpoint(0), upsampled, Erm(), replace(recipe, epochs=fewer)
 
     def correct_n_contrast(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
-        predicted = predictions(setting.checkpoint(early), unaugmented(setting.source))
+        predicted = predictions(setting.checkpoint(early), unaugmented(source))
         method = CorrectNContrast(statistics="frozen" if setting.pretrained else "batch")
-        return setting.checkpoint(0), ContrastiveBatches(setting.source, predicted), method, recipe
+        return setting.checkpoint(0), ContrastiveBatches(source, predicted), method, recipe
 
     def group_dro() -> tuple[nn.Module, Source, Method, Recipe]:
-        steps = epochs * -(-len(setting.source) // recipe.batch_size)
+        steps = epochs * -(-len(source) // recipe.batch_size)
         method = GroupDro(len(setting.groups), group_dro_step_size(steps))
-        return setting.checkpoint(0), GroupBalanced(setting.source), method, recipe
+        return setting.checkpoint(0), GroupBalanced(source), method, recipe
 
     twice = [
         Arm(
@@ -353,7 +379,7 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, har
     row = folder.remember(f"stage-2-{arm.slug}", run)
     for epoch in checkpoint_epochs(path)[:-1]:  # only once the row is written: what was judged is not needed again
         checkpoint_path(path, epoch).unlink()
-    said = {key: getattr(arm, key) for key in ("name", "family", "text", "labels", "choice")}
+    said = {key: getattr(arm, key) for key in ("name", "family", "text", "labels", "choice", "held_out")}
     return {**said, **row}
 
 
@@ -416,6 +442,8 @@ def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabell
     }
     if "inferred" not in points[0][1]:
         del rules["inferred groups"]
+    if any(row.get("held_out") for row in rows):  # trained on the images that these two go by
+        rules = {rule: score for rule, score in rules.items() if rule in ("last epoch", "worst group")}
     tested = [place for place, count in enumerate(counts["test"]) if count]  # a group without images has no accuracy
     found = {}
     for rule, score in rules.items():
@@ -436,3 +464,21 @@ def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabell
 def average(accuracies: Sequence[float], weights: Sequence[float]) -> float:
     """Return the mean of the groups' accuracies; by counts it is the accuracy over all images."""
     return sum(w * a for w, a in zip(weights, accuracies, strict=True)) / sum(weights)
+
+
+def beside_last_layers(stage: Row) -> list[Row]:
+    """Return methods of Stage 2 as rows of the fragility stage's table: each with the rule that looks at most labels.
+
+    Args:
+        stage: the entry "stage_two" of the results.
+    """
+    rows = []
+    for arm in stage["arms"]:
+        rule = list(arm["selected"])[-1:]
+        if arm["family"] == "comparison" and rule and not arm["choice"] and arm["name"] != "DFR":
+            chosen = arm["selected"][rule[0]]
+            images = "train and held-out" if arm.get("held_out") else "train"
+            labels = f"{arm['labels']}; {stage['selections'][rule[0]]} (epoch)"
+            said = {"name": arm["name"], "labels": labels, "images": images, "chosen": f"epoch {chosen['epoch']}"}
+            rows.append({**said, "test": chosen["test"], "worst": chosen["worst"]})
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from neuronsurgery.study.stage_fragility import (
     tuned_on_halves,
 )
 from neuronsurgery.study.stage_one import Trained
-from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, make_arms, select, stage_two
+from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, beside_last_layers, make_arms, select, stage_two
 from neuronsurgery.study.training import (
     Embedded,
     Hardware,
@@ -148,6 +149,33 @@ def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
     assert json.loads(json.dumps(results)) == results
     monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert stage_two(folder, dataset, setting, Hardware(), progress=False) == results
+
+
+def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path
+) -> None:
+    joined = data.join(dataset.train, dataset.splits["held-out"])
+    assert joined.counts == tuple(
+        a + b for a, b in zip(dataset.train.counts, dataset.splits["held-out"].counts, strict=True)
+    )
+    assert torch.equal(joined.groups, joined.groups.sort().values)
+    setting = replace(setting_of(dataset, trained), joined=Embedded(joined, dataset.augmentation))
+    more = [one for one in make_arms(setting) if one.held_out]
+    assert {one.name for one in more} > {"ERM, held-out images too", "Group DRO, held-out images too"}
+    sources = {one.name: one.make()[1] for one in more if not one.name.startswith(("JTT", "CnC"))}
+    assert {len(source) for source in sources.values()} == {len(joined)}
+    points = [([0.5, 0.5], [0.5, 0.5], [0.1, 0.2])]
+    (row,) = select([{**arm("a", points), "held_out": True}], COUNTS_OF_TWO, "held-out")
+    assert set(row["selected"]) == {"last epoch", "worst group"}
+
+
+def test_methods_stand_beside_last_layers_with_the_labels_that_chose_their_epoch() -> None:
+    picked = {"last epoch": {"epoch": 2}, "worst group": {"epoch": 1, "test": [0.9, 0.3], "worst": 0.3}}
+    said = {"family": "comparison", "choice": None, "labels": "class", "selected": picked}
+    arms = [{"name": "A", **said}, {"name": "DFR", **said}, {"name": "B", **said, "choice": "B"}]
+    (row,) = beside_last_layers({"arms": arms, "selections": SELECTIONS})
+    assert (row["name"], row["worst"], row["images"]) == ("A", 0.3, "train")
+    assert row["labels"] == "class; group labels of validation images (epoch)"
 
 
 def test_stage_two_reports_the_accuracies_of_the_weights_it_leaves(
