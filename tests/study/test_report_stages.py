@@ -314,6 +314,39 @@ def test_memorisation_is_one_more_chapter(tmp_path: Path) -> None:
     assert "Memorisation" not in report_of(one_run(), tmp_path / "none")
 
 
+# Falsifications
+
+
+def falsified(condition: str, knockout: float, worst: float | None) -> dict[str, Any]:
+    rows = [
+        {"score": score, "needs": "", "group": group, "auc": auc, "average_precision": 0.5, "count": 9, "of": 99}
+        for score, auc in (("knockout", knockout), ("final margin", 0.8))
+        for group in ("landbird on water", "waterbird on land")
+    ]
+    flagged = [{"score": "knockout", "fragile": [1, 2, 3, 4], "wrong_labels": 7, "refused": worst is None}]
+    said = {"name": "inferred by knockout"} | ({} if worst is None else {"worst": worst})
+    return {
+        "condition": condition,
+        "text": "what is done",
+        "seed": 0,
+        "detection": {"train": {"rows": rows, "flagged": flagged}},
+        "mitigation": [said],
+    }
+
+
+def test_falsifications_say_where_the_knockout_fails(tmp_path: Path) -> None:
+    found = [falsified("as is", 0.99, 0.8), falsified("hard", 0.7, None)]
+    plain = falsified("plain", 0.5, None)
+    plain["detection"]["train"]["rows"] = plain["detection"]["train"]["rows"][2:]
+    said = report_of(one_run(falsifications=[*found, plain]), tmp_path)
+    assert "Of 3 conditions, the knockout ranks" in said
+    assert "better than the final margin does in 1: as is." in said
+    assert "1/2/3/4 and 7 wrong labels (too few: refused)" in said
+    assert "no residual branch" in said
+    assert "inferred by knockout 80.0" in said and "inferred by knockout refused" in said
+    assert (tmp_path / "tables" / "falsifications.csv").is_file()
+
+
 # Several seeds
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from neuronsurgery.study.report.controls import controls
 from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.falsifications import falsifications
 from neuronsurgery.study.report.fragility import fragility
 from neuronsurgery.study.report.layers import rewinding, within_layers
 from neuronsurgery.study.report.memorization import memorization
@@ -72,13 +73,14 @@ CONTENTS: Final[tuple[Entry, ...]] = (
     Entry("2", "Stage 2: mitigation without group labels", stage_two, "2"),
     Entry("fragility", "Fragility: who is memorised, found without group labels", fragility, "fragility"),
     Entry("memorization", "Memorisation of training images", memorization),
+    Entry("falsifications", "Where the knockout should fail", falsifications),
 )
 """Every entry of the report of a run, in the order of the page."""
 
 OVER_SEEDS: Final[tuple[Entry, ...]] = (
     Entry("accuracy", "Accuracy of the trained models", accuracies),
     Entry("claims", "What the paper claims of Stage 1", claims, "1"),
-    *CONTENTS[len(STAGE_ONE) : -1],
+    *CONTENTS[len(STAGE_ONE) : -2],
 )
 """Every entry of the report of several seeds."""
 
