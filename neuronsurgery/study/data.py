@@ -137,7 +137,7 @@ class DataSet:
         """The groups in which class and attribute disagree."""
         return (1, 2)
 
-    def loaders(self, split: str, size: int = 250) -> dict[str, Batches]:
+    def loaders(self, split: str, size: int = 1000) -> dict[str, Batches]:
         """One loader per group of a split, by group name; groups without images are left out."""
         part = self.splits[split]
         return {
