@@ -65,7 +65,7 @@ class Settings:
     stages: tuple[str, ...] = STAGES
     experiments: tuple[str, ...] = EXPERIMENTS
     draws: int = 10
-    control_draws: int = 40
+    control_draws: int = 30
     fine_tuning_epochs: int = 5
     comparison_epochs: int = 15
     full: bool = False

@@ -183,7 +183,8 @@ class _Detection:
 
     def run(self) -> Row:
         examples = Examples.of(self.data.splits[self.split])
-        edits, sizes = self._cuts()
+        # What critical and random neurons do is asked of the training images alone.
+        edits, sizes = self._cuts() if self.split == "train" else ({}, {})
         swept = ns.sweep(
             self.trained.model, {"knockout": self.edit, **edits}, self.data.loaders(self.split), metric=ns.margin
         )
@@ -196,19 +197,7 @@ class _Detection:
             scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -self._early(epoch))
         together = {name: joint_fragility(swept, name, examples.targets) for name in sizes}
         damage = {name: flips for name, (_, flips) in together.items()}
-        alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
-        scores["critical neurons"] = (
-            f"final model, {self._draws} draws of {sizes['critical']}",
-            together["critical"][0],
-        )
-        scores["random neurons, equal count"] = (
-            f"final model, {self._draws} draws of {sizes['random x1']}",
-            together["random x1"][0],
-        )
-        scores["random neurons, equal damage"] = (
-            f"final model, {self._draws} draws of {sizes[alike]}",
-            together[alike][0],
-        )
+        scores |= self._named(together, damage, sizes)
         rows = [
             {"score": name, "needs": needs, **judged}
             for name, (needs, values) in scores.items()
@@ -219,6 +208,22 @@ class _Detection:
             "damage": [{"cut": name, "neurons": sizes[name], "flips": damage[name]} for name in sizes],
             "flagged": _flagged(remaining, examples, self.data),
             "points": _points(remaining, -swept.values(), examples, self.data),
+        }
+
+    def _named(
+        self, together: Mapping[str, tuple[Tensor, float]], damage: Mapping[str, float], sizes: Mapping[str, int]
+    ) -> dict[str, tuple[str, Tensor]]:
+        """Return the scores by cuts of critical neurons, of as many random ones, and of so many that they do alike."""
+        if not sizes:
+            return {}
+        alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
+        cuts = {
+            "critical neurons": "critical",
+            "random neurons, equal count": "random x1",
+            "random neurons, equal damage": alike,
+        }
+        return {
+            name: (f"final model, {self._draws} draws of {sizes[cut]}", together[cut][0]) for name, cut in cuts.items()
         }
 
     @property

@@ -302,7 +302,7 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware
         progress: whether to write lines of progress to standard error.
     """
     judge = _Judge.by(data, setting.trained.model)
-    counts = {split: data.splits[split].counts for split in ("train", *judge.splits)}
+    counts = {split: data.splits[split].counts for split in ("train", *judge.splits)} | judge.inferred_counts
     rows = [
         _start(folder, judge, setting),
         *(_train_arm(folder, judge, setting, arm, hardware, progress) for arm in make_arms(setting)),
@@ -327,8 +327,10 @@ class _Judge:
         self.data = data
         self.inferred = inferred
         self.not_inferred = not_inferred
-        self.splits = [split for split in ("validation", "held-out", "test") if split in data.splits]
         self.unlabelled = "held-out" if "held-out" in data.splits else "validation"
+        self.splits = ["validation", "test"]
+        if not inferred and self.unlabelled == "held-out":  # else by inferred group: the same images, seen once
+            self.splits.append("held-out")
 
     @classmethod
     def by(cls, data: Any, model: nn.Module) -> _Judge:
@@ -340,6 +342,11 @@ class _Judge:
         except (ValueError, CaptureError) as error:  # no skip connections, or nobody stands out
             return cls(data, {}, str(error))
         return cls(data, inferred)
+
+    @property
+    def inferred_counts(self) -> dict[str, list[int]]:
+        """The number of images in each inferred group, under "inferred"; nothing where there are none."""
+        return {"inferred": [len(loader.split) for loader in self.inferred.values()]} if self.inferred else {}
 
     def __call__(self, model: nn.Module) -> dict[str, list[float]]:
         loaders = {split: self.data.loaders(split) for split in self.splits}
@@ -434,9 +441,11 @@ def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabell
     last: list[Row] = next((row["trajectory"][-1:] for row in rows if row["trajectory"]), [])
     if not points:
         return {}
+    whole = "inferred" if "inferred" in counts else unlabelled
     rules: dict[str, Callable[[Row], float]] = {
         "last epoch": lambda point: float(point is last[0]),
-        "class labels": lambda point: average(point[unlabelled], [count for count in counts[unlabelled] if count]),
+        # All images of a split, whatever groups they are counted by; rounded, for equal accuracies to be equal.
+        "class labels": lambda point: round(average(point[whole], [count for count in counts[whole] if count]), 12),
         "inferred groups": lambda point: min(point["inferred"]),
         "worst group": lambda point: min(point["validation"]),
     }

@@ -297,7 +297,7 @@ def one_change(
         "G2 waterbird on land (minority) (28 examples): 3.6 points",
         "that this run of 30 epochs does not have: 40 epochs",
         "They are not over seeds",
-        "the preset adam (Adam without weight decay); in a prototype the magnitude criterion showed nothing",
+        "the preset adam (Adam without weight decay); over five seeds of the embedded data the magnitude",
         "By magnitude, this run: no effect seen on any group",
         "G2 waterbird on land (minority) reaches 90.0 % in training and 40.0 % in test (gap +50.0)",
         "with 200 draws it cannot be below 0.0050",
