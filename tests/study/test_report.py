@@ -531,7 +531,7 @@ def test_a_further_section_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
 
 REPORT_MODULES = [
     *("effects", "wording", "levels", "tables", "section", "page", "whole_model", "ranks", "layers", "controls"),
-    *("stage_two", "fragility", "memorization", "seeds", "opening", "contents", "writing"),
+    *("stage_two", "fragility", "falsifications", "memorization", "seeds", "opening", "contents", "writing"),
 ]
 
 

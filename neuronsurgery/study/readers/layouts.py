@@ -178,8 +178,9 @@ def image_folder(
         verify: open every image's header too. The bodies are read in training only.
 
     Returns:
-        Classes and attributes in ascending order of their values, counted over the whole table; group
-        `y * attributes + a` is called "label=value attribute=value", after the columns.
+        Classes and attributes in ascending order of their values, counted over the whole table; the groups, in the
+        order of `y * attributes + a`, are called "label=value attribute=value", after the columns. Combinations that no
+        image of any split has are no groups.
 
     Raises:
         FileNotFoundError: if there is no such folder or table.
@@ -197,11 +198,10 @@ def image_folder(
         >>> columns = dict(path="file", label="pneumothorax", attribute="drain", split="part")
         >>> chest = image_folder(root, "chest.csv", name="chest", **columns)
         >>> chest
-        ImageData 'chest'; groups: pneumothorax=0 drain=no, pneumothorax=0 drain=yes, pneumothorax=1 drain=no,
-        pneumothorax=1 drain=yes
-          train: ImageSplit(2 images of (3, 224, 224), 1/0/0/1 per group)
-          validation: ImageSplit(0 images of (3, 224, 224), 0/0/0/0 per group)
-          test: ImageSplit(0 images of (3, 224, 224), 0/0/0/0 per group)
+        ImageData 'chest'; groups: pneumothorax=0 drain=no, pneumothorax=1 drain=yes
+          train: ImageSplit(2 images of (3, 224, 224), 1/1 per group)
+          validation: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
+          test: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
     """
     others = sorted(set(splits.values()) - set(SPLITS))
     if others:
