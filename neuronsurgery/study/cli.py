@@ -60,7 +60,6 @@ QUICK = {
     "quick": True,
 }
 QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
-QUICK_MODELS = 20
 QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
 
 
@@ -233,7 +232,7 @@ def _surgery(
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
     setting = _setting(options, settings, dataset, trained, built)
     how: dict[str, Any] = {"recipe": setting.recipe, "hardware": _hardware(options)}
-    few: dict[str, Any] = {"models": QUICK_MODELS, "epochs": 1} if settings.quick else {}
+    few: dict[str, Any] = {"epochs": 1} if settings.quick else {}
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
         "2": lambda: {"stage_two": stage_two(folder, dataset, setting, _hardware(options))},
@@ -280,7 +279,16 @@ def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trai
         settings.comparison_epochs,
         MORE_RATES if settings.full else RATES,
         _joined(dataset) if settings.full else None,
+        *_published(options, built),
     )
+
+
+def _published(options: argparse.Namespace, built: Built) -> tuple[Mapping[str, Recipe], float]:
+    """Return the recipes of comparison methods for this data set, which are for pre-trained weights; or none."""
+    defaults = DEFAULTS[options.data]
+    if not built.pretrained:
+        return {}, defaults.contrast_temperature
+    return defaults.comparisons, defaults.contrast_temperature
 
 
 def _joined(dataset: Any) -> Embedded | None:
@@ -332,13 +340,13 @@ def _settings(options: argparse.Namespace) -> Settings:
     }
     more = ["memorization"] * options.memorization + ["falsifications"] * (options.full and options.data in EMBEDDED)
     chosen["stages"] = tuple([stage for stage in STAGES if stage in options.stages] + more)
+    if options.epochs is not None:
+        chosen["epochs"] = options.epochs
     chosen["comparison_epochs"] = max(1, chosen["epochs"] // 2)
     if options.full:
         chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": chosen["epochs"], "full": True}
     if options.quick:
-        chosen |= QUICK
-    if options.epochs is not None:
-        chosen["epochs"] = options.epochs
+        chosen |= QUICK if options.epochs is None else {**QUICK, "epochs": options.epochs}
     return Settings(**chosen)
 
 
@@ -380,12 +388,6 @@ def summary(results: Mapping[str, Any]) -> str:
 def _worst(arm: Mapping[str, Any], rules: Sequence[str]) -> list[str]:
     selected = arm["selected"]
     return [arm["name"], *(f"{100 * selected[rule]['worst']:.1f}" if rule in selected else "-" for rule in rules)]
-
-
-def _retrained(row: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
-    return [row["name"], *(f"{100 * accuracy:.1f}" for accuracy in row.get("test", ()))] + ["-"] * (
-        0 if "test" in row else len(groups)
-    )
 
 
 def _cut(record: Mapping[str, Any]) -> list[str]:

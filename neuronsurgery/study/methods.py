@@ -487,6 +487,18 @@ def contrastive_pairs(targets: Tensor, predicted: Tensor) -> tuple[Tensor, Tenso
     return anchors & same_class & ~same_prediction, anchors & ~same_class & same_prediction
 
 
+def refuse_other_heads(model: nn.Module, loader: Loader) -> None:
+    """Raise a ValueError, before any training, if a network does not end in a linear layer, as contrast needs it.
+
+    Args:
+        model: runs one batch in evaluation mode on a copy, without gradient.
+        loader: of batches, of which the first is looked at.
+    """
+    runner = plain(model)
+    with torch.no_grad():
+        logits_and_features(runner, next(iterate(loader, device=model_device(runner))).args[0])
+
+
 def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
     """Logits (B, classes), and what the linear layer that makes them reads, (B, D), both with their graph.
 

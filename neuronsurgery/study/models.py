@@ -33,10 +33,15 @@ class Defaults:
     Attributes:
         arch: for `build_model`.
         recipe: for `training.train`.
+        comparisons: the recipes of methods that were published with settings for this data set and for pre-trained
+            weights, by name; their epochs are not looked at.
+        contrast_temperature: of Correct-n-Contrast.
     """
 
     arch: str
     recipe: Recipe
+    comparisons: Mapping[str, Recipe] = field(default_factory=dict)
+    contrast_temperature: float = 0.1
 
 
 # Waterbirds and CelebA: epochs of the paper; the rest is the ERM of DFR, Kirichenko et al. 2022
@@ -44,14 +49,26 @@ class Defaults:
 # learning rate is constant unless --scheduler is given, ours always falls along its cosine; DFR trains for 100 and 50
 # epochs. Group DRO and JTT report ERM with batch 128 and 64, and on Waterbirds a weight decay of 1e-4. "folder" is for
 # data sets of one's own: Waterbirds' settings, for want of better.
+def _published(rate: float, decay: float, batch_size: int) -> Recipe:
+    return Recipe("sgd", rate, decay, momentum=0.9, batch_size=batch_size, schedule="constant")
+
+
+# JTT: README of github.com/anniesch/jtt. CnC: README of github.com/HazyResearch/correct-n-contrast, a batch being four
+# blocks of its 17 and 64 images. Group DRO: the README of github.com/kohpangwei/group_DRO, standard regularisation.
+_WATERBIRDS_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {"JTT": _published(1e-5, 1.0, 64), "CnC": _published(1e-4, 1e-3, 68), "Group DRO": _published(1e-3, 1e-4, 128)}
+)
+_CELEBA_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {"JTT": _published(1e-5, 0.1, 64), "CnC": _published(1e-5, 0.1, 256), "Group DRO": _published(1e-4, 1e-4, 128)}
+)
 _WATERBIRDS: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-3, momentum=0.9, epochs=40, batch_size=32)
 _CELEBA: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128)
 DEFAULTS: Final[Mapping[str, Defaults]] = MappingProxyType(
     {
         "synthetic": Defaults("small_resnet", RECIPES["adam"]),  # 30 epochs
         "digits": Defaults("small_resnet", RECIPES["adam"]),
-        "waterbirds": Defaults("resnet50", _WATERBIRDS),
-        "celeba": Defaults("resnet50", _CELEBA),
+        "waterbirds": Defaults("resnet50", _WATERBIRDS, _WATERBIRDS_COMPARISONS),
+        "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, contrast_temperature=0.05),
         "folder": Defaults("resnet50", _WATERBIRDS),
     }
 )

@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +24,13 @@ from neuronsurgery.artifacts import write_atomically
 
 SCHEMA: Final = 1
 ADDED_TO: Final = ("splits", "experiments", "stages")
-"""Settings that may differ from those of a run that is there: more of the same run is added to it."""
+"""Settings that may differ from those of a run that is there: what is asked for is added to what it has."""
 
 
 EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
 STAGES: Final = ("1", "2", "fragility")
+ON_REQUEST: Final = ("memorization", "falsifications")
+"""Stages that a run does only where it is asked to."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Settings:
         epochs: passes over the training images.
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
-        stages: which stages, of `STAGES` or beyond them "memorization" and "falsifications".
+        stages: which stages, of `STAGES` and `ON_REQUEST`.
         experiments: which ones of Stage 1, "1a" to "1g".
         draws: how many random draws are averaged.
         control_draws: how many matched controls a p-value rests on.
@@ -75,9 +77,13 @@ class Settings:
 class RunFolder:
     """A folder that holds one run.
 
+    Attributes:
+        path: the folder.
+        settings: of the run: those asked for, and the stages, experiments and splits of earlier times.
+
     Args:
         path: the folder; made if it is missing.
-        settings: of the run.
+        settings: what is asked for.
         overwrite: delete another run that is there, instead of refusing.
 
     Raises:
@@ -87,17 +93,19 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False) -> None:
         self.path = path
-        self.settings = settings
         said = {"schema": SCHEMA, "version": version("neuronsurgery"), "settings": _plain(settings)}
         held = path / "run.json"
         if overwrite and (held.exists() or _is_empty(path)):
             shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         if held.exists():
-            _refuse_other(path, said, _read_json(held))
+            found = _read_json(held)
+            _refuse_other(path, said, found)
+            settings = _added(settings, found["settings"])
         elif not _is_empty(path):
             raise ValueError(f"{path} holds files that are no run of this study: choose another folder with --out")
-        write_atomically(held, json.dumps(said, indent=1).encode())
+        self.settings = settings
+        write_atomically(held, json.dumps({**said, "settings": _plain(settings)}, indent=1).encode())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the JSON value of an earlier time, or compute it and write it down."""
@@ -111,10 +119,13 @@ class RunFolder:
         return _read_json(file)
 
     def note_seconds(self, what: str, seconds: float) -> None:
-        """Add to `timings.json` how long something took; apart from the results, which a resumed run must repeat."""
+        """Add to `timings.json` how long something took; apart from the results, which a resumed run must repeat.
+
+        What is there stays: once done, a thing is only read again.
+        """
         file = self.path / "timings.json"
         timings = _read_json(file) if file.exists() else {}
-        write_atomically(file, json.dumps({**timings, what: round(seconds, 1)}, indent=1).encode())
+        write_atomically(file, json.dumps({what: round(seconds, 1), **timings}, indent=1).encode())
 
     def scores(self, name: str, compute: Callable[[], ns.Scores]) -> ns.Scores:
         """Return the scores of an earlier time, or compute them and write them down."""
@@ -206,6 +217,20 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
         "accuracy": {split: accuracy(split) for split in splits},
         "trajectory": trajectory,
     }
+
+
+def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
+    """Return the settings with those of a run that is there added: what it has is kept in its results."""
+    splits, experiments, stages = (
+        (*held.get(key, ()), *asked)
+        for key, asked in zip(ADDED_TO, (settings.splits, settings.experiments, settings.stages), strict=True)
+    )
+    return replace(
+        settings,
+        splits=tuple(dict.fromkeys(splits)),
+        experiments=tuple(name for name in EXPERIMENTS if name in experiments),
+        stages=tuple(name for name in (*STAGES, *ON_REQUEST) if name in stages),
+    )
 
 
 def _is_empty(path: Path) -> bool:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronsurgery.study.claims import judge, mean_interval
-from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.run import SCHEMA
-from neuronsurgery.study.stage_two import CONTINUED
 
 Results = Mapping[str, Any]
 
@@ -82,15 +80,13 @@ def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
 # Stage 2
 
 MEASURES = ("worst", "plain", "balanced", "train-weighted")
-FIXED_RATE = f"{CONTINUED}, rate {FINE_TUNING.learning_rate:g}"
-CONTROLS = (FIXED_RATE, f"{CONTINUED}, chosen", "nothing pruned", "random pruned", "pruned, own statistics")
-"""What the paper's arms are held against; the first is the same fine-tuning without the contrastive term."""
 
 
 def _stage_two(runs: Sequence[Results]) -> dict[str, Any]:
     columns = [{arm["name"]: arm for arm in run["arms"]} for run in runs]
     names = [name for name in columns[0] if all(name in column for column in columns)]
     arms = {name: [column[name] for column in columns] for name in names}
+    controls = [name for name, same in arms.items() if same[0]["family"] == "control"]
     kept = ("fine_tuning_epochs", "comparison_epochs", "splits", "selections", "class_labels_of", "train_counts")
     return {
         **{key: runs[0][key] for key in kept},
@@ -99,8 +95,7 @@ def _stage_two(runs: Sequence[Results]) -> dict[str, Any]:
             {"arm": name, "control": control, "selection": rule, **_difference(arms[name], arms[control], rule)}
             for name, same in arms.items()
             if same[0]["family"] == "paper"
-            for control in CONTROLS
-            if control in arms
+            for control in controls
             for rule in runs[0]["selections"]
             if all(rule in arm["selected"] for arm in (*arms[name], *arms[control]))
         ],
@@ -148,8 +143,14 @@ RETRAINED = "inferred by knockout"
 def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
     if any("impossible" in run for run in runs):
         return {"impossible": next(run["impossible"] for run in runs if "impossible" in run)}
-    rows = {row["name"]: [_by_name(run["mitigation"], row["name"]) for run in runs] for row in runs[0]["mitigation"]}
-    possible = {name: same for name, same in rows.items() if all("worst" in row for row in same)}
+    columns = [{row["name"]: row for row in run["mitigation"]} for run in runs]
+    # A method of Stage 2 that could not be trained has no row in that seed; what could not be fitted has one without
+    # accuracies.
+    rows = {
+        name: [column[name] for column in columns if name in column]
+        for name in dict.fromkeys(name for column in columns for name in column)
+    }
+    possible = {name: same for name, same in rows.items() if sum("worst" in row for row in same) == len(runs)}
     return {
         "edit": runs[0]["edit"],
         "images": runs[0]["images"],
@@ -164,7 +165,7 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
             for same in possible.values()
         ],
         "impossible_rows": {
-            name: sum("worst" not in row for row in same) for name, same in rows.items() if name not in possible
+            name: len(runs) - sum("worst" in row for row in same) for name, same in rows.items() if name not in possible
         },
         "differences": [
             {
@@ -178,15 +179,11 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
     }
 
 
-def _by_name(rows: Sequence[Results], name: str) -> Results:
-    return next(row for row in rows if row["name"] == name)
-
-
 def _detection(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:
     return [
         {
             **{key: same[0][key] for key in ("score", "group", "count", "of")},
-            "needs": same[0]["needs"],
+            "needs": "; ".join(dict.fromkeys(row["needs"] for row in same)),
             "auc": summarise([row["auc"] for row in same]),
             "average_precision": summarise([row["average_precision"] for row in same]),
         }

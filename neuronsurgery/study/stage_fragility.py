@@ -392,10 +392,10 @@ class _Bench:
         said = {"name": name, "labels": labels, "images": images}
         try:
             made = make()
+            rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
+            edited = ns.apply(retrained(self.model, *rule), self.model)
         except ValueError as error:
             return {**said, "impossible": str(error)}
-        rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
-        edited = ns.apply(retrained(self.model, *rule), self.model)
         accuracies = {
             split: list(ns.evaluate(edited, self.data.loaders(split)).values) for split in ("validation", "test")
         }
@@ -416,7 +416,11 @@ def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed
         split: the images to retrain on.
         seed: of the balanced subsets.
     """
-    held = extract_features(model, data.loaders(split))
+    start = {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)}
+    try:
+        held = extract_features(model, data.loaders(split))
+    except ValueError as error:  # the network does not end in a linear layer
+        return [start, {"name": "last layer", "labels": "class", "images": split, "impossible": str(error)}]
     bench = _Bench(data, model, held, seed)
     validation = extract_features(model, data.loaders("validation"))
     train_features = extract_features(model, data.loaders("train")).features
@@ -437,7 +441,7 @@ def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed
         return found.rule, found.chosen
 
     return [
-        {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)},
+        start,
         bench.row("class-balanced", "class", split, lambda: bench.balanced(held.targets)),
         bench.row("inferred by final loss", "class", split, lambda: bench.balanced(by_final_loss())),
         bench.row("inferred by knockout", "class", split, lambda: bench.balanced(inferred())),

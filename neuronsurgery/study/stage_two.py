@@ -14,8 +14,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
 
@@ -38,6 +38,7 @@ from neuronsurgery.study.methods import (
     identification_epoch,
     jtt_upsampling,
     predictions,
+    refuse_other_heads,
     unaugmented,
 )
 from neuronsurgery.study.run import RunFolder
@@ -52,6 +53,7 @@ from neuronsurgery.study.training import (
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
+    read_trajectory,
     train,
 )
 
@@ -119,6 +121,8 @@ class Setting:
         rates: of ERM continued.
         joined: the training and the held-out images together, to give those methods the images that last layers are
             retrained on; None leaves these arms out.
+        comparisons: the recipes of comparison methods that have one of their own; the others have that of the ERM run.
+        contrast_temperature: of Correct-n-Contrast.
     """
 
     trained: Trained
@@ -131,6 +135,8 @@ class Setting:
     comparison_epochs: int
     rates: Sequence[float] = RATES
     joined: SplitSource | None = None
+    comparisons: Mapping[str, Recipe] = field(default_factory=dict)
+    contrast_temperature: float = 0.1
 
     def checkpoint(self, epoch: int) -> nn.Module:
         """The ERM model after an epoch."""
@@ -189,7 +195,13 @@ def _continued(setting: Setting) -> list[Arm]:
 
 
 VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
-    ("pruned by gradient", "paper", "the neurons of largest gradient on the hardest images pruned", {}),
+    (
+        "pruned by gradient",
+        "paper",
+        "the neurons of largest gradient on the hardest images pruned; the supervised term is the cross entropy of the "
+        "logits, with a weight of 1",
+        {},
+    ),
     ("pruned by magnitude", "paper", "the neurons of largest magnitude pruned", {"criterion": "magnitude"}),
     (
         "slides' objective",
@@ -197,13 +209,19 @@ VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
         "pruned by gradient, the supervised term being 0.2 times the squared error of the softmax outputs",
         {"supervised": "mse", "weight": 0.2},
     ),
+    (
+        "pruned, own statistics",
+        "paper",
+        "pruned by gradient, the twin's pass kept out of the batch-norm statistics that the network is judged with",
+        {"statistics": "own"},
+    ),
     ("nothing pruned", "control", "the same loss, the twin having all neurons", {"criterion": "none"}),
     ("random pruned", "control", "the same loss, as many random neurons pruned", {"criterion": "random"}),
     (
-        "pruned, own statistics",
+        "random pruned, own statistics",
         "control",
-        "pruned by gradient, the twin's pass kept out of the shared batch-norm statistics",
-        {"statistics": "own"},
+        "random neurons pruned, the twin's pass kept out of the batch-norm statistics that the network is judged with",
+        {"criterion": "random", "statistics": "own"},
     ),
 )
 """Name, family, text, and what differs from `ContrastivePruning`'s defaults."""
@@ -229,21 +247,27 @@ def _contrastive(setting: Setting) -> list[Arm]:
 
 def _comparisons(setting: Setting, source: SplitSource) -> list[Arm]:
     epochs = setting.comparison_epochs
-    recipe = replace(setting.recipe, epochs=epochs)
+
+    def recipe_of(method: str) -> Recipe:
+        return replace(setting.comparisons.get(method, setting.recipe), epochs=epochs)
 
     def just_train_twice(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
         errors = error_set(setting.checkpoint(early), unaugmented(source))
         upsampled = Upsampled(source, jtt_weights(errors, jtt_upsampling(errors)))
         # As many steps as the others make: an epoch with copies has more.
         fewer = max(1, round(epochs * len(source) / len(upsampled)))
-        return setting.checkpoint(0), upsampled, Erm(), replace(recipe, epochs=fewer)
+        return setting.checkpoint(0), upsampled, Erm(), replace(recipe_of("JTT"), epochs=fewer)
 
     def correct_n_contrast(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
         predicted = predictions(setting.checkpoint(early), unaugmented(source))
-        method = CorrectNContrast(statistics="frozen" if setting.pretrained else "batch")
-        return setting.checkpoint(0), ContrastiveBatches(source, predicted), method, recipe
+        statistics: Literal["frozen", "batch"] = "frozen" if setting.pretrained else "batch"
+        method = CorrectNContrast(temperature=setting.contrast_temperature, statistics=statistics)
+        start = setting.checkpoint(0)
+        refuse_other_heads(start, unaugmented(source, size=2))
+        return start, ContrastiveBatches(source, predicted), method, recipe_of("CnC")
 
     def group_dro() -> tuple[nn.Module, Source, Method, Recipe]:
+        recipe = recipe_of("Group DRO")
         steps = epochs * -(-len(source) // recipe.batch_size)
         method = GroupDro(len(setting.groups), group_dro_step_size(steps))
         return setting.checkpoint(0), GroupBalanced(source), method, recipe
@@ -362,6 +386,7 @@ def _start(folder: RunFolder, judge: _Judge, setting: Setting) -> Row:
         "text": "the model that the others start from or are compared with",
         "labels": "class",
         "choice": None,
+        "held_out": False,
         "settings": {"recipe": asdict(setting.recipe)},
         "trajectory": [{"epoch": setting.recipe.epochs, "loss": None, **accuracies}],
     }
@@ -379,7 +404,12 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, har
         except ValueError as error:  # no error set, no anchors: a finding about the data, not a fault of the run
             return {"impossible": str(error), "settings": {}, "trajectory": []}
         train(start, source, path, recipe=recipe, seed=setting.seed, method=method, hardware=hardware)
-        judged = [{"epoch": n, **judge(load_checkpoint(start, path, n))} for n in checkpoint_epochs(path) if n > 0]
+        losses = {met["epoch"]: met["loss"] for met in read_trajectory(path)}
+        judged = [
+            {"epoch": epoch, "loss": losses[epoch], **judge(load_checkpoint(start, path, epoch))}
+            for epoch in checkpoint_epochs(path)
+            if epoch > 0
+        ]
         folder.note_seconds(f"Stage 2, {arm.name}", time.perf_counter() - started)
         return {"settings": {"recipe": asdict(recipe), **method.describe()}, "trajectory": judged}
 
@@ -392,18 +422,23 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, har
 
 def _dfr(judge: _Judge, setting: Setting, data: Any) -> Row:
     model = setting.trained.model
-    validation = extract_features(model, data.loaders("validation"))
-    tuned = dfr(validation, extract_features(model, data.loaders("train")).features, seed=setting.seed)
-    accuracies = judge(ns.apply(retrained(model, *tuned.rule), model))
-    return {
+    said: Row = {
         "name": "DFR",
         "family": "comparison",
         "text": "deep feature reweighting: the last layer fitted anew to group-balanced validation images",
         "labels": "class; class and group of validation images",
         "choice": None,
-        "settings": {"C": tuned.chosen, "refits": 20},
-        "trajectory": [{"epoch": setting.recipe.epochs, **accuracies}],
+        "held_out": False,
     }
+    try:
+        validation = extract_features(model, data.loaders("validation"))
+        tuned = dfr(validation, extract_features(model, data.loaders("train")).features, seed=setting.seed)
+        edited = ns.apply(retrained(model, *tuned.rule), model)
+    except ValueError as error:  # a network that does not end in a linear layer, or hardly any images of a group
+        return {**said, "impossible": str(error), "settings": {}, "trajectory": []}
+    settings = {"C": tuned.chosen, "refits": 20}
+    last = {"epoch": setting.recipe.epochs, "loss": None, **judge(edited)}
+    return {**said, "settings": settings, "trajectory": [last]}
 
 
 # Which epoch counts
@@ -419,20 +454,26 @@ def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled:
     """
     chosen = [{**row, "selected": _selected([row], counts, unlabelled)} for row in rows]
     for choice in dict.fromkeys(row["choice"] for row in rows if row["choice"]):
-        together = [row for row in rows if row["choice"] == choice and row["trajectory"]]
-        if len(together) > 1:
+        variants = [row for row in rows if row["choice"] == choice]
+        together = [row for row in variants if row["trajectory"]]
+        if len(variants) > 1 and together:
             chosen.append(
                 {
                     **together[0],
                     "name": f"{choice}, chosen",
-                    "text": f"{choice}: which of its {len(together)} variants is chosen together with the epoch",
+                    "text": f"{choice}: which of {len(together)} variants is chosen together with the epoch",
                     "choice": None,
                     "settings": {"of": [row["name"] for row in together]},
                     "trajectory": [],
-                    "selected": _selected(together, counts, unlabelled),
+                    "selected": _without_last_epoch(_selected(together, counts, unlabelled)),
                 }
             )
     return chosen
+
+
+def _without_last_epoch(selected: Mapping[str, Row]) -> dict[str, Row]:
+    """Return what the rules chose without the last epoch, which chooses none of several variants."""
+    return {rule: chosen for rule, chosen in selected.items() if rule != "last epoch"}
 
 
 def _selected(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> dict[str, Row]:
@@ -482,9 +523,11 @@ def beside_last_layers(stage: Row) -> list[Row]:
         stage: the entry "stage_two" of the results.
     """
     rows = []
+    chosen_arms = {arm["name"] for arm in stage["arms"]}
     for arm in stage["arms"]:
         rule = list(arm["selected"])[-1:]
-        if arm["family"] == "comparison" and rule and not arm["choice"] and arm["name"] != "DFR":
+        stands_alone = arm["name"] != "DFR" and f"{arm['choice']}, chosen" not in chosen_arms
+        if arm["family"] == "comparison" and rule and stands_alone:
             chosen = arm["selected"][rule[0]]
             images = "train and held-out" if arm.get("held_out") else "train"
             labels = f"{arm['labels']}; {stage['selections'][rule[0]]} (epoch)"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, stage_one
-from neuronsurgery.study.cli import main
+from neuronsurgery.study.cli import _parser, _settings, main
 from study.test_readers import make_birds
 
 FEW = ("study", "--quick", "--epochs", "1", "--data", "digits", "--stages", "1", "--experiments", "1a", "1g")
@@ -55,6 +55,37 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFix
     specs = [ns.load_file(path) for path in sorted((folder / "specs").iterdir())]
     assert len(specs) == len(results["experiments"]["1a"]["train"])
     assert "<svg" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "fine_tuning", "comparison"),
+    [
+        ((), 30, 5, 15),
+        (("--epochs", "10"), 10, 5, 5),
+        (("--epochs", "60", "--full"), 60, 20, 60),
+        (("--quick", "--full"), 5, 1, 2),
+        (("--quick", "--epochs", "1"), 1, 1, 2),
+    ],
+)
+def test_stage_two_is_as_long_as_the_run_says(
+    options: tuple[str, ...], epochs: int, fine_tuning: int, comparison: int
+) -> None:
+    settings = _settings(_parser().parse_args(["study", *options]))
+    assert (settings.epochs, settings.fine_tuning_epochs, settings.comparison_epochs) == (
+        epochs,
+        fine_tuning,
+        comparison,
+    )
+
+
+def test_a_stage_that_is_added_leaves_those_that_are_there_in_the_results(tmp_path: Path) -> None:
+    command = [*FEW[:4], "--data", "digits", "--experiments", "1a", "--out", str(tmp_path / "run")]
+    assert main([*command, "--stages", "1"]) == 0
+    first = results_of(tmp_path / "run")
+    assert main([*command, "--stages", "2"]) == 0
+    both = results_of(tmp_path / "run")
+    assert both["experiments"] == first["experiments"]
+    assert both["stage_two"]["arms"]
 
 
 def test_records_are_those_of_one_by_one(tmp_path: Path) -> None:

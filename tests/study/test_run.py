@@ -59,7 +59,13 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_run_may_be_added_to_but_not_changed(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", Settings(experiments=("1a",), splits=("train",)))
-    RunFolder(tmp_path / "run", Settings(experiments=("1a", "1g"), splits=("train", "test")))
+    RunFolder(tmp_path / "run", Settings(experiments=("1g",), splits=("test",), stages=("memorization", "2")))
+    folder = RunFolder(tmp_path / "run", Settings(experiments=("1c",), stages=("fragility",)))
+    # All that it ever was asked for, in the order of the study: nothing that it has falls out of its results.
+    assert folder.settings.experiments == ("1a", "1c", "1g")
+    assert folder.settings.splits == ("train", "test")
+    assert folder.settings.stages == ("1", "2", "fragility", "memorization")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["splits"] == ["train", "test"]
     with pytest.raises(ValueError, match=r"holds another run; draws: this run 3, the folder 10: choose another folder"):
         RunFolder(tmp_path / "run", Settings(draws=3))
 
@@ -87,6 +93,14 @@ def test_what_was_computed_is_remembered_and_a_damaged_memory_is_named(tmp_path:
     (tmp_path / "run" / "experiments" / "value.json").write_text("[0.1,")
     with pytest.raises(ValueError, match=r"value\.json is damaged .* delete it, and it is made again"):
         folder.remember("value", lambda: 0)
+
+
+def test_how_long_a_thing_took_is_not_how_long_it_took_to_read(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", Settings())
+    folder.note_seconds("training", 28.04)
+    folder.note_seconds("training", 0.2)
+    folder.note_seconds("1a", 3.0)
+    assert json.loads((tmp_path / "run" / "timings.json").read_text()) == {"training": 28.0, "1a": 3.0}
 
 
 def test_groups_without_images_are_refused_before_training_where_a_run_looks_at_them() -> None:

@@ -116,7 +116,18 @@ def test_arms_of_one_choice_are_chosen_among_and_listed_alone_too() -> None:
     chosen = rows[-1]["selected"]
     assert chosen["worst group"]["arm"] == "continued, fast"
     assert chosen["class labels"]["arm"] == "continued, slow"
-    assert chosen["last epoch"]["arm"] == "continued, slow"  # the first rate, where nothing chooses
+    assert "last epoch" not in chosen  # it chooses no variant
+
+
+def test_a_method_of_which_one_variant_could_be_trained_has_a_chosen_row_all_the_same() -> None:
+    impossible = {**arm("CnC, T = 1", [], "CnC"), "impossible": "no anchors"}
+    possible = arm("CnC, T = 6", [([0.6, 0.6], [0.4, 0.4], [0.3, 0.3])], "CnC")
+    rows = select([impossible, possible], COUNTS_OF_TWO, "held-out")
+    assert [row["name"] for row in rows] == ["CnC, T = 1", "CnC, T = 6", "CnC, chosen"]
+    assert rows[-1]["selected"]["worst group"]["arm"] == "CnC, T = 6"
+    assert "impossible" not in rows[-1]
+    none = select([impossible, {**impossible, "name": "CnC, T = 6"}], COUNTS_OF_TWO, "held-out")
+    assert [row["name"] for row in none] == ["CnC, T = 1", "CnC, T = 6"]
 
 
 def test_an_arm_that_could_not_be_trained_selects_nothing() -> None:
@@ -172,8 +183,11 @@ def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
 def test_methods_stand_beside_last_layers_with_the_labels_that_chose_their_epoch() -> None:
     picked = {"last epoch": {"epoch": 2}, "worst group": {"epoch": 1, "test": [0.9, 0.3], "worst": 0.3}}
     said = {"family": "comparison", "choice": None, "labels": "class", "selected": picked}
-    arms = [{"name": "A", **said}, {"name": "DFR", **said}, {"name": "B", **said, "choice": "B"}]
-    (row,) = beside_last_layers({"arms": arms, "selections": SELECTIONS})
+    arms = [{"name": "A", **said}, {"name": "DFR", **said}]
+    arms += [{"name": name, **said, "choice": "B"} for name in ("B, 1", "B, 2")]
+    arms += [{"name": "B, chosen", **said}, {"name": "C", **said, "choice": "C"}]
+    row, *others = beside_last_layers({"arms": arms, "selections": SELECTIONS})
+    assert [other["name"] for other in others] == ["B, chosen", "C"]  # C has one variant, which stands for itself
     assert (row["name"], row["worst"], row["images"]) == ("A", 0.3, "train")
     assert row["labels"] == "class; group labels of validation images (epoch)"
 
@@ -190,6 +204,63 @@ def test_stage_two_reports_the_accuracies_of_the_weights_it_leaves(
 
     kept = load_checkpoint(trained.model, path, 1)
     assert list(ns.evaluate(kept, dataset.loaders("test")).values) == row["trajectory"][-1]["test"]
+    assert row["trajectory"][-1]["loss"] == read_trajectory(path)[-1]["loss"] > 0
+
+
+def test_twins_with_statistics_of_their_own_leave_the_same_weights_and_other_statistics(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path
+) -> None:
+    arms = {one.name: one for one in make_arms(setting_of(dataset, trained))}
+    states = []
+    for name in ("pruned by gradient", "pruned, own statistics"):
+        start, source, method, recipe = arms[name].make()
+        states.append(train(start, source, tmp_path / name, recipe=recipe, method=method).state_dict())
+    shared, own = states
+    differing = {name for name in shared if not torch.equal(shared[name], own[name])}
+    assert differing
+    assert all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in differing)
+
+
+class ConvolutionalHead(torch.nn.Module):
+    """Ends in a convolution and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Conv2d(3, 2, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images).mean((2, 3))
+
+
+def test_methods_that_need_a_linear_head_are_impossible_without_one_and_the_others_go_on(
+    dataset: data.DataSet, tmp_path: Path
+) -> None:
+    path = tmp_path / "erm"
+    model = train(ConvolutionalHead(), dataset.train, path, recipe=RECIPE)
+    checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
+    found = Trained(model, checkpoints, read_trajectory(path), studied(()))
+    folder = RunFolder(tmp_path / "run", Settings(quick=True))
+    results = stage_two(folder, dataset, setting_of(dataset, found), Hardware(), progress=False)
+    why = {row["name"]: row["impossible"] for row in results["arms"] if "impossible" in row}
+    assert "linear" in why["DFR"]
+    assert {name for name in why if not name.startswith(("CnC", "JTT"))} == {"DFR"}
+    assert not any(row["selected"] for row in results["arms"] if row["name"].startswith("CnC"))
+    start, last = mitigate(dataset, model, None, "held-out", 0)
+    assert (start["name"], last["name"]) == ("ERM", "last layer")
+    assert "linear" in last["impossible"]
+
+
+def test_published_settings_are_those_of_the_method_and_the_rest_has_the_run_s(
+    dataset: data.DataSet, trained: Trained
+) -> None:
+    own = Recipe("sgd", learning_rate=1e-5, weight_decay=1.0, momentum=0.9, batch_size=32, schedule="constant")
+    setting = replace(setting_of(dataset, trained), comparisons={"Group DRO": own}, comparison_epochs=2)
+    arms = {one.name: one for one in make_arms(setting)}
+    _, _, method, recipe = arms["Group DRO"].make()
+    assert recipe == replace(own, epochs=2)
+    assert method.step_size == 0.1  # type: ignore[attr-defined]  # by its own steps: 2 epochs of 4 batches
+    twice = next(one for one in arms.values() if one.choice == "JTT")
+    assert twice.make()[3].learning_rate == RECIPE.learning_rate
 
 
 def test_fragility_stage_leaves_every_number_and_is_taken_up(
@@ -311,6 +382,19 @@ def test_several_seeds_are_compared_pair_by_pair() -> None:
     (difference,) = combined["stage_two"]["differences"]
     assert difference["values"] == pytest.approx([0.1, 0.11, 0.12])
     assert difference["verdict"] == "better"
+
+
+def test_a_method_that_only_some_seeds_could_train_is_counted_out_whichever_seed_comes_first() -> None:
+    def run(seed: int, *names: str) -> dict[str, Any]:
+        rows = [{"name": name, "labels": "", "images": "", "worst": 0.5, "test": [1.0, 0.5]} for name in names]
+        stage = {"edit": [], "images": "train", "detection": {}, "flagged": {}, "mitigation": rows}
+        return {**results_of(seed, 0.5), "fragility": stage}
+
+    for order in ((0, 1), (1, 0)):
+        named = {0: ("ERM", "inferred by knockout", "CnC, chosen"), 1: ("ERM", "inferred by knockout")}
+        combined = combine({seed: run(seed, *named[seed]) for seed in order})["fragility"]
+        assert [row["name"] for row in combined["mitigation"]] == ["ERM", "inferred by knockout"]
+        assert combined["impossible_rows"] == {"CnC, chosen": 1}
 
 
 def test_differences_whose_interval_holds_zero_are_undecided() -> None:

@@ -195,6 +195,8 @@ def _detection_remarks(found: _Found) -> list[str]:
             where = f", in {len(failed)} of {times(len(flags), 'seed')}" if found.over_seeds else ""
             said.append(f"On the {split} images no groups could be inferred{where}: {failed[0]['impossible']}")
     for split, rows in found.stage.get("damage", {}).items():
+        if not rows:
+            continue
         cuts = [f"{row['cut']} ({times(row['neurons'], 'neuron')}) {number(100 * row['flips'])} %" for row in rows]
         said.append(f"Share of {split} predictions that one draw of a cut changes: {listed(cuts, 12)}.")
     return said
