@@ -409,13 +409,27 @@ def test_a_loader_may_reuse_its_memory(name: str) -> None:
 # --- precision and modes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "lstm", "vit"])
-def test_autocast_and_bfloat16_are_near(name: str) -> None:
-    """Where no activation has a kink that the rounding could cross."""
+SMOOTH = ["mlp", "attention", "lstm", "vit"]
+"""No activation of these has a kink that the rounding could cross."""
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_autocast_is_near(name: str) -> None:
     case = CASES[name]
     batches = case.batches(SEED)
+    first = unpack_batch(batches[0], None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            case.build()(*first.args, **first.kwargs)
+        except RuntimeError as error:  # torch has no bfloat16 LSTM for some processors
+            pytest.skip(f"torch cannot run this module under autocast on this processor: {error}")
         assert_norms(ns.group_grad_norms(case.build(), batches), expected(name), 0.05)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_bfloat16_is_near(name: str) -> None:
+    case = CASES[name]
+    batches = case.batches(SEED)
 
     def narrow(tensor: Tensor) -> Tensor:
         return tensor.bfloat16() if tensor.is_floating_point() else tensor
