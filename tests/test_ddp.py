@@ -16,6 +16,8 @@ from zoo import CASES
 
 import neuronsurgery as ns
 
+pytestmark = pytest.mark.xdist_group("ddp")  # its fixtures are made once, by one process
+
 RANKS, STEPS = 2, 2
 MODELS = ("mlp", "attention", "weight_norm")
 

@@ -18,6 +18,8 @@ from zoo import CASES
 
 import neuronsurgery as ns
 
+pytestmark = pytest.mark.xdist_group("processes")  # its fixtures are made once, by one process
+
 RANKS = 2
 WORLD: dict[str, Any] = {}  # "process_group", in the ranks
 

@@ -25,6 +25,8 @@ from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import Examples, judge_scores, mitigate
 from neuronsurgery.study.training import RECIPES, checkpoint_epochs, digest, load_checkpoint
 
+pytestmark = pytest.mark.xdist_group("falsifications")  # its fixtures are made once, by one process
+
 TINY = {"train": (2, 2, 2, 2), "held-out": (1, 1, 1, 1), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
 SMALL = {"train": (60, 10, 8, 30), "held-out": (24, 6, 5, 12), "validation": (6,) * 4, "test": (8,) * 4}
 

@@ -14,6 +14,8 @@ from neuronsurgery.study import data
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.seeds import combine
 
+pytestmark = pytest.mark.xdist_group("report schema")  # its fixtures are made once, by one process
+
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 COUNTS = {
     "train": (40, 8, 6, 20),

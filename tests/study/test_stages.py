@@ -40,6 +40,8 @@ from neuronsurgery.study.training import (
     train,
 )
 
+pytestmark = pytest.mark.xdist_group("stages")  # its fixtures are made once, by one process
+
 COUNTS = {"train": (60, 10, 8, 30), "held-out": (60, 8, 6, 30), "validation": (6,) * 4, "test": (8,) * 4}
 RECIPE = Recipe(epochs=3, batch_size=16)
 

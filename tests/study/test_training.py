@@ -46,6 +46,8 @@ from neuronsurgery.study.training import (
     train,
 )
 
+pytestmark = pytest.mark.xdist_group("training")  # its fixtures are made once, by one process
+
 EPOCHS = 4
 SHORT = {name: replace(recipe, epochs=EPOCHS, batch_size=16) for name, recipe in RECIPES.items()}
 SHORT["plateau"] = Recipe("adam", epochs=EPOCHS, batch_size=16, schedule="plateau")
