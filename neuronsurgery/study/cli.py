@@ -141,7 +141,7 @@ def _add_disk_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, help="images per step (default: the data's own)")
     group.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
     group.add_argument("--pin-memory", action="store_true", help="for a faster way to the device")
-    group.add_argument("--verify", action="store_true", help="open every image before training starts")
+    group.add_argument("--no-verify", action="store_true", help="do not decode every image before training starts")
     group.add_argument("--table", help="--data folder: the CSV file (default: metadata.csv)")
     for column in ("path", "label", "attribute", "split"):
         group.add_argument(f"--{column}-column", help=f"--data folder: the column's name (default: {column})")
@@ -311,9 +311,15 @@ def _dataset(options: argparse.Namespace, settings: Settings) -> Any:
     columns = {name: value for name, value in {"table": options.table, **chosen}.items() if value is not None}
     if columns and settings.data != "folder":
         raise ValueError(f"--table and the columns are for --data folder; {settings.data} has its own")
-    dataset = READERS[settings.data](options.root, loading=loading, verify=options.verify, **columns)
+    dataset = READERS[settings.data](options.root, loading=loading, verify=_verifies(options, settings), **columns)
     print(describe_counts(dataset))
     return dataset
+
+
+def _verifies(options: argparse.Namespace, settings: Settings) -> bool:
+    """Whether to decode every image now: once, by the first process and for the first seed."""
+    first = int(os.environ.get("RANK", "0")) == 0 and settings.seed == options.seed
+    return first and not options.no_verify
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

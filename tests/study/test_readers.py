@@ -24,12 +24,15 @@ from neuronsurgery.study.readers import (
     Images,
     Loading,
     RandomCrop,
+    assembly,
     batches,
     celeba,
     describe_counts,
+    digests,
     disk,
     evaluation_transform,
     image_folder,
+    joined_source,
     training_source,
     training_transform,
     waterbirds,
@@ -138,7 +141,7 @@ def assert_is_the_tree(dataset: ImageData, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("layout", [make_birds, below_group_dro, as_wilds, as_subpopbench, as_old_subpopbench])
 def test_waterbirds_in_every_layout(layout: Callable[[Path], object], tmp_path: Path) -> None:
     layout(tmp_path)
-    dataset = waterbirds(tmp_path, verify=True)
+    dataset = waterbirds(tmp_path)
     assert_is_the_tree(dataset, WATERBIRDS_GROUPS)
     assert dataset.train.paths[0] == bird_name(0)
 
@@ -250,7 +253,7 @@ FACES += [jtt_merged, zero_one_merged, dfr_merged, facebook_merged, subpopbench_
 @pytest.mark.parametrize("layout", FACES)
 def test_celeba_in_every_layout(layout: Callable[[Path], None], tmp_path: Path) -> None:
     layout(tmp_path)
-    dataset = celeba(tmp_path, verify=True)
+    dataset = celeba(tmp_path)
     assert_is_the_tree(dataset, CELEBA_GROUPS)
     assert dataset.class_names == ("non-blond", "blond")
     assert dataset.train.paths[0] == face_name(0)
@@ -295,7 +298,6 @@ def test_a_folder_with_a_table_of_ones_own(tmp_path: Path, delimiter: str) -> No
         split="part",
         name="chest",
         framing=Framing((("resize", 8),)),
-        verify=True,
     )
     assert dataset.class_names == ("left", "none", "right")
     assert dataset.classes == 3
@@ -372,14 +374,64 @@ def test_everything_wrong_comes_in_one_error(birds: Path) -> None:
     ]
 
 
-def test_unreadable_images_are_found_on_request(birds: Path) -> None:
+def test_unreadable_images_are_found_unless_that_is_declined(birds: Path) -> None:
     (birds / bird_name(0)).write_bytes(b"")
     (birds / bird_name(2)).write_bytes(b"<html>not found</html>")
-    assert len(waterbirds(birds).train) == 10  # by default nothing is opened
+    assert len(waterbirds(birds, verify=False).train) == 10  # nothing is opened
     with pytest.raises(
         ValueError, match=r"files that are no readable images \(2\): .*0000\.jpg \(cannot identify .*0002\.jpg \("
     ):
-        waterbirds(birds, verify=True)
+        waterbirds(birds)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("index", [0, 12, 19])
+def test_an_image_with_a_whole_header_and_half_a_body_is_found_in_any_split(index: int, birds: Path) -> None:
+    truncate(birds / bird_name(index))
+    with pytest.raises(
+        ValueError, match=rf"files that are no readable images \(1\): {bird_name(index)} \(image file is truncated"
+    ):
+        waterbirds(birds)
+
+
+def test_many_images_are_checked_in_parts_and_said_so(
+    birds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(birds / bird_name(13))
+    monkeypatch.setattr(assembly, "_AT_ONCE", 8)
+    with pytest.raises(ValueError, match=rf"files that are no readable images \(1\): {bird_name(13)} \("):
+        waterbirds(birds)
+    assert capsys.readouterr().err.splitlines() == [f"checking images: {done} of 20" for done in (8, 16, 20)]
+
+
+@pytest.mark.parametrize("error", [Image.DecompressionBombError("a bomb"), KeyError("a bomb"), EOFError("a bomb")])
+def test_whatever_pillow_raises_is_a_fault_with_a_name(
+    error: Exception, birds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(path: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", explode)
+    with pytest.raises(ValueError, match=rf"files that are no readable images \(20\): {bird_name(0)} \('?a bomb'?\)"):
+        waterbirds(birds)
+    with pytest.raises(ValueError, match=rf"{bird_name(0)}: not a readable image \('?a bomb'?\): replace the file"):
+        next(iter(batches(waterbirds(birds, verify=False).train)))
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_image(birds: Path) -> None:
+    for index, target in ((0, "nowhere.jpg"), (1, Path(bird_name(1)).name)):
+        (birds / bird_name(index)).unlink()
+        (birds / bird_name(index)).symlink_to(target)  # the second one leads to itself
+    with pytest.raises(ValueError, match=rf"images missing in .* \(2\): {bird_name(0)}, {bird_name(1)}\n"):
+        waterbirds(birds)
+    (birds / bird_name(0)).unlink()
+    (birds / bird_name(1)).unlink()
+    for index in (0, 1):
+        (birds / bird_name(index)).symlink_to(birds / bird_name(2))
+    assert len(waterbirds(birds).train) == 10
 
 
 def test_more_than_eight_bits_per_channel_are_refused_and_not_clipped(tmp_path: Path) -> None:
@@ -388,16 +440,19 @@ def test_more_than_eight_bits_per_channel_are_refused_and_not_clipped(tmp_path: 
     with pytest.raises(
         ValueError, match=r"files that are no readable images \(1\): deep.png \(its pixels are of mode I;16"
     ):
-        image_folder(tmp_path, verify=True)
+        image_folder(tmp_path)
     with pytest.raises(ValueError, match=r"deep.png: not a readable image \(its pixels are of mode I;16"):
-        next(iter(batches(image_folder(tmp_path).train)))
+        next(iter(batches(image_folder(tmp_path, verify=False).train)))
 
 
-def test_a_truncated_image_is_named_when_it_is_read(birds: Path) -> None:
-    path = birds / bird_name(0)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"Some_Bird_0000\.jpg: not a readable image \(.*truncated"):
-        next(iter(batches(waterbirds(birds, verify=True).train)))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_later_is_named_in_one_line(workers: int, birds: Path) -> None:
+    split = waterbirds(birds, loading=Loading(workers)).train
+    truncate(birds / bird_name(0))
+    with pytest.raises(ValueError, match="not a readable image") as caught:
+        next(iter(batches(split)))
+    assert str(caught.value).startswith(f"{birds / bird_name(0)}: not a readable image (image file is truncated")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_wrong_columns_are_listed_with_those_found(birds: Path) -> None:
@@ -625,6 +680,19 @@ def test_the_digest_is_that_of_the_rows_wherever_they_lie(birds: Path, tmp_path:
     shutil.copytree(birds, tmp_path / "copy")
     assert waterbirds(birds).train.digest == waterbirds(tmp_path / "copy").train.digest
     assert waterbirds(birds, size=16).train.digest != waterbirds(birds).train.digest
+
+
+def test_the_digest_of_a_split_changes_with_its_rows_and_files_alone(birds: Path) -> None:
+    before = digests(waterbirds(birds))
+    assert digests(waterbirds(birds)) == before
+    edit(birds / "metadata.csv", f"{bird_name(19)},1,2,1", f"{bird_name(19)},1,2,0")  # a group of a test image
+    write_image(birds / bird_name(12), 3, (40, 50))
+    after = digests(waterbirds(birds))
+    assert [split for split in before if before[split] != after[split]] == ["validation", "test"]
+    embedded = data.synthetic(counts=dict.fromkeys(COUNTS, (2, 1, 1, 1)))
+    noisy, _ = data.with_label_noise(embedded.test, 0.5, 0)
+    changed = digests(replace(embedded, splits={**embedded.splits, "test": noisy}))
+    assert [split for split, said in digests(embedded).items() if changed[split] != said] == ["test"]
 
 
 # As the study uses it

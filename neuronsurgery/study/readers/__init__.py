@@ -20,6 +20,8 @@ from neuronsurgery.study.readers.disk import ImageSplit as ImageSplit
 from neuronsurgery.study.readers.disk import Loading as Loading
 from neuronsurgery.study.readers.disk import batches as batches
 from neuronsurgery.study.readers.disk import describe_counts as describe_counts
+from neuronsurgery.study.readers.disk import digests as digests
+from neuronsurgery.study.readers.disk import joined_source as joined_source
 from neuronsurgery.study.readers.disk import training_source as training_source
 from neuronsurgery.study.readers.layouts import READERS as READERS
 from neuronsurgery.study.readers.layouts import celeba as celeba

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuronsurgery.study import data
 from neuronsurgery.study.data import Augmentation, Batches, Counts, DataSet, Split, permutation, raw_bits
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
-from neuronsurgery.study.training import Embedded
+from neuronsurgery.study.training import Embedded, digest
 
 # Of the published data sets, as their papers and generators give them; groups in the order of `group_names`.
 EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = MappingProxyType(
@@ -189,14 +189,42 @@ class ImageBatches:
         images = Images(self.split, augmentation=self.augmentation, seed=self.seed, epoch=self.epoch)
         loading = self.split.loading
         loader = DataLoader(
-            images,
+            _WithFaults(images),
             batch_sampler=[order[start : start + self.size] for start in range(0, len(order), self.size)],
             num_workers=loading.workers,
             pin_memory=loading.pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # the seeds of the workers come from here, not from the global state
+            collate_fn=_collate,
         )
         for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
             yield tuple(batch)  # a DataLoader hands out lists
+
+
+class _WithFaults(Dataset[Any]):
+    """Images, and in place of one that cannot be read its error.
+
+    Raised in a worker, the error would come as the text of a traceback.
+    """
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor] | ValueError:
+        try:
+            return self.images[index]
+        except ValueError as error:
+            return error
+
+
+def _collate(rows: list[Any]) -> Any:
+    """A batch of the rows, or the first error among them."""
+    faults = [row for row in rows if isinstance(row, ValueError)]
+    return faults[0] if faults else default_collate(rows)
 
 
 class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -298,6 +326,43 @@ class FromDisk:
     def epoch(self, size: int, seed: int, epoch: int) -> ImageBatches:
         """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide."""
         return ImageBatches(self.split, size, True, self.augmentation, seed, epoch)
+
+
+def joined_source(dataset: DataSet | ImageData) -> Embedded | FromDisk | None:
+    """The training and the held-out images of any data set together, for `training.train`; None without the latter."""
+    if "held-out" not in dataset.splits:
+        return None
+    if isinstance(dataset, DataSet):
+        return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
+    parts = (dataset.train, dataset.splits["held-out"])
+    whole = replace(
+        dataset.train,
+        paths=tuple(path for part in parts for path in part.paths),
+        targets=torch.cat([part.targets for part in parts]),
+        groups=torch.cat([part.groups for part in parts]),
+    )
+    return FromDisk(whole, dataset.augmentation)
+
+
+def digests(dataset: DataSet | ImageData) -> dict[str, str]:
+    """16 hex digits per split, by name, that change with its images, targets and groups.
+
+    Of images on disk names and sizes of the files count, not the pixels: that takes no longer than to list them.
+
+    Raises:
+        OSError: if an image on disk is missing.
+    """
+    return {
+        name: digest([split.images, split.targets, split.groups]) if isinstance(split, Split) else _disk_digest(split)
+        for name, split in dataset.splits.items()
+    }
+
+
+def _disk_digest(split: ImageSplit) -> str:
+    said = hashlib.sha256(split.digest.encode())
+    for path in split.paths:
+        said.update(f"{(split.folder / path).stat().st_size}\n".encode())
+    return said.hexdigest()[:16]
 
 
 def training_source(dataset: DataSet | ImageData) -> Embedded | FromDisk:

@@ -16,11 +16,15 @@ from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns
 PathLike: TypeAlias = str | os.PathLike[str]
 
 IN_THIS_PROCESS: Final = Loading()
-MIDDLE: Final = Framing((("resize", 256), ("crop", 224)))
+
+
+def middle(size: int = 224) -> Framing:
+    """The middle of an image, resized a seventh larger than `size` before: 256 x 256 for 224."""
+    return Framing((("resize", int(size * 256 / 224)), ("crop", size)))
 
 
 def waterbirds(
-    root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = False
+    root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True
 ) -> ImageData:
     """The Waterbirds data set of a folder, as group_DRO, WILDS or SubpopBench lay it out.
 
@@ -32,7 +36,7 @@ def waterbirds(
         root: the folder.
         size: height and width that the network takes; the resizing before the crop grows with it.
         loading: how images are fetched.
-        verify: open every image's header too. The bodies are read in training only.
+        verify: decode every image now, so that a broken one is no surprise in training.
 
     Returns:
         Classes landbird and waterbird; groups as in the paper, from "landbird on land" to "waterbird on water".
@@ -51,13 +55,13 @@ def waterbirds(
         name="waterbirds",
         encode=encode_binary,
         describe=lambda y, a: (classes, tuple(f"{bird} on {place}" for bird in classes for place in places)),
-        framing=Framing((("resize", int(size * 256 / 224)), ("crop", size))),
+        framing=middle(size),
         loading=loading,
         verify=verify,
     )
 
 
-def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = False) -> ImageData:
+def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True) -> ImageData:
     """The CelebA data set of a folder, blond hair or not against man or woman, in any of the forms in use.
 
     The folder, or one below (`data`, `celebA_v1.0`, `celeba`, `Anno`), has `list_attr_celeba` and
@@ -70,7 +74,7 @@ def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCES
         root: the folder.
         size: height and width that the network takes.
         loading: how images are fetched.
-        verify: open every image's header too. The bodies are read in training only.
+        verify: decode every image now, so that a broken one is no surprise in training.
 
     Returns:
         Classes non-blond and blond; groups as in the paper: non-blond woman, non-blond man, blond woman, blond man.
@@ -158,9 +162,10 @@ def image_folder(
     split: str = "split",
     splits: Mapping[str, str] = SPLIT_NAMES,
     name: str = "folder",
-    framing: Framing = MIDDLE,
+    size: int = 224,
+    framing: Framing | None = None,
     loading: Loading = IN_THIS_PROCESS,
-    verify: bool = False,
+    verify: bool = True,
 ) -> ImageData:
     """The data set of any folder of images with a table, such as CXR-14 with pneumothorax against chest drain.
 
@@ -173,9 +178,10 @@ def image_folder(
         split: the column of the splits.
         splits: what that column says, in any case, to "train", "validation" or "test".
         name: what to call the data set.
-        framing: how images are brought to size for evaluation; training crops have the same size.
+        size: height and width that the network takes, where no framing is given.
+        framing: how images are brought to size for evaluation; training crops have the same size. None: `middle(size)`.
         loading: how images are fetched.
-        verify: open every image's header too. The bodies are read in training only.
+        verify: decode every image now, so that a broken one is no surprise in training.
 
     Returns:
         Classes and attributes in ascending order of their values, counted over the whole table; the groups, in the
@@ -218,7 +224,7 @@ def image_folder(
         name=name,
         encode=encode_values,
         describe=describe,
-        framing=framing,
+        framing=middle(size) if framing is None else framing,
         loading=loading,
         verify=verify,
         splits=splits,
