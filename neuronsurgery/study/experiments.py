@@ -10,6 +10,7 @@ addition: the paper's control is drawn from the whole model, where most neurons 
 from __future__ import annotations
 
 import functools
+import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -259,9 +260,9 @@ def _matched(subject: Subject, neurons: ns.Neurons, kind: str, seed: int) -> ns.
         return ns.sample(subject.layout, len(neurons), seed=seed, exclude=subject.critical)
     drawn = ns.Neurons()
     for name, indices in neurons.by_layer().items():
-        layer = ns.select(subject.layout, {name: ...})
-        left = layer - subject.critical
-        drawn |= ns.sample(left, min(len(indices), len(left)), seed=seed)
+        left = ns.select(subject.layout, {name: ...}) - subject.critical
+        if left:  # a layer of one neuron has none beside the critical one
+            drawn |= ns.sample(left, min(len(indices), len(left)), seed=seed)
     return drawn
 
 
@@ -307,6 +308,45 @@ def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
         }
         for group, count in zip(swept.baseline.groups, swept.baseline.counts, strict=True)
     ]
+
+
+DRAWN: Final = ("1c", "1d", "1g")
+"""The experiments whose edits are drawn several times."""
+
+
+def over_draws(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record per intervention, draws taken together: mean and spread of the change of every group.
+
+    Args:
+        records: of 1c, 1d or 1g.
+
+    Returns:
+        What was done, without "draw" and names; and "changes", by group the mean, the standard deviation ("sd", None
+        for one draw), the lowest and highest change, how many "draws", and in how many of these the interval excludes 0
+        ("seen").
+    """
+    left_out = ("draw", "names", "changes")
+    together: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        key = tuple((name, value) for name, value in record.items() if name not in left_out)
+        together.setdefault(key, []).append(record["changes"])
+    return [
+        {**dict(key), "changes": [_over_draws(of_group) for of_group in zip(*drawn, strict=True)]}
+        for key, drawn in together.items()
+    ]
+
+
+def _over_draws(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values = [change["change"] for change in changes]
+    return {
+        "group": changes[0]["group"],
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "lowest": min(values),
+        "highest": max(values),
+        "draws": len(values),
+        "seen": sum(change["low"] > 0 or change["high"] < 0 for change in changes),
+    }
 
 
 def rank_histograms(
@@ -363,6 +403,8 @@ def control_p_values(
 ) -> list[dict[str, Any]]:
     """Return by critical set and group the share of controls that change it as much: (1 + as much) / (1 + draws).
 
+    Draws of a few neurons from a small layer repeat; "distinct" says how many different ones there were.
+
     Args:
         critical: the records of 1a.
         controls: the records of 1g; those with a k are matched to the sets of 1a.
@@ -385,6 +427,7 @@ def control_p_values(
                         "group": change["group"],
                         "change": change["change"],
                         "draws": len(matched),
+                        "distinct": len({tuple(c["names"]) for c in matched}),
                         "p": (1 + as_much) / (1 + len(matched)),
                         "kind": kind if kind == "same layers" else "whole model",
                     }

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 import neuronsurgery as ns
 from neuronsurgery.study.experiments import (
     DISTANCES,
+    DRAWN,
     EXPERIMENTS,
     Intervention,
     Subject,
     control_p_values,
     measure,
+    over_draws,
     rank_histograms,
     sensitive_layers,
 )
@@ -69,6 +71,9 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool 
         "neurons": subject.layout.count,
         "intervals": INTERVALS,
         "experiments": done,
+    }
+    found["over_draws"] = {
+        name: {split: over_draws(records) for split, records in done[name].items()} for name in DRAWN if name in done
     }
     if "1f" in done:
         found["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}

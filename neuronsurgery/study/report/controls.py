@@ -20,7 +20,7 @@ from neuronsurgery.study.report.effects import (
 )
 from neuronsurgery.study.report.section import Section
 from neuronsurgery.study.report.tables import effect_cell, full_table, group_headers, html_table, p_text
-from neuronsurgery.study.report.wording import listed, outcome, overview, plain_p, step_remark, strongest, times, where
+from neuronsurgery.study.report.wording import listed, outcome, plain_p, step_remark, strongest, times, where
 
 MATCHED: Final = (("same layers", "same layers", figures.GREY), ("random", "whole model", figures.GROUP_COLOURS[0]))
 """Of the controls matched in number to a critical set: criterion, what they are drawn from, colour."""
@@ -33,7 +33,7 @@ def controls(run: Mapping[str, Any], groups: Groups, split: str) -> Section:
     effects = [effect for cell in random for effect in cell.effects.values()]
     tests = run.get("control_p", {}).get(split, [])
     section = Section(_control_finding(random, effects, groups) + _test_words(tests, groups))
-    section.overview = overview(effects, groups) if effects else ("", "")
+    section.overview = _single_overview(random, groups) if effects else ("", "")
     section.figures = _control_figures(run, cells, groups, split) + _test_figures(cells, tests, groups, split)
     section.table = _own_columns(random, groups) + _test_table(tests, groups)
     section.full_table = full_table(cells, groups, "tables/1g.csv")
@@ -41,6 +41,12 @@ def controls(run: Mapping[str, Any], groups: Groups, split: str) -> Section:
     section.rows["control_p"] = [{"split": split} | test for test in tests]
     if tests:
         draws = max(test["draws"] for test in tests)
+        repeated = [test for test in tests if test.get("distinct", test["draws"]) < test["draws"]]
+        if repeated:
+            fewest = min(test["distinct"] for test in repeated)
+            section.remarks.append(
+                f"A small layer has few sets to draw: of {times(draws, 'draw')}, as few as {fewest} are different."
+            )
         section.remarks.append(
             f"The empirical p-value is (1 + draws that change as much or more) / (1 + draws): with {draws} draws it "
             f"cannot be below {plain_p(1 / (1 + draws))}. The effect of a group's neurons on the other groups is in "
@@ -63,10 +69,31 @@ def _control_finding(random: Sequence[Cell], effects: Sequence[Effect], groups: 
     largest = strongest(effects)
     said = f"the largest mean change is {signed(100 * largest.change)} points, on {groups.label(largest.group)}"
     said = f"{said} {where(largest)}" if abs(largest.change) > 1e-9 else "no example of any group changed"
+    singles = [f"{groups.label(name)}, {_single_words(random, [name])}" for name in groups.names]
     return (
-        f"Random neurons that are not critical, {span} of the model, were set to zero in {draws} each: "
-        f"{outcome(effects, groups)}; {said}."
+        f"Random neurons that are not critical, {span} of the model, were set to zero in {draws} each. By most of the "
+        f"draws of a size: {outcome(effects, groups)}; {said}. Single draws whose interval excludes 0, a size counted "
+        f"once: {'; '.join(singles)}."
     )
+
+
+def _single_words(random: Sequence[Cell], names: Sequence[str]) -> str:
+    """Return in how many draws an effect on some groups is seen, and the furthest change of any draw.
+
+    Shares that come to as many neurons are the same draws, and count once.
+    """
+    different = {cell.neurons: cell for cell in random}.values()
+    effects = [cell.effects[name] for cell in different for name in names if name in cell.effects]
+    seen, draws = sum(effect.seen_in for effect in effects), sum(effect.draws for effect in effects)
+    furthest = max((end for effect in effects for end in (effect.low, effect.high)), key=abs, default=0.0)
+    return f"seen in {seen} of {times(draws, 'draw')}; furthest change {signed(100 * furthest)} points"
+
+
+def _single_overview(random: Sequence[Cell], groups: Groups) -> tuple[str, str]:
+    """Return what single draws did to the minority groups and to the others, for the table at the top."""
+    rare = [name for name in groups.names if name in groups.minority]
+    few, many = (_single_words(random, side) if side else "no such group" for side in (rare, groups.majority))
+    return few, many
 
 
 def _own_tests(tests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -25,7 +25,7 @@ class Groups:
 
     Attributes:
         names: in the run's order.
-        minority: the names of those where class and attribute disagree.
+        minority: the names of those that are rare in training.
     """
 
     names: tuple[str, ...]

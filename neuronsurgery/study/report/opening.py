@@ -25,7 +25,7 @@ STAGE_ONE_RULES: Final = (
     "mean and standard deviation, in how many an effect is seen, the outermost ends of the intervals, the median p.",
 )
 MINORITY: Final = (
-    "Minority groups, where class and attribute disagree, are hatched, tinted, framed or drawn thick, and named so."
+    "Minority groups, those that are rare in training, are hatched, tinted, framed or drawn thick, and named so."
 )
 PARTS: Final[Mapping[str, str]] = {"1": "Stage 1", "2": "Stage 2", "fragility": "fragility"}
 
