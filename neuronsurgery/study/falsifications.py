@@ -26,21 +26,13 @@ from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_labe
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
 from neuronsurgery.study.run import RunFolder
-from neuronsurgery.study.stage_fragility import (
-    SEED,
-    Examples,
-    Row,
-    joint_fragility,
-    judge_scores,
-    mitigate,
-)
+from neuronsurgery.study.stage_fragility import SEED, Asked, Examples, Row, ask, judge_scores, mitigate
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import (
     RECIPES,
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
-    load_checkpoint,
     print_progress,
     read_trajectory,
     train,
@@ -63,7 +55,7 @@ class Condition:
         data: the data set of (seed, counts=...).
         network: of (seed, classes), freshly initialised.
         augmented: whether training images vary from epoch to epoch.
-        noise: the share of the training images that are given a wrong class.
+        noise: the share of the training and of the held-out images that are given a wrong class.
         counts: images per group of splits to change, or None.
         recipe: how to train.
     """
@@ -88,7 +80,11 @@ CONDITIONS: Final = (
     Condition(
         "no augmentation", "training images are the same in every epoch, so that all are remembered", augmented=False
     ),
-    Condition("label noise", "3 % of the training images have the wrong class: they are remembered, too", noise=0.03),
+    Condition(
+        "label noise",
+        "3 % of the training and of the held-out images have the wrong class: they are remembered, too",
+        noise=0.03,
+    ),
     Condition("deeper network", "two blocks in each stage: how deep should the cut be?", network=deep_resnet),
     Condition("plain network", "no skip connections: nothing is left where a layer is cut", network=plain_cnn),
     Condition(
@@ -163,11 +159,17 @@ def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool)
     return row
 
 
-def _make_data(condition: Condition, seed: int) -> tuple[DataSet, Tensor]:
-    """The data set, and which of its training images have a wrong class, bool (N,)."""
+def _make_data(condition: Condition, seed: int) -> tuple[DataSet, dict[str, Tensor]]:
+    """The data set, and by split which of its images have a wrong class, bool (N,).
+
+    Held-out images come from where the training images come from, and so have as many wrong classes. Validation images,
+    which have group labels, and test images were looked at more closely.
+    """
     data = condition.data(seed, counts=condition.counts)
-    noisy, wrong = with_label_noise(data.train, condition.noise, seed)
-    return replace(data, splits=MappingProxyType({**data.splits, "train": noisy})), wrong
+    noise = {split: condition.noise if split in ("train", "held-out") else 0.0 for split in data.splits}
+    noisy = {name: with_label_noise(split, noise[name], seed) for name, split in data.splits.items()}
+    splits = MappingProxyType({name: split for name, (split, _) in noisy.items()})
+    return replace(data, splits=splits), {name: wrong for name, (_, wrong) in noisy.items()}
 
 
 def _train(folder: RunFolder, condition: Condition, data: DataSet, seed: int, progress: bool) -> Trained:
@@ -229,49 +231,50 @@ class _Case:
 
     Attributes:
         data: the data set, wrong classes included.
-        wrong: bool (N,), which training images have one.
+        wrong: by split, which images have one, bool (N,).
         trained: the network and its checkpoints.
         cuts: the knockouts by name; none where there is no residual branch.
         draws: how many random draws are averaged.
     """
 
     data: DataSet
-    wrong: Tensor
+    wrong: Mapping[str, Tensor]
     trained: Trained
     cuts: Mapping[str, ns.Edit]
     draws: int
 
     def accuracy(self, split: str) -> list[float | None]:
         """The accuracy of each group, images with a wrong class left out; None for a group without images."""
-        right = self.data.splits[split].subset(~self.wrong) if split == "train" else self.data.splits[split]
+        right = self.data.splits[split].subset(~self.wrong[split])
         loaders = replace(self.data, splits={split: right}).loaders(split)
         found = ns.evaluate(self.trained.model, loaders)
         return [float(found[name]) if name in loaders else None for name in self.data.group_names]
 
     def learnt_wrong_labels(self) -> Row | None:
         """How many wrong classes there are, per true group, and the share of them that the network gives back."""
-        if not self.wrong.any():
+        if not self.wrong["train"].any():
             return None
-        noisy = self.data.train.subset(self.wrong)
+        noisy = self.data.train.subset(self.wrong["train"])
         found = ns.evaluate(self.trained.model, replace(self.data, splits={"train": noisy}).loaders("train"))
         return {"counts": list(noisy.counts), "learnt": float(found.average)}
 
     def detect(self, split: str) -> Row:
         """How well each score finds the minorities of a split, and who is flagged by it."""
         examples = Examples.of(self.data.splits[split])
-        wrong = self.wrong[examples.order] if split == "train" else torch.zeros(len(examples.order), dtype=torch.bool)
+        wrong = self.wrong[split][examples.order]
         right = Examples(examples.order[~wrong], examples.targets[~wrong], examples.groups[~wrong])
-        scores, damage = self._scores(split, examples.targets)
+        asked = self._ask(split)
         return {
             "rows": [
                 {"score": name, "needs": needs, **judged}
-                for name, (needs, values) in scores.items()
+                for name, (needs, values) in asked.scores.items()
                 for judged in judge_scores(values[~wrong], right, self.data)
             ],
             "flagged": [
-                {"score": name, **self._count_flagged(values, examples, wrong)} for name, (_, values) in scores.items()
+                {"score": name, **self._count_flagged(values, examples, wrong)}
+                for name, (_, values) in asked.scores.items()
             ],
-            "damage": [{"cut": name, "flips": flips} for name, flips in damage.items()],
+            "damage": [{"cut": name, "flips": flips} for name, flips in asked.damage.items()],
         }
 
     def _count_flagged(self, values: Tensor, examples: Examples, wrong: Tensor) -> Row:
@@ -284,28 +287,11 @@ class _Case:
             "refused": min(cells) < SMALLEST_CELL,
         }
 
-    def _scores(self, split: str, targets: Tensor) -> tuple[dict[str, tuple[str, Tensor]], dict[str, float]]:
+    def _ask(self, split: str) -> Asked:
         """Every score with what it needs, and the share of predictions that each cut changes."""
-        model, loaders = self.trained.model, self.data.loaders(split)
         alone, redrawn = (self.cuts, {}) if self.cuts else self._cuts_without_branches()
-        drawn = self._random_cuts() | redrawn
-        labelled = {f"{name}, {draw}": edit for name, edits in drawn.items() for draw, edit in enumerate(edits)}
-        swept = ns.sweep(model, {**alone, **labelled}, loaders, metric=ns.margin)
-        scores: dict[str, tuple[str, Tensor]] = {}
-        damage: dict[str, float] = {}
-        for name in alone:
-            remaining = swept.values(name)
-            scores[name] = ("final model, one edit", ns.fragility(remaining[None], targets))
-            damage[name] = float(((remaining > 0) != (swept.values() > 0)).double().mean())
-        scores["final margin"] = ("final model", -swept.values())
-        if EARLY in self.trained.checkpoints:
-            early = load_checkpoint(model, self.trained.checkpoints[EARLY].parents[1], EARLY)
-            margins = ns.sweep(early, {}, loaders, metric=ns.margin).values()
-            scores[f"margin after epoch {EARLY}"] = (f"checkpoint of epoch {EARLY}", -margins)
-        for name, edits in drawn.items():
-            values, damage[name] = joint_fragility(swept, name, targets)
-            scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)} neurons", values)
-        return scores, damage
+        early = {epoch: path for epoch, path in self.trained.checkpoints.items() if epoch == EARLY}
+        return ask(self.trained.model, self.data, split, alone, self._random_cuts() | redrawn, early)
 
     def _random_cuts(self) -> dict[str, list[ns.Edit]]:
         layout = ns.find_layout(self.trained.model, where=self.trained.where)

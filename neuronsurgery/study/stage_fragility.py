@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
+import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -49,16 +52,16 @@ EARLY: Final = (1, 2, 3, 5, 10)
 POOL: Final = 0.1
 """The most critical tenth of the neurons; a quarter of them is cut at a time."""
 
-TIMES: Final = (1, 2, 4, 8)
-"""How many times as many random neurons are tried, until they do about the damage that the critical ones do."""
+CLOSE: Final = 1.1
+"""How far apart two numbers of random neurons are when the search for equal damage ends."""
 
 GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
 GAMMA: Final = 4.0
 """Of AFR where nothing chooses it; a prototype found it by labelled validation images of one data seed."""
 
 AUDITED: Final = 12
-SHOWN: Final = 400
-"""Points per group in the picture; all of a smaller group."""
+SHOWN: Final = 2000
+"""Points per group in the picture, all of a smaller group: the embedded data has every training image in it."""
 
 SEED: Final = 20250201
 
@@ -67,7 +70,10 @@ SEED: Final = 20250201
 
 
 def knockout(model: nn.Module, batch: Any) -> ns.Edit:
-    """Return the edit that zeroes the layers that end the residual branches of a model's last stage.
+    """Return the edit that zeroes the layers that end the last residual branches of a model.
+
+    These are the branches of its last stage. Where all are of one stage, as in a transformer, they are the last quarter
+    of them: about as large a part as the last stage of a ResNet is, whose cut was measured.
 
     Args:
         model: a network with skip connections.
@@ -78,6 +84,8 @@ def knockout(model: nn.Module, batch: Any) -> ns.Edit:
     """
     branches = ns.residual_branches(model, batch)
     last = [branch.layer for branch in branches if branch.stage == branches[-1].stage]
+    if len(last) == len(branches):
+        last = last[-max(1, len(branches) // 4) :]
     return ns.zero_out(ns.select(ns.find_layout(model), dict.fromkeys(last, ...)))
 
 
@@ -130,7 +138,7 @@ def inferred_loaders(data: Any, split: str, inferred: ns.InferredGroups) -> dict
 def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> Row:
     """Return detection, audit and mitigation, as the entry "fragility" of `results.json`.
 
-    A network without residual branches gets the one entry "impossible", which says so.
+    For a network without residual branches, "impossible" says so; what needs no cut of them is there all the same.
 
     Args:
         folder: the run folder; what it holds is not done again.
@@ -139,10 +147,11 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
         trained: the trained model and its checkpoints.
         progress: whether to write lines of progress to standard error.
     """
+    edit, why = None, {}
     try:
         edit = knockout(trained.model, next(iter(next(iter(data.loaders("train").values())))))
     except (ValueError, CaptureError) as error:
-        return {"impossible": str(error)}
+        why = {"impossible": str(error)}
     splits = [split for split in ("train", "held-out") if split in data.splits]
 
     def detected(split: str) -> Row:
@@ -155,12 +164,13 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
 
     detection = {split: folder.remember(f"fragility-{split}", functools.partial(detected, split)) for split in splits}
     return {
-        "edit": [str(name) for name in edit.neurons.by_layer()],
+        **why,
+        "edit": [] if edit is None else [str(name) for name in edit.neurons.by_layer()],
         "detection": {split: found["rows"] for split, found in detection.items()},
         "flagged": {split: found["flagged"] for split, found in detection.items()},
         "damage": {split: found["damage"] for split, found in detection.items()},
         "points": detection["train"]["points"],
-        "audit": folder.remember("fragility-audit", lambda: audit(data, trained.model, edit)),
+        "audit": detection["train"]["audit"],
         "images": splits[-1],
         "mitigation": folder.remember(
             "fragility-mitigation", lambda: mitigate(data, trained.model, edit, splits[-1], folder.settings.seed)
@@ -172,83 +182,122 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """What a model says of the examples of a split, as it is, under cuts, and as it was early.
+
+    Attributes:
+        scores: by name, what the score needs, and the score of each example, (N,), higher for those that stand out.
+        damage: by cut, the share of predictions that it changes; of several draws the mean.
+    """
+
+    scores: Mapping[str, tuple[str, Tensor]]
+    damage: Mapping[str, float]
+
+
+def ask(
+    model: nn.Module,
+    data: Any,
+    split: str,
+    alone: Mapping[str, ns.Edit],
+    drawn: Mapping[str, Sequence[ns.Edit]],
+    checkpoints: Mapping[int, Path],
+) -> Asked:
+    """Return every score that could tell who is memorised, in one sweep and one more pass for each checkpoint.
+
+    Args:
+        model: the trained model.
+        data: the data set.
+        split: whose examples are scored, in the order of its loaders.
+        alone: by name, cuts that are scores of their own.
+        drawn: by name, the draws of a random cut, which are a score together.
+        checkpoints: by epoch, early ones to ask.
+    """
+    loaders, targets = data.loaders(split), Examples.of(data.splits[split]).targets
+    labelled = {f"{name}, {draw}": edit for name, edits in drawn.items() for draw, edit in enumerate(edits)}
+    swept = ns.sweep(model, {**alone, **labelled}, loaders, metric=ns.margin)
+    scores: dict[str, tuple[str, Tensor]] = {}
+    damage: dict[str, float] = {}
+    for name in alone:
+        remaining = swept.values(name)
+        scores[name] = ("final model, one edit", ns.fragility(remaining[None], targets))
+        damage[name] = float(((remaining > 0) != (swept.values() > 0)).double().mean())
+    scores["final margin"] = ("final model", -swept.values())
+    for epoch, path in checkpoints.items():
+        early = load_checkpoint(model, path.parents[1], epoch)
+        margins = ns.sweep(early, {}, loaders, metric=ns.margin).values()
+        scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -margins)
+    for name, edits in drawn.items():
+        values, damage[name] = joint_fragility(swept, name, targets)
+        scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)}", values)
+    return Asked(scores, damage)
+
+
+@dataclass(frozen=True, eq=False)
 class _Detection:
     """Every score of the examples of one split, and how well each finds the minorities."""
 
     folder: RunFolder
     data: Any
     trained: Trained
-    edit: ns.Edit
+    edit: ns.Edit | None
     split: str
 
     def run(self) -> Row:
         examples = Examples.of(self.data.splits[self.split])
+        alone = {} if self.edit is None else {"knockout": self.edit}
         # What critical and random neurons do is asked of the training images alone.
-        edits, sizes = self._cuts() if self.split == "train" else ({}, {})
-        swept = ns.sweep(
-            self.trained.model, {"knockout": self.edit, **edits}, self.data.loaders(self.split), metric=ns.margin
-        )
-        remaining = ns.fragility(torch.stack([swept.values("knockout")]), examples.targets)
-        scores: dict[str, tuple[str, Tensor]] = {
-            "knockout": ("final model, one edit", remaining),
-            "final margin": ("final model", -swept.values()),
-        }
-        for epoch in [epoch for epoch in EARLY if epoch in self.trained.checkpoints]:
-            scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -self._early(epoch))
-        together = {name: joint_fragility(swept, name, examples.targets) for name in sizes}
-        damage = {name: flips for name, (_, flips) in together.items()}
-        scores |= self._named(together, damage, sizes)
+        drawn = self._drawn() if self.split == "train" else {}
+        early = {epoch: self.trained.checkpoints[epoch] for epoch in EARLY if epoch in self.trained.checkpoints}
+        asked = ask(self.trained.model, self.data, self.split, alone, drawn, early)
         rows = [
             {"score": name, "needs": needs, **judged}
-            for name, (needs, values) in scores.items()
+            for name, (needs, values) in asked.scores.items()
             for judged in judge_scores(values, examples, self.data)
         ]
-        return {
-            "rows": rows,
-            "damage": [{"cut": name, "neurons": sizes[name], "flips": damage[name]} for name in sizes],
-            "flagged": _flagged(remaining, examples, self.data),
-            "points": _points(remaining, -swept.values(), examples, self.data),
-        }
+        sizes = {name: len(edits[0].neurons) for name, edits in drawn.items()}
+        damage = [{"cut": name, "neurons": sizes[name], "flips": asked.damage[name]} for name in sizes]
+        said: Row = {"rows": rows, "damage": damage, "flagged": {}, "points": [], "audit": []}
+        if self.edit is None:
+            return said
+        remaining = asked.scores["knockout"][1]
+        said["flagged"] = _flagged(remaining, examples, self.data)
+        if self.split == "train":
+            said["points"] = _points(remaining, asked.scores["final margin"][1], examples, self.data)
+            said["audit"] = audit(self.data, remaining)
+        return said
 
-    def _named(
-        self, together: Mapping[str, tuple[Tensor, float]], damage: Mapping[str, float], sizes: Mapping[str, int]
-    ) -> dict[str, tuple[str, Tensor]]:
-        """Return the scores by cuts of critical neurons, of as many random ones, and of so many that they do alike."""
-        if not sizes:
-            return {}
-        alike = min((name for name in sizes if name != "critical"), key=lambda n: abs(damage[n] - damage["critical"]))
-        cuts = {
-            "critical neurons": "critical",
-            "random neurons, equal count": "random x1",
-            "random neurons, equal damage": alike,
-        }
-        return {
-            name: (f"final model, {self._draws} draws of {sizes[cut]}", together[cut][0]) for name, cut in cuts.items()
-        }
-
-    @property
-    def _draws(self) -> int:
-        return self.folder.settings.draws
-
-    def _cuts(self) -> tuple[dict[str, ns.Edit], dict[str, int]]:
-        """Return the edits that cut critical and random neurons, by "name, draw", and the size of each kind."""
-        model, where = self.trained.model, self.trained.where
-        hard = ns.hard_batch(model, [batch for part in self.data.loaders("train").values() for batch in part])
-        pool = ns.top_fraction(ns.group_grad_norms(model, {"hard": [hard]}, where=where), POOL)
-        layout = ns.find_layout(model, where=where)
+    def _drawn(self) -> dict[str, list[ns.Edit]]:
+        """Return cuts of critical neurons, of as many random ones, and of so many random ones that they do as much."""
+        loaders = self.data.loaders("train")
+        hard = ns.hard_batch(self.trained.model, itertools.chain.from_iterable(loaders.values()))
+        scores = ns.group_grad_norms(self.trained.model, {"hard": [hard]}, where=self.trained.where)
+        pool = ns.top_fraction(scores, POOL)
         count = max(1, len(pool) // 4)
-        sizes = {"critical": count} | {f"random x{times}": times * count for times in TIMES}
-        edits: dict[str, ns.Edit] = {}
-        for name, size in sizes.items():
-            for draw in range(self._draws):
-                drawn = ns.sample(pool if name == "critical" else layout, size, seed=SEED + draw)
-                edits[f"{name}, {draw}"] = ns.zero_out(drawn)
-        return edits, sizes
+        critical = self._cuts(pool, count)
+        return {
+            "critical neurons": critical,
+            "random neurons, equal count": self._cuts(scores.layout, count),
+            "random neurons, equal damage": self._as_damaging(critical, scores.layout),
+        }
 
-    def _early(self, epoch: int) -> Tensor:
-        run = self.trained.checkpoints[epoch].parents[1]
-        model = load_checkpoint(self.trained.model, run, epoch)
-        return ns.sweep(model, {}, self.data.loaders(self.split), metric=ns.margin).values()
+    def _cuts(self, pool: ns.Layout | ns.Neurons, size: int) -> list[ns.Edit]:
+        return [ns.zero_out(ns.sample(pool, size, seed=SEED + draw)) for draw in range(self.folder.settings.draws)]
+
+    def _as_damaging(self, critical: Sequence[ns.Edit], layout: ns.Layout) -> list[ns.Edit]:
+        """Return the random cuts that come nearest to the damage of the critical ones, found by halving their size."""
+        target = self._damage(critical)
+        low, high = 1, layout.count
+        tried: dict[int, float] = {}
+        while low not in tried or high > CLOSE * low:
+            size = max(low, min(high, round(math.sqrt(low * high))))
+            if size in tried:
+                break
+            tried[size] = self._damage(self._cuts(layout, size))
+            low, high = (size, high) if tried[size] < target else (low, size)
+        return self._cuts(layout, min(tried, key=lambda size: abs(tried[size] - target)))
+
+    def _damage(self, cuts: Sequence[ns.Edit]) -> float:
+        return ask(self.trained.model, self.data, self.split, {}, {"cut": cuts}, {}).damage["cut"]
 
 
 def joint_fragility(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
@@ -330,19 +379,16 @@ def _points(scores: Tensor, margins: Tensor, examples: Examples, data: Any) -> l
 # Audit
 
 
-def audit(data: Any, model: nn.Module, edit: ns.Edit, count: int = AUDITED) -> list[Row]:
+def audit(data: Any, scores: Tensor, count: int = AUDITED) -> list[Row]:
     """Return the most fragile training images of each class, each as a PNG: what a person should look at first.
 
     Args:
         data: the data set.
-        model: the trained model.
-        edit: what is cut, see `knockout`.
+        scores: the fragility of its training images, (N,), in the order of the loaders.
         count: images per class.
     """
     split = data.splits["train"]
     examples = Examples.of(split)
-    swept = ns.sweep(model, {"knockout": edit}, data.loaders("train"), metric=ns.margin)
-    scores = ns.fragility(swept, examples.targets)
     rows = []
     for target in sorted(set(examples.targets.tolist())):
         members = (examples.targets == target).nonzero().flatten()

@@ -381,6 +381,17 @@ def test_wrong_labels_are_left_out_where_groups_are_judged(rows: dict[str, Any],
     }
 
 
+def test_held_out_images_have_wrong_labels_too_and_validation_and_test_have_none() -> None:
+    condition = replace(next(one for one in CONDITIONS if one.name == "label noise"), counts=SMALL)
+    noisy, wrong = falsifications._make_data(condition, 0)
+    clean = synthetic(0, counts=SMALL)
+    for split in clean.splits:
+        changed = noisy.splits[split].targets != clean.splits[split].targets
+        assert torch.equal(changed, wrong[split])
+        expected = round(0.03 * len(changed)) if split in ("train", "held-out") else 0
+        assert int(changed.sum()) == expected
+
+
 def test_the_deeper_network_is_cut_at_three_depths(rows: dict[str, Any], folder: RunFolder) -> None:
     row, dataset = rows["deeper network"], synthetic(0, counts=SMALL)
     last = [f"block{number}.conv2.weight" for number in (3, 4, 5, 6)]

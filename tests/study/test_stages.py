@@ -286,6 +286,52 @@ def test_a_network_without_skips_says_so_instead(dataset: data.DataSet, trained:
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
     results = stage_fragility(folder, dataset, Trained(plain, {}, [], studied(())), progress=False)
     assert "no residual branch" in results["impossible"]
+    assert results["edit"] == []
+    assert "final margin" in {row["score"] for row in results["detection"]["train"]}
+    rows = {row["name"]: row for row in results["mitigation"]}
+    assert "no residual branch to cut" in rows["inferred by knockout"]["impossible"]
+    assert rows["true groups"]["worst"] >= 0
+    assert json.loads(json.dumps(results)) == results
+
+
+class Attention(torch.nn.Module):
+    """A little transformer of four blocks, whose eight branches are of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 8, 8, 8)
+        self.blocks = torch.nn.Sequential(
+            *(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(4))
+        )
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return self.head(self.blocks(tokens).mean(1))
+
+
+def test_of_a_network_of_one_stage_the_last_quarter_is_cut(dataset: data.DataSet) -> None:
+    model = Attention().eval()
+    batch = next(iter(next(iter(dataset.loaders("train").values()))))
+    assert len(ns.residual_branches(model, batch)) == 8
+    edit = knockout(model, batch)
+    assert set(edit.neurons.by_layer()) == {"blocks.3.self_attn.out_proj.weight", "blocks.3.linear2.weight"}
+    logits = ns.apply(edit, model)(dataset.train.images[:8])
+    assert logits.std(0).min() > 1e-4  # something of the image is left
+
+
+def test_random_neurons_of_equal_damage_do_about_the_damage_of_the_critical_ones(
+    dataset: data.DataSet, trained: Trained, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run", Settings(quick=True, draws=3))
+    results = stage_fragility(folder, dataset, trained, progress=False)
+    damage = {row["cut"]: row for row in results["damage"]["train"]}
+    critical, alike = damage["critical neurons"], damage["random neurons, equal damage"]
+    assert damage["random neurons, equal count"]["neurons"] == critical["neurons"]
+    assert 1 <= alike["neurons"] <= 336
+    # No nearer than two neighbouring sizes are to each other, of a share that is not steady in the size.
+    assert abs(alike["flips"] - critical["flips"]) < 0.1
+    assert results["damage"]["held-out"] == []
 
 
 def test_knockout_zeroes_the_last_stage_alone(dataset: data.DataSet, trained: Trained) -> None:
@@ -318,7 +364,8 @@ def test_loaders_by_inferred_group_hold_each_image_once(dataset: data.DataSet) -
 
 def test_audit_shows_the_images_that_score_highest(dataset: data.DataSet, trained: Trained) -> None:
     edit = knockout(trained.model, next(iter(next(iter(dataset.loaders("train").values())))))
-    rows = audit(dataset, trained.model, edit, count=3)
+    swept = ns.sweep(trained.model, {"cut": edit}, dataset.loaders("train"), metric=ns.margin)
+    rows = audit(dataset, -swept.values("cut"), count=3)
     assert [row["class"] for row in rows] == [0, 1]
     with torch.no_grad():
         logits = ns.apply(edit, trained.model).eval()(dataset.train.images)

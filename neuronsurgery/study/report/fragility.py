@@ -58,7 +58,7 @@ def fragility(run: Results, groups: Groups) -> list[Section]:
     stage = run.get("fragility")
     if not stage:
         return []
-    if "impossible" in stage:
+    if "impossible" in stage and not stage.get("detection"):
         return [Section(f"Fragility could not be measured: {stage['impossible']}")]
     found = _Found(run, groups)
     sections = [_detection(found), *([_audit(found)] if stage.get("audit") else []), _mitigation(found)]
@@ -107,6 +107,8 @@ def _flat(row: Results) -> Results:
 
 def _detection_finding(found: _Found) -> str:
     """Return how well the knockout tells each minority from the rest of its class, and what does at least as well."""
+    if not found.stage["edit"]:
+        return _finding_without_cut(found)
     layers = listed([str(layer) for layer in found.stage["edit"]])
     parts = []
     for split, rows in found.stage["detection"].items():
@@ -124,6 +126,18 @@ def _detection_finding(found: _Found) -> str:
         return "No minority group has examples beside others of its class: nothing to detect."
     mean = "On the mean over the seeds, the" if found.over_seeds else "The"
     return f"{mean} fragility under the knockout of {layers} finds, within its class, {'; '.join(parts)}."
+
+
+def _finding_without_cut(found: _Found) -> str:
+    """Return why nothing was knocked out, and what ranks each minority highest all the same."""
+    parts = []
+    for split, rows in found.stage["detection"].items():
+        for name in dict.fromkeys(row["group"] for row in rows):
+            best = max((row for row in rows if row["group"] == name), key=lambda row: level_of(row["auc"]).value)
+            said = f"{best['score']} for {found.groups.label(name)} on the {split} images"
+            parts.append(f"{said} with AUC {_auc_text(level_of(best['auc']))}")
+    highest = f" Of the other scores the highest is {'; '.join(parts)}." if parts else ""
+    return f"Nothing was knocked out: {found.stage['impossible']}.{highest}"
 
 
 def _auc_text(level: Level) -> str:
