@@ -9,9 +9,10 @@ only they held right are those with the smallest margins: `fragility` ranks the 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +34,16 @@ Score: TypeAlias = Literal["margin", "flips"]
 LOOKUPS = WEIGHTED | {"embedding", "embedding_bag", "index", "index_select", "gather"}
 """Operators that make an activation of token ids and a parameter; adding a table of biases to a mask does not."""
 
+RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
+"""Operators that read several weights, no one of which ends them."""
+
+SUMS = {"add", "sub", "rsub"}
+"""Operators that do nothing but add their operands up."""
+
+FILLED = {f"{kind}_like" for kind in ("full", "zeros", "ones", "empty")}
+FILLED |= {f"new_{kind}" for kind in ("full", "zeros", "ones", "empty")}
+"""Operators that read no more of a tensor than its shape."""
+
 ROUNDING = 1e-6
 """A spread that is smaller, relative to the largest value, is what float32 leaves of a constant."""
 
@@ -48,8 +59,8 @@ class Branch:
 
     Attributes:
         layer: the parameter of the last layer that everything on the branch passes through.
-        stage: counted from 0; consecutive branches whose sums have one shape are one stage, the order of the sizes and
-            whether neighbouring ones are merged (8 x 8 positions, 64 tokens) aside.
+        stage: counted from 0; consecutive branches whose sums have one shape are one stage, the order of the sizes,
+            sizes of 1 and whether neighbouring ones are merged (8 x 8 positions, 64 tokens) aside.
         shape: of the sum, of one example.
 
     Example:
@@ -75,7 +86,12 @@ def residual_branches(
     straight from it or through at most one layer (the skip, perhaps with a projection and a normalisation), the other
     through more layers than that. Attention and feed-forward branches of transformers are branches, before or after a
     normalisation, one after the other or in parallel. Added masks, biases and position embeddings are not: they do not
-    come from the activation they are added to. A branch that no single layer ends is left out.
+    come from the activation they are added to. A branch that no single layer ends is left out; of the tensors that a
+    layer multiplies (a weight and its gain), the one with the most entries per neuron stands for it.
+
+    The sums that are seen are `+` and `-`, in place or not, with a factor or not, `sum([...])`, a stack that is summed
+    or averaged over its own axis, `lerp` with a given weight and `addcmul` of one activation. Joins by anything else
+    are not: a gate, a concatenation, `addmm` onto the skip.
 
     Zeroing all of `layer` cuts the branch. What follows that layer stays, and is the same for every example: its bias,
     the shift of a normalisation. A layer that a model uses several times may end several branches.
@@ -124,9 +140,11 @@ def residual_branches(
             branches.append(Branch(layer, stage, shape))
     if not branches:
         raise ValueError(
-            "no residual branch: nowhere does the forward pass add a path of layers to a shorter one beside it (plain "
-            "and densely connected networks do not), so there is no branch to cut. Cut neurons instead, enough of them "
-            "to change many predictions: sample(layout, k, seed) for random ones, topk(scores, k) for critical ones"
+            "no residual branch: nowhere does the forward pass add a path of layers to a shorter one beside it, by +, "
+            "-, lerp, addcmul or the sum of a stack. Plain and densely connected networks do not; a branch that is "
+            "joined in another way (by a gate, a concatenation, addmm) is not seen, but you can select its last layer "
+            "by name. Cut neurons instead, enough of them to change many predictions: sample(layout, k, seed) for "
+            "random ones, topk(scores, k) for critical ones"
         )
     return tuple(branches)
 
@@ -134,8 +152,8 @@ def residual_branches(
 class _Flow:
     """Which values of a graph are activations, what each is computed from, and which layers it reads.
 
-    An activation comes from a floating-point input, or from ids that look rows of a parameter up; masks, positions and
-    sizes do not.
+    An activation comes from a floating-point input, or from ids that look rows of a parameter up, or is a learned token
+    that is put beside others; masks, positions and sizes are none.
     """
 
     def __init__(self, graph: Graph, layout: Layout) -> None:
@@ -143,18 +161,23 @@ class _Flow:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.layers: dict[fx.Node, set[str]] = {}
+        self.row_sizes = {layer.parameter: math.prod(layer.row_shape) for layer in layout}
         weights = {node: {layer.parameter} for layer in layout for node in graph.parameters[layer.parameter]}
         learned = {node for nodes in graph.parameters.values() for node in nodes}
         given = set(graph.inputs)
         for node in filter(_holds_tensors, graph.nodes):
-            operands = [operand for operand in node.all_input_nodes if _holds_tensors(operand)]
+            operands = [] if _operator(node) in FILLED else list(filter(_holds_tensors, node.all_input_nodes))
+            if _operator(node) == "cat" and not self.sources.keys().isdisjoint(operands):
+                tokens = learned.intersection(operands)
+                self.sources |= dict.fromkeys(tokens, ())
+                self.layers |= {token: set() for token in tokens}
             sources = tuple(operand for operand in operands if operand in self.sources)
-            read = {name for operand in operands if operand not in self.sources for name in weights.get(operand, ())}
+            read = self._read(node, [weights.get(operand, set()) for operand in operands if operand not in sources])
             looked_up = _operator(node) in LOOKUPS and not learned.isdisjoint(operands)
             from_input = not given.isdisjoint(operands)
             if sources or (looked_up and from_input) or (node in given and _is_floating(node)):
                 self.sources[node] = sources
-                self.layers[node] = read
+                self.layers[node] = set() if _operator(node) in SUMS else read  # an added table is no layer
                 continue
             if from_input:
                 given.add(node)
@@ -163,21 +186,43 @@ class _Flow:
                 if not learned.isdisjoint(operands):
                     learned.add(node)
 
+    def _read(self, node: fx.Node, operands: Iterable[set[str]]) -> set[str]:
+        """Return the tensors that must all be zero for what an operator makes of some weights to be zero.
+
+        Those of every operand where it adds, joins or steps through them. Of a product those of one: the fewest, and of
+        these the ones with the most entries per neuron, since a weight has more than its gain.
+        """
+        weights = [names for names in operands if names]
+        if not weights or _operator(node) in SUMS | RECURRENT | {"cat", "stack"}:
+            return set().union(*weights)
+        return max(weights, key=lambda names: (-len(names), max(self.row_sizes[name] for name in names)))
+
     def sums(self) -> Iterator[fx.Node]:
         """Yield the additions of activations; one whose only use is another addition is a part of that."""
         for node in self.nodes:
-            if self._is_sum(node) and not self._is_partial(node):
+            if self._addends(node) and not self._is_partial(node):
                 yield node
 
-    def _is_sum(self, node: fx.Node) -> bool:
-        return _operator(node) == "add" and len(self.sources.get(node, ())) == 2
+    def _addends(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the activations that an operator adds up, two or more; none where it is no sum."""
+        kind, sources = _operator(node), self.sources.get(node, ())
+        if kind in ("sum", "mean") and len(sources) == 1 and _unstacks(node, sources[0]):
+            sources = self.sources[sources[0]]
+        elif kind == "lerp":  # where its weight is an activation, a gate
+            sources = sources if all(source in node.args[:2] for source in sources) else ()
+        elif kind == "addcmul":  # where both factors are activations, a gate
+            start, factors = node.args[0], node.args[1:3]
+            sources = sources if len(sources) == 2 and start in sources and start not in factors else ()
+        elif kind not in SUMS:
+            sources = ()
+        return sources if len(sources) > 1 else ()
 
     def _is_partial(self, node: fx.Node) -> bool:
-        return self._is_sum(node) and len(node.users) == 1 and self._is_sum(next(iter(node.users)))
+        return bool(self._addends(node)) and len(node.users) == 1 and bool(self._addends(next(iter(node.users))))
 
     def _terms(self, node: fx.Node) -> list[fx.Node]:
         terms = []
-        for source in self.sources[node]:
+        for source in self._addends(node):
             terms += self._terms(source) if self._is_partial(source) else [source]
         return terms
 
@@ -247,6 +292,14 @@ def _operator(node: fx.Node) -> str:
     return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
 
 
+def _unstacks(reduction: fx.Node, stack: fx.Node) -> bool:
+    """Return whether a sum or mean runs over the axis that a stack has made, and no other."""
+    axis: Any = stack.args[1] if len(stack.args) > 1 else 0
+    summed: list[Any] = pytree.tree_leaves(reduction.args[1:2])
+    count = len(Graph.shape(stack) or ())
+    return _operator(stack) == "stack" and [other % count for other in summed] == [axis % count]
+
+
 def _tensors(node: fx.Node) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
 
@@ -267,12 +320,15 @@ def _example_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _one_stage(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    """Return whether one shape is the other in another order, or with neighbouring sizes merged.
+    """Return whether one shape is the other in another order, or with neighbouring sizes merged, sizes of 1 aside.
 
     Within a stage Swin adds to (rows, columns, channels) and to (tokens, channels), MaxViT to channels first and last.
     """
-    a, b = (set(itertools.accumulate(shape, operator.mul)) for shape in (first, second))
-    return max(a, default=1) == max(b, default=1) and (sorted(first) == sorted(second) or a <= b or b <= a)
+    fewer, more = sorted((tuple(size for size in shape if size > 1) for shape in (first, second)), key=len)
+    ends, all_ends = (tuple(itertools.accumulate(shape, operator.mul)) for shape in (fewer, more))
+    # Down to a single size would merge the channels with the positions.
+    merged = len(fewer) > 1 and ends[-1] == all_ends[-1] and set(ends) <= set(all_ends)
+    return merged or sorted(fewer) == sorted(more)
 
 
 # Scores

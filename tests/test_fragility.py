@@ -73,6 +73,9 @@ def test_branches_of_known_architectures(name: str) -> None:
         ([(12, 8, 8), (8, 8, 12)], [0, 0]),
         ([(8, 8, 12), (64, 12), (4, 4, 24), (16, 24), (8, 8, 12)], [0, 0, 1, 1, 2]),
         ([(16,), (16,), (8,)], [0, 0, 1]),
+        ([(64, 4, 4), (1024, 1, 1), (1024,)], [0, 1, 1]),  # positions become channels
+        ([(8, 4, 4), (128,)], [0, 1]),
+        ([(1, 1, 12), (1, 12), (12,)], [0, 0, 0]),
     ],
 )
 def test_stages(shapes: list[tuple[int, ...]], expected: list[int]) -> None:
@@ -109,6 +112,66 @@ def test_networks_without_branches_are_told_what_to_use_instead(name: str) -> No
     case = CASES[name]
     with pytest.raises(ValueError, match=r"no residual branch: .* Cut neurons instead.*sample\(layout, k, seed\)"):
         ns.residual_branches(case.build(), case.batches()[0])
+
+
+def resnet50() -> nn.Module:
+    """One bottleneck block per stage, narrow inside."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=4)
+
+
+def deit() -> nn.Module:
+    """With a second token and a second head."""
+    from timm.models.deit import VisionTransformerDistilled
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return VisionTransformerDistilled(**sizes, num_classes=CLASSES)
+
+
+def nf_resnet() -> nn.Module:
+    """Its convolutions read a weight and a gain per channel."""
+    from timm.models.nfnet import NfCfg, NormFreeNet
+
+    return NormFreeNet(NfCfg(depths=(1, 1), channels=(16, 24), stem_type="3x3", attn_layer=None), num_classes=CLASSES)
+
+
+def parallel_vit() -> nn.Module:
+    """Two attentions side by side, stacked and summed, then two feed-forward parts."""
+    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return VisionTransformer(**sizes, num_classes=CLASSES, block_fn=ParallelThingsBlock)
+
+
+def cait() -> nn.Module:
+    """Its last blocks add to the class token alone, which at first is a parameter."""
+    from timm.models.cait import Cait
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    return Cait(**sizes, num_classes=CLASSES, depth_token_only=2)
+
+
+TRANSFORMER = ("*.attn.proj.weight", "*.mlp.fc2.weight")
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "globs", "expected"),
+    [
+        (resnet50, 32, ("layer*.conv3.weight",), [0, 1, 2, 3]),
+        (deit, 16, TRANSFORMER, [0] * 4),
+        (nf_resnet, 16, ("stages.*.conv3.weight",), [0, 1]),
+        (parallel_vit, 16, TRANSFORMER, [0] * 8),
+        (cait, 16, TRANSFORMER, [0] * 2 + [1] * 4),
+    ],
+)
+def test_branches_of_more_architectures(
+    build: Callable[[], nn.Module], size: int, globs: tuple[str, ...], expected: list[int]
+) -> None:
+    model = build()
+    found = ns.residual_branches(model, (torch.randn(2, 3, size, size), torch.zeros(2).long()))
+    assert layers(found) == named(model, *globs)
+    assert stages(found) == expected
 
 
 def densenet() -> nn.Module:
@@ -283,6 +346,94 @@ def gelu(self: Any, x: Tensor) -> Tensor:
 def chunked(self: Any, x: Tensor) -> Tensor:
     left, right = self.a(x).chunk(2, 1)
     return torch.cat([left + right.tanh(), right], 1)
+
+
+class Weighted(nn.Module):
+    """A layer of a weight and another tensor, the weight made of them by a function."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.make, self.other, self.weight = make, nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.make(self.weight, self.other)
+
+
+def weighted(make: Callable[[Tensor, Tensor], Tensor], *shape: int) -> Net:
+    return Net(lambda s, x: x + s.a(x).relu(), a=Weighted(make, *shape))
+
+
+class Table(nn.Module):
+    """A layer and a table of numbers that is added to what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.prompts = nn.Linear(4, 4), nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.prompts[0]  # type: ignore[no-any-return]
+
+
+def path(self: Any, x: Tensor) -> Tensor:
+    return self.b(self.a(x).relu())  # type: ignore[no-any-return]
+
+
+JOINS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str]]] = {
+    "difference": (lambda s, x: x - path(s, x), ["b.weight"]),
+    "difference the other way": (lambda s, x: path(s, x) - x, ["b.weight"]),
+    "rsub": (lambda s, x: torch.rsub(x, path(s, x)), ["b.weight"]),
+    "sum of a list": (lambda s, x: sum([x, path(s, x)]), ["b.weight"]),  # type: ignore[dict-item, return-value]
+    "stack, sum": (lambda s, x: torch.stack([x, path(s, x)]).sum(0), ["b.weight"]),
+    "stack, mean": (lambda s, x: torch.stack([x, path(s, x)], -1).mean(2), ["b.weight"]),
+    "stack in a sum": (lambda s, x: x + torch.stack([s.a(x), s.b(x)], 1).sum(1), ["a.weight", "b.weight"]),
+    "stack, sum over another axis": (lambda s, x: torch.stack([x, path(s, x)], 1).sum(2).repeat(1, 2), []),
+    "stack, sum over all": (lambda s, x: torch.stack([x, path(s, x)], 1).sum() + 0 * x, []),
+    "lerp": (lambda s, x: torch.lerp(x, path(s, x), 0.5), ["b.weight"]),
+    "lerp to the skip": (lambda s, x: torch.lerp(path(s, x), x, torch.tensor(0.5)), ["b.weight"]),
+    "lerp by a gate": (lambda s, x: torch.lerp(x, path(s, x), s.c(x).sigmoid()), []),
+    "lerp of a gate": (lambda s, x: torch.lerp(x, torch.ones(4), path(s, x)), []),
+    "addcmul": (lambda s, x: torch.addcmul(x, path(s, x), torch.full_like(x, 0.5)), ["b.weight"]),
+    "addcmul by a gate": (lambda s, x: torch.addcmul(x, path(s, x), s.c(x).sigmoid()), []),
+    "addcmul of the skip": (lambda s, x: torch.addcmul(x, x, path(s, x)), []),
+    "addcmul onto a constant": (lambda s, x: torch.addcmul(torch.ones(4), x, path(s, x)), []),
+    "addmm": (lambda s, x: torch.addmm(x, s.a(x).relu(), s.b.weight.T), []),
+    "concatenation": (lambda s, x: torch.cat([x, path(s, x)], 1)[:, ::2], []),
+    "onto zeros of its shape": (lambda s, x: torch.zeros_like(x) + path(s, x), []),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_which_joins_are_seen(name: str) -> None:
+    forward, expected = JOINS[name]
+    model, batch = net(forward, "a", "b", "c"), (torch.randn(5, 3), torch.zeros(5).long())
+    if expected:
+        assert layers(ns.residual_branches(model, batch)) == expected
+    else:
+        with pytest.raises(ValueError, match=r"by \+, -, lerp, addcmul or the sum of a stack\..*is not seen"):
+            ns.residual_branches(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        pytest.param(weighted(lambda w, gain: w * gain[:, :1], 4, 2), ["a.weight"], id="gain"),
+        pytest.param(weighted(lambda w, gain: gain[:, :1] * w, 4, 2), ["a.weight"], id="gain first"),
+        pytest.param(weighted(lambda w, other: w @ other, 4, 4), ["a.weight"], id="product"),
+        pytest.param(weighted(lambda w, other: w + other @ other.T, 4, 2), [], id="a sum, which zeroing one leaves"),
+        pytest.param(weighted(lambda w, other: torch.cat([w, other])[::2], 4, 4), [], id="joined"),
+        pytest.param(Net(lambda s, x: x + s.a(x).relu(), a=Table()), ["a.layer.weight"], id="a table added"),
+    ],
+)
+def test_which_tensor_ends_a_branch(model: nn.Module, expected: list[str]) -> None:
+    """One whose zeros cut it: then what the branch gives does not depend on its input."""
+    batch = (torch.randn(5, 3), torch.zeros(5).long())
+    if not expected:
+        with pytest.raises(ValueError, match="no residual branch"):
+            ns.residual_branches(model, batch)
+        return
+    assert layers(ns.residual_branches(model, batch)) == expected
+    cut = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {expected[0]: ...})), model)
+    assert torch.equal(cut.a(torch.randn(5, 4)), cut.a(torch.randn(5, 4)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
