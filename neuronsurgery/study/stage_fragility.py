@@ -439,7 +439,7 @@ class _Bench:
         try:
             made = make()
             rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
-            edited = ns.apply(retrained(self.model, *rule), self.model)
+            edited = ns.apply(retrained(self.model, *rule, head=self.held.head), self.model)
         except ValueError as error:
             return {**said, "impossible": str(error)}
         accuracies = {
@@ -470,7 +470,7 @@ def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed
     bench = _Bench(data, model, held, seed)
     validation = extract_features(model, data.loaders("validation"))
     train_features = extract_features(model, data.loaders("train")).features
-    logits = last_logits(model, held.features)
+    logits = last_logits(model, held.features, head=held.head)
     true = Examples.of(data.splits[split]).groups
 
     def inferred() -> Tensor:

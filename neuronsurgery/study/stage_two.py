@@ -433,7 +433,7 @@ def _dfr(judge: _Judge, setting: Setting, data: Any) -> Row:
     try:
         validation = extract_features(model, data.loaders("validation"))
         tuned = dfr(validation, extract_features(model, data.loaders("train")).features, seed=setting.seed)
-        edited = ns.apply(retrained(model, *tuned.rule), model)
+        edited = ns.apply(retrained(model, *tuned.rule, head=validation.head), model)
     except ValueError as error:  # a network that does not end in a linear layer, or hardly any images of a group
         return {**said, "impossible": str(error), "settings": {}, "trajectory": []}
     settings = {"C": tuned.chosen, "refits": 20}

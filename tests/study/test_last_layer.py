@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,8 +113,8 @@ def test_features_are_those_of_a_forward_pass_by_hand(
     model, batches = build().train(), image_batches()
     before = snapshot(model, batches)
     features, targets, groups = extract_features(model, batches)
-    assert last_linear(model) == last_linear(model, batches[0]) == name
-    logits = last_logits(model, features)
+    assert last_linear(model) == last_linear(model, batches[0]) == extract_features(model, batches).head == name
+    logits = last_logits(model, features, head=name)
     assert_unchanged(before, model, batches)
     assert not features.requires_grad and targets.dtype == groups.dtype == torch.int64
     assert targets.tolist() == [0, 1, 2, 0, 1, 2, 0] and groups.tolist() == [0, 1, 2, 3, 0, 1, 2]
@@ -174,9 +176,44 @@ def test_with_a_batch_the_layer_is_found_by_what_it_returns() -> None:
     assert last_linear(model, batch) == "head"
     assert last_linear(model) == "body"
     assert torch.equal(extract_features(model, [batch]).features, model.body(x).relu().detach())
-    with pytest.raises(ValueError, match="'body' has 4 rows of 4"):  # the last one registered, betrayed by its shape
-        retrained(model, torch.ones(1, 4), torch.ones(1))
-    assert retrained(model, torch.ones(1, 4), torch.ones(1), head="head").neurons
+    rule = torch.ones(1, 4), torch.ones(1)
+    assert retrained(model, *rule) == retrained(model, *rule, head="head")  # the only one that the rule fits
+    with pytest.raises(ValueError, match=r"several linear layers could be the last one, 'head', 'body': pass head="):
+        last_logits(model, x)
+
+
+class Auxiliary(nn.Module):
+    """Registers behind its head a layer of the same shape, which an evaluation does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())  # type: ignore[no-any-return]
+
+
+def test_of_two_layers_that_could_be_meant_neither_is_taken() -> None:
+    model, x = Auxiliary(), normal(5, 3)
+    found = extract_features(model, [(x, torch.zeros(5).long())])
+    assert found.head == "head" and last_linear(model) == "aux"
+    rule = normal(1, 4, key="coef").double(), torch.zeros(1).double()
+    message = r"several linear layers could be the last one, 'head', 'aux': pass head=features\.head, which"
+    with pytest.raises(ValueError, match=message):
+        last_logits(model, found.features)
+    with pytest.raises(ValueError, match=message):
+        retrained(model, *rule)
+    with torch.no_grad():
+        assert_close(last_logits(model, found.features, head=found.head), model(x).double())
+        edited = ns.bake(retrained(model, *rule, head=found.head), model)
+        assert torch.equal(edited(x).argmax(1), LinearRule(*rule).predict(found.features))
+
+
+def test_features_are_three_tensors_and_a_name() -> None:
+    found = extract_features(nn.Linear(4, 2), [(normal(2, 4), torch.tensor([0, 1]), torch.tensor([3, 4]))])
+    features, targets, groups = found
+    assert features is found.features and targets is found.targets and groups is found.groups
+    assert found.head == "" and Features(*found).head is None
 
 
 class Ends(nn.Module):
@@ -527,7 +564,7 @@ def test_the_worst_group_by_hand() -> None:
     rule = LinearRule(torch.tensor([[1.0]]).double(), torch.tensor([0.0]).double())
     found = Features(torch.tensor([[1.0], [-1], [1], [1]]), torch.tensor([1, 1, 1, 0]), torch.tensor([0, 4, 4, 0]))
     assert worst_accuracy(rule, found) == 0.5
-    assert worst_accuracy(rule, found._replace(groups=torch.tensor([0, 1, 0, 2]))) == 0.0
+    assert worst_accuracy(rule, replace(found, groups=torch.tensor([0, 1, 0, 2]))) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -549,7 +586,27 @@ def test_the_worst_group_by_hand() -> None:
 )
 def test_what_cannot_be_fitted(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        balanced_logistic(**data()._asdict() | changes)
+        balanced_logistic(**dict(zip(("features", "targets", "groups"), data(), strict=True)) | changes)
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+@pytest.mark.parametrize(
+    ("targets", "groups", "message"),
+    [
+        ([0] * 20 + [1] * 20, [0] * 3 + [1] * 17 + [1] * 20, None),
+        ([0] * 20 + [1] * 20, [0] * 3 + [1] * 17 + [2] * 20, None),
+        ([0] * 39 + [1], [0] * 2 + [1] * 38, r"a subset of 4 examples .* has none of class 1, because groups cross"),
+        ([0] * 38 + [1, 2], [0] * 1 + [1] * 39, r"has none of class 1, 2, because groups cross the classes: give gro"),
+    ],
+)
+def test_groups_that_cross_classes(penalty: Any, targets: list[int], groups: list[int], message: str | None) -> None:
+    """They may, as long as every class is left in every subset."""
+    fit = partial(balanced_logistic, normal(40, 3), torch.tensor(targets), torch.tensor(groups), penalty=penalty)
+    if message is None:
+        assert fit(subsets=2).coef.shape == (1, 3)
+    else:
+        with pytest.raises(ValueError, match=message):
+            fit()
 
 
 # --- DFR ------------------------------------------------------------------------------------------------------------
@@ -606,9 +663,16 @@ def test_dfr_chooses_from_its_authors_strengths() -> None:
 )
 def test_dfr_without_a_group(groups: list[int], count: int | None, message: str) -> None:
     """A single example of a group is in one half only."""
-    validation = data()._replace(groups=torch.tensor(groups))
+    validation = replace(data(), groups=torch.tensor(groups))
     with pytest.raises(ValueError, match=message):
         dfr(validation, validation.features, refits=1, strengths=(1.0,), group_count=count)
+
+
+def test_dfr_with_a_class_that_its_fit_would_not_see() -> None:
+    targets, groups = torch.tensor([0] * 116 + [1] * 4), torch.tensor([0, 0, 0, 0] + [1] * 116)
+    crossing = replace(data(), targets=targets, groups=groups)
+    with pytest.raises(ValueError, match="is balanced over the groups has none of class 1"):
+        dfr(crossing, crossing.features, refits=1, strengths=(1.0,))
 
 
 def test_dfr_needs_a_strength() -> None:
@@ -650,7 +714,7 @@ def test_the_gamma_of_the_best_worst_group() -> None:
     logits = normal(120, 2, key="logits") * 3
     rules = {gamma: afr(held.features, held.targets, logits, gamma=gamma) for gamma in (8.0, 0.0, 2.0)}
     for selector in (validation.groups, validation.targets):
-        judged = validation._replace(groups=selector)
+        judged = replace(validation, groups=selector)
         found = tuned_afr(held.features, held.targets, logits, judged, gammas=(8.0, 0.0, 2.0))
         assert found.accuracies == {gamma: worst_accuracy(rule, judged) for gamma, rule in rules.items()}
         assert found.chosen == max(found.accuracies, key=lambda gamma: found.accuracies[gamma])
@@ -691,8 +755,8 @@ def test_fits_leave_no_trace_and_depend_on_their_seed_alone() -> None:
             balanced_logistic(*found, penalty="l1", seed=seed, subsets=2),
             balanced_logistic(*found, seed=seed, subsets=2),
             dfr(found, found.features, seed=seed, refits=2, strengths=(1.0, 0.1)).rule,
-            afr(*found[:2], logits),
-            tuned_afr(*found[:2], logits, found).rule,
+            afr(found.features, found.targets, logits),
+            tuned_afr(found.features, found.targets, logits, found).rule,
         ]
 
     before = snapshot(model, found, logits)
