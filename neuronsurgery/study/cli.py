@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import errno
+import importlib
 import os
 import statistics
 import sys
@@ -12,34 +15,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
-import neuronsurgery as ns
 from neuronsurgery.study import data
 from neuronsurgery.study.claims import render
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.falsifications import falsifications
 from neuronsurgery.study.methods import FINE_TUNING
-from neuronsurgery.study.models import DEFAULTS, Built, build_model
-from neuronsurgery.study.readers import READERS, Loading, describe_counts, training_source
+from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
+from neuronsurgery.study.readers import (
+    READERS,
+    Loading,
+    batches,
+    describe_counts,
+    digests,
+    joined_source,
+    training_source,
+)
 from neuronsurgery.study.run import (
     EXPERIMENTS,
     STAGES,
     RunFolder,
     Settings,
+    describe_file,
     describe_run,
     read_results,
     refuse_missing_groups,
     write_results,
 )
-from neuronsurgery.study.seeds import combine, refuse_other_files
+from neuronsurgery.study.seeds import combine, delete_other_seeds, refuse_other_files
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_memorization import stage_memorization
 from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, stage_two
 from neuronsurgery.study.training import (
     RECIPES,
-    Embedded,
     Hardware,
     Recipe,
     checkpoint_epochs,
@@ -61,16 +73,32 @@ QUICK = {
 }
 QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
 QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
+COLUMNS = ("path", "label", "attribute", "split")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 after an error that names the next step."""
+    """Run the command line and return its exit status.
+
+    0, 1 after an error that names the next step, 2 where the arguments cannot be understood, and 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"neuronsurgery: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"neuronsurgery: stopped: {_how_to_go_on(options)}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        room = isinstance(error, OSError) and error.errno in NO_ROOM
+        step = ": make room there or give leave to write, and start again to go on" if room else ""
+        print(f"neuronsurgery: error: {error}{step}", file=sys.stderr)
         return 1
+
+
+def _how_to_go_on(options: argparse.Namespace) -> str:
+    if options.run is not _study:
+        return "start it again"
+    return f"the same command{', without --overwrite,' if options.overwrite else ''} goes on from here"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,12 +125,20 @@ def _parser() -> argparse.ArgumentParser:
         help="which experiments of Stage 1 (default: all)",
     )
     study.add_argument("--out", type=Path, help="the run folder (default: runs/DATA-seed-N)")
-    study.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
+    study.add_argument("--seed", type=_whole(0), default=0, help="of data, weights and batches (default: %(default)s)")
     study.add_argument(
-        "--seeds", type=_count, default=1, metavar="N", help="run this many seeds, from --seed on, and compare them"
+        "--seeds", type=_whole(1), default=1, metavar="N", help="run this many seeds, from --seed on, and compare them"
     )
     study.add_argument("--preset", choices=list(RECIPES), help="how to train (default: adam; on disk, the data's own)")
-    study.add_argument("--epochs", type=int, help="passes over the training images (default: the preset's)")
+    study.add_argument("--epochs", type=_whole(1), help="passes over the training images (default: the data's own)")
+    study.add_argument("--batch-size", type=_whole(1), help="images per step (default: the preset's)")
+    study.add_argument(
+        "--held-out",
+        type=_share,
+        metavar="SHARE",
+        help="hold this share of the training images out of training, to choose and retrain with; for data without "
+        "held-out images of their own (default: none)",
+    )
     study.add_argument(
         "--split",
         action="append",
@@ -119,31 +155,47 @@ def _parser() -> argparse.ArgumentParser:
         help="Stage 2 at the paper's lengths and with more rates; and where fragility should fail (embedded data)",
     )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
+    _add_network_options(study.add_argument_group("network"))
     _add_disk_options(study.add_argument_group("images on disk"))
     _add_hardware_options(study.add_argument_group("hardware"))
-    study.add_argument("--overwrite", action="store_true", help="delete another run in the folder")
+    study.add_argument("--overwrite", action="store_true", help="delete the files of another run in the folder")
     study.set_defaults(run=_study)
     report = commands.add_parser("report", help="make the report of a run folder again")
     report.add_argument("folder", type=Path, metavar="DIR")
     report.set_defaults(run=_report)
-    show = commands.add_parser("show", help="print what a file of ours holds: neurons, scores, an edit, metrics")
+    show = commands.add_parser(
+        "show", help="print what a file of ours holds: neurons, scores, an edit, a checkpoint, results, settings"
+    )
     show.add_argument("file", type=Path, metavar="FILE")
     show.set_defaults(run=_show)
     return parser
 
 
-def _add_disk_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--root", type=Path, metavar="DIR", help="the folder of the data set")
-    group.add_argument("--arch", help="small_resnet, or any name of torchvision or timm (default: resnet50)")
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--arch",
+        help="small_resnet, or any name of torchvision or timm (default: small_resnet; of images on disk, resnet50)",
+    )
     group.add_argument(
         "--weights", type=Path, metavar="FILE", help="initial weights: safetensors or a torch state dict"
     )
-    group.add_argument("--batch-size", type=int, help="images per step (default: the data's own)")
-    group.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
+
+
+def _add_disk_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--root", type=Path, metavar="DIR", help="the folder of the data set")
+    group.add_argument(
+        "--image-size",
+        type=_whole(1),
+        metavar="N",
+        help="height and width that the network is given (default: what timm says of the network, else 224)",
+    )
+    group.add_argument(
+        "--workers", type=_whole(0), default=0, help="processes that decode images (default: %(default)s)"
+    )
     group.add_argument("--pin-memory", action="store_true", help="for a faster way to the device")
     group.add_argument("--no-verify", action="store_true", help="do not decode every image before training starts")
     group.add_argument("--table", help="--data folder: the CSV file (default: metadata.csv)")
-    for column in ("path", "label", "attribute", "split"):
+    for column in COLUMNS:
         group.add_argument(f"--{column}-column", help=f"--data folder: the column's name (default: {column})")
 
 
@@ -153,22 +205,29 @@ def _add_hardware_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--channels-last", action="store_true", help="lay images and weights out channels last")
 
 
-def _seed(text: str) -> int:
-    seed = int(text)
-    if seed < 0:
-        raise argparse.ArgumentTypeError(f"a seed is a whole number of at least 0, not {seed}")
-    return seed
+def _whole(least: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from the least that makes sense."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return parse
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"a number of seeds is at least 1, not {count}")
-    return count
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 0.5:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 0.5, such as 0.2, not {text!r}")
+    return share
 
 
 def _show(options: argparse.Namespace) -> int:
-    print(ns.load_file(options.file))
+    print(describe_file(options.file))
     return 0
 
 
@@ -182,12 +241,14 @@ def _report(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     settings = _settings(options)
+    _refuse_missing_packages(settings)
+    _refuse_missing_device(settings.device)
     seeds = range(settings.seed, settings.seed + options.seeds)
     name = settings.data + ("-quick" if settings.quick else "")
     last = f"s-{seeds[0]}-{seeds[-1]}" if options.seeds > 1 else f"-{settings.seed}"
     path = options.out or Path("runs") / f"{name}-seed{last}"
     if options.seeds > 1:
-        refuse_other_files(path)
+        refuse_other_files(path, None if options.overwrite else seeds)
         runs = {n: _run(options, replace(settings, seed=n), path / f"seed-{n}") for n in seeds}
     else:
         runs = {settings.seed: _run(options, settings, path)}
@@ -212,9 +273,12 @@ def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[st
     dataset = _dataset(options, settings)
     refuse_missing_groups(dataset, settings)
     built = build_model(settings.arch, len(set(dataset.train.targets.tolist())), settings.weights, settings.seed)
+    _refuse_misfit(built.model, dataset, settings)
     with distributed(options.device) as rank:
         if rank == 0:
-            folder = RunFolder(path, settings, overwrite=options.overwrite)
+            if options.seeds > 1 and options.overwrite:
+                delete_other_seeds(path.parent, range(options.seed, options.seed + options.seeds))
+            folder = RunFolder(path, settings, overwrite=options.overwrite, data=digests(dataset))
             print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
         if dist.is_initialized():
             dist.barrier()
@@ -252,12 +316,13 @@ def _surgery(
 
 
 def _train(options: argparse.Namespace, folder: RunFolder, dataset: Any, built: Built) -> Trained:
+    _refuse_missing_checkpoints(folder.path)
     started = time.perf_counter()
     model = train(
         built.model,
         training_source(dataset),
         folder.path,
-        recipe=replace(_recipe(options), epochs=folder.settings.epochs),
+        recipe=folder.settings.recipe,
         seed=folder.settings.seed,
         hardware=_hardware(options),
         progress=print_progress,
@@ -271,14 +336,14 @@ def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trai
     return Setting(
         trained,
         training_source(dataset),
-        replace(_recipe(options), epochs=settings.epochs),
+        settings.recipe,
         settings.seed,
         tuple(dataset.train.counts),
         built.pretrained,
         settings.fine_tuning_epochs,
         settings.comparison_epochs,
         MORE_RATES if settings.full else RATES,
-        _joined(dataset) if settings.full else None,
+        joined_source(dataset) if settings.full else None,
         *_published(options, built),
     )
 
@@ -291,12 +356,6 @@ def _published(options: argparse.Namespace, built: Built) -> tuple[Mapping[str, 
     return defaults.comparisons, defaults.contrast_temperature
 
 
-def _joined(dataset: Any) -> Embedded | None:
-    if not isinstance(dataset, data.DataSet) or "held-out" not in dataset.splits:
-        return None
-    return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
-
-
 def _hardware(options: argparse.Namespace) -> Hardware:
     return Hardware(options.device, options.bf16, options.channels_last)
 
@@ -305,15 +364,18 @@ def _dataset(options: argparse.Namespace, settings: Settings) -> Any:
     if settings.data in EMBEDDED:
         held_out = QUICK_HELD_OUT if settings.data == "synthetic" else {}
         counts = QUICK_COUNTS | held_out if settings.quick else None
-        return EMBEDDED[settings.data](settings.seed, counts=counts)
-    loading = Loading(options.workers, options.pin_memory)
-    chosen = {name: getattr(options, f"{name}_column") for name in ("path", "label", "attribute", "split")}
-    columns = {name: value for name, value in {"table": options.table, **chosen}.items() if value is not None}
-    if columns and settings.data != "folder":
-        raise ValueError(f"--table and the columns are for --data folder; {settings.data} has its own")
-    dataset = READERS[settings.data](options.root, loading=loading, verify=_verifies(options, settings), **columns)
-    print(describe_counts(dataset))
-    return dataset
+        dataset: Any = EMBEDDED[settings.data](settings.seed, counts=counts)
+    else:
+        chosen = {name: getattr(settings, f"{name}_column") for name in COLUMNS} | {"table": settings.table}
+        dataset = READERS[settings.data](
+            options.root,
+            size=settings.image_size,
+            loading=Loading(options.workers, options.pin_memory),
+            verify=_verifies(options, settings),
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        print(describe_counts(dataset))
+    return dataset if settings.held_out is None else data.hold_out(dataset, settings.held_out, settings.seed)
 
 
 def _verifies(options: argparse.Namespace, settings: Settings) -> bool:
@@ -322,38 +384,133 @@ def _verifies(options: argparse.Namespace, settings: Settings) -> bool:
     return first and not options.no_verify
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    recipe = RECIPES[options.preset] if options.preset else DEFAULTS[options.data].recipe
-    return recipe if options.batch_size is None else replace(recipe, batch_size=options.batch_size)
-
-
 def _settings(options: argparse.Namespace) -> Settings:
-    if options.seeds > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.seeds > 1 and processes > 1:
         raise ValueError("--seeds is for one process: under torchrun give one --seed at a time")
-    if (options.root is None) != (options.data in EMBEDDED):
-        needed = "is embedded and takes no" if options.data in EMBEDDED else "is read from disk and needs"
-        raise ValueError(f"--data {options.data} {needed} --root DIR")
+    _refuse_other_options(options)
+    recipe, arch = _recipe(options), options.arch or DEFAULTS[options.data].arch
     chosen: dict[str, Any] = {
+        **vars(recipe),
         "data": options.data,
         "root": None if options.root is None else str(options.root),
-        "arch": options.arch or DEFAULTS[options.data].arch,
+        "arch": arch,
         "weights": None if options.weights is None else str(options.weights),
         "preset": options.preset or ("adam" if options.data in EMBEDDED else options.data),
         "seed": options.seed,
-        "epochs": _recipe(options).epochs,
         "splits": tuple(dict.fromkeys(options.split or ["train"])),
         "experiments": EXPERIMENTS if "all" in options.experiments else tuple(sorted(set(options.experiments))),
+        "held_out": options.held_out,
+        "image_size": None if options.data in EMBEDDED else options.image_size or input_size(arch),
+        "device": options.device,
+        "bf16": options.bf16,
+        "channels_last": options.channels_last,
+        "processes": processes,
     }
+    if options.data == "folder":
+        chosen["table"] = options.table or "metadata.csv"
+        chosen |= {f"{name}_column": getattr(options, f"{name}_column") or name for name in COLUMNS}
     more = ["memorization"] * options.memorization + ["falsifications"] * (options.full and options.data in EMBEDDED)
     chosen["stages"] = tuple([stage for stage in STAGES if stage in options.stages] + more)
-    if options.epochs is not None:
-        chosen["epochs"] = options.epochs
-    chosen["comparison_epochs"] = max(1, chosen["epochs"] // 2)
+    return Settings(**chosen | _lengths(options, recipe.epochs))
+
+
+def _lengths(options: argparse.Namespace, epochs: int) -> dict[str, Any]:
+    """The settings that say how long a run takes."""
+    lengths: dict[str, Any] = {"comparison_epochs": max(1, epochs // 2)}
     if options.full:
-        chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": chosen["epochs"], "full": True}
+        lengths = {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": epochs, "full": True}
     if options.quick:
-        chosen |= QUICK if options.epochs is None else {**QUICK, "epochs": options.epochs}
-    return Settings(**chosen)
+        lengths |= QUICK if options.epochs is None else {**QUICK, "epochs": epochs}
+    return lengths
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe of the preset, at the length that is the data set's own, or what was asked for instead."""
+    own = DEFAULTS[options.data].recipe
+    recipe = replace(RECIPES[options.preset], epochs=own.epochs) if options.preset else own
+    asked = {"epochs": options.epochs, "batch_size": options.batch_size}
+    return replace(recipe, **{name: value for name, value in asked.items() if value is not None})
+
+
+# What is found before any work
+
+
+def _refuse_other_options(options: argparse.Namespace) -> None:
+    """Raise a ValueError if options are given that are for other data, or the root is missing."""
+    names = ("table", *(f"{name}_column" for name in COLUMNS))
+    given = [name for name in names if getattr(options, name) is not None]
+    if options.data in EMBEDDED:
+        of_disk = [*("root", "image_size", "workers", "pin_memory", "no_verify"), *given]
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in of_disk if getattr(options, name))
+        if found:
+            raise ValueError(
+                f"--data {options.data} is embedded and takes no {found}: leave it out, or choose --data "
+                f"{', '.join(READERS)}"
+            )
+        return
+    if options.root is None:
+        raise ValueError(f"--data {options.data} is read from disk and needs --root DIR")
+    if given and options.data != "folder":
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{found}: only for --data folder, {options.data} has its own: leave it out")
+
+
+def _refuse_missing_packages(settings: Settings) -> None:
+    """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
+    learned = settings.data == "digits" or not {"2", "fragility", "falsifications"}.isdisjoint(settings.stages)
+    needed = {"sklearn": "scikit-learn"} if learned else {}
+    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision", "PIL": "Pillow"}
+    missing = []
+    for module, package in needed.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{package} ({error})")
+    if missing:
+        raise ImportError(
+            f"--data {settings.data} with the stages {', '.join(settings.stages)} needs packages that are not "
+            f"installed, {', '.join(missing)}: pip install 'neuronsurgery[study]'"
+        )
+
+
+def _refuse_missing_device(device: str | None) -> None:
+    """Raise a ValueError if nothing can be computed on a device."""
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # the former where torch was built without the device
+        said = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({said}): leave it out to use the CPU") from error
+
+
+def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> None:
+    """Raise a ValueError if a network does not take the images of a data set; found on a copy of the network."""
+    few = dataset.train.subset(torch.arange(min(2, len(dataset.train))))
+    if settings.data not in EMBEDDED:
+        few = replace(few, loading=Loading())  # without workers, which take longer to start than two images
+    images, _, _ = next(iter(batches(few, 2)))
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(images)
+    except Exception as error:  # whatever a network says to images of the wrong size: timm asserts
+        size, made_for = images.shape[-1], input_size(settings.arch)
+        on_disk = settings.data not in EMBEDDED and size != made_for
+        step = f"pass --image-size {made_for}, for which it is made" if on_disk else "choose another one with --arch"
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{settings.arch} does not take images of {size} x {size} ({said}): {step}") from error
+
+
+def _refuse_missing_checkpoints(path: Path) -> None:
+    """Raise a FileNotFoundError if checkpoints were taken out of the middle of a training."""
+    held = checkpoint_epochs(path)
+    missing = sorted(set(range(max(held, default=0))) - set(held))
+    if missing:
+        raise FileNotFoundError(
+            f"{path}: the checkpoints of epochs {', '.join(map(str, missing))} are missing, the first of them "
+            f"{checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
+        )
 
 
 # What is printed
@@ -364,7 +521,7 @@ def summary(results: Mapping[str, Any]) -> str:
     groups = results["groups"]
     header = ["", *groups]
     accuracy = [[f"{part} images", *map(str, results["counts"][part])] for part in results["counts"]] + [
-        [f"{part} accuracy, %", *(f"{100 * value:.1f}" for value in values)]
+        [f"{part} accuracy, %", *_per_group(values, results["counts"][part])]
         for part, values in results["accuracy"].items()
     ]
     tables = [_table("Empirical risk minimisation", header, accuracy)]
@@ -389,6 +546,12 @@ def summary(results: Mapping[str, Any]) -> str:
         tables.append(_table(title, header, [row + ["-"] * (len(header) - len(row)) for row in rows]))
     steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in results["counts"][split])
     return "\n\n".join([*tables, f"One image is {steps} points in these groups. Every number is in the report."])
+
+
+def _per_group(accuracies: Iterable[float], counts: Iterable[int]) -> list[str]:
+    """The accuracies in percent, and a dash for groups without images, which have none."""
+    values = iter(accuracies)
+    return [f"{100 * next(values):.1f}" if count else "-" for count in counts]
 
 
 def _worst(arm: Mapping[str, Any], rules: Sequence[str]) -> list[str]:

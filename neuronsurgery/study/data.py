@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -223,6 +223,66 @@ def _move(images: Tensor, moves: Tensor) -> Tensor:
     columns = torch.where(flip == 1, width - 1 - columns, columns)
     sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (B, H * W)
     return images.flatten(2).gather(2, sources[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+
+# Held-out images for a data set that has none
+
+
+class Splits(Protocol):
+    """A data set of any kind, embedded or on disk: a dataclass with named splits."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def splits(self) -> Mapping[str, Any]:
+        """Split name to split, each with a length and `subset`."""
+        ...
+
+
+AnyData = TypeVar("AnyData", bound=Splits)
+
+
+def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
+    """A data set in which a part of the training images is a split of its own, "held-out".
+
+    The part is a plain random one: the draw depends on the seed and on the number of training images alone and looks at
+    no class and no group, so that both parts are distributed alike. A smaller share is a part of a larger one.
+
+    Args:
+        dataset: embedded or read from disk; it stays as it is.
+        share: of the training images, in (0, 0.5]; round(share * N) of them are held out.
+        seed: of the draw.
+
+    Returns:
+        A data set of the same kind; the images of each part are in the order that they had.
+
+    Raises:
+        ValueError: if the share is not in (0, 0.5], it comes to no image, or the data set has held-out images already.
+
+    Example:
+        >>> hold_out(digits(seed=0), 0.25, seed=0)
+        DataSet 'digits'; groups: digit 0-4 on land, digit 0-4 on water, digit 5-9 on land, digit 5-9 on water
+          train: Split(616 images of (3, 16, 16), 446/27/7/136 per group)
+          held-out: Split(206 images of (3, 16, 16), 154/5/3/44 per group)
+          validation: Split(120 images of (3, 16, 16), 30/30/30/30 per group)
+          test: Split(400 images of (3, 16, 16), 100/100/100/100 per group)
+    """
+    if not 0 < share <= 0.5:
+        raise ValueError(f"hold_out: share must be in (0, 0.5], found {share}: 0.2 holds out a fifth of the images")
+    if "held-out" in dataset.splits:
+        raise ValueError(
+            f"hold_out: the data set has held-out images of its own ({len(dataset.splits['held-out'])}): use these and "
+            f"leave out --held-out"
+        )
+    train = dataset.splits["train"]
+    count = round(share * len(train))
+    if not count:
+        raise ValueError(f"hold_out: {share} of {len(train)} training images is none: choose a larger share")
+    held = torch.zeros(len(train), dtype=torch.bool)
+    held[torch.from_numpy(permutation(len(train), "held-out", seed)[:count])] = True
+    others = {name: split for name, split in dataset.splits.items() if name != "train"}
+    splits = {"train": train.subset(~held), "held-out": train.subset(held), **others}
+    return replace(dataset, splits=MappingProxyType(splits))
 
 
 # Random numbers

@@ -142,6 +142,30 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
     return Built(model, f"{title}: weights of {weights}, {said}", True, head)
 
 
+def input_size(arch: str) -> int:
+    """The height and width of the images that a network is made for: what timm says of its own, 224 for any other.
+
+    Args:
+        arch: as for `build_model`; a name that nobody knows is of 224, too.
+
+    Example:
+        >>> input_size("resnet50")
+        224
+    """
+    if arch == "small_resnet" or arch in _torchvision_names():
+        return _USUAL_SIZE
+    name = arch.removeprefix("timm:").partition(".")[0]
+    if name not in _timm_names():
+        return _USUAL_SIZE
+    from timm.models import get_pretrained_cfg
+
+    said = get_pretrained_cfg(name)
+    return _USUAL_SIZE if said is None else int(max(said.input_size[1:]))
+
+
+_USUAL_SIZE: Final = 224
+
+
 # Which network
 
 Construct: TypeAlias = Callable[[int, int], nn.Module]

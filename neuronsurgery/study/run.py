@@ -1,31 +1,56 @@
 """The run folder: what a study has done so far, what it came to, and how it goes on where it was killed.
 
-`run.json` says which run it is; `checkpoints/` and `optimizer.safetensors` are the training's; `scores.safetensors` and
-`experiments/*.json` are written when each is done and read instead of being done again; `results.json` gathers every
-number, and the report is made from it alone. Each file is there whole or not at all.
+`run.json` says which run it is, on which images; `checkpoints/` and `optimizer.safetensors` are the training's; scores
+and `experiments/*.json` are written when each is done and read instead of being done again; `results.json` gathers
+every number, and the report is made from it alone. Each file is there whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.artifacts import write_atomically
+from neuronsurgery.artifacts import KEY, write_atomically
+from neuronsurgery.study.training import Recipe
 
 SCHEMA: Final = 1
 ADDED_TO: Final = ("splits", "experiments", "stages")
 """Settings that may differ from those of a run that is there: what is asked for is added to what it has."""
 
+MADE: Final = (
+    "optimizer.safetensors",
+    "checkpoints/epoch-*.safetensors",
+    "results.json",
+    "experiments/*.json",
+    "gradients*.safetensors",
+    "magnitudes.safetensors",
+    "specs/*.safetensors",
+    "stage-2/*/optimizer.safetensors",
+    "stage-2/*/checkpoints/epoch-*.safetensors",
+    "memorization/share-*/model-*.safetensors",
+    "falsifications/*/optimizer.safetensors",
+    "falsifications/*/checkpoints/epoch-*.safetensors",
+    "timings.json",
+    "report.html",
+    "tables/*.csv",
+    "figures/*.svg",
+    "run.json",
+)
+"""The files that the study makes in a run folder, in the order in which they are deleted: without the optimiser's file
+a training starts anew, and while `run.json` is there the folder is known as a run."""
 
 EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
 STAGES: Final = ("1", "2", "fragility")
@@ -42,7 +67,7 @@ class Settings:
         root: the folder of a data set that is not embedded, or None.
         arch: the architecture.
         weights: the file of initial weights, or None.
-        preset: "adam" or "sgd".
+        preset: "adam" or "sgd", or the data set whose own recipe it is.
         epochs: passes over the training images.
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
@@ -54,6 +79,23 @@ class Settings:
         comparison_epochs: of the methods of Stage 2 that train from the first weights again.
         full: whether Stage 2 searches more rates.
         quick: whether this is only to see that it runs.
+        optimizer: of empirical risk minimisation, as the rest of its recipe; see `training.Recipe`.
+        learning_rate: of its first step.
+        weight_decay: of its optimiser.
+        momentum: of SGD.
+        batch_size: images per step.
+        schedule: of the learning rate.
+        held_out: the share of the training images that is held out of training, or None.
+        image_size: height and width to which images on disk are brought; None for embedded data.
+        table: the table of a folder of one's own; None for other data, as the columns are.
+        path_column: its column of paths.
+        label_column: its column of classes.
+        attribute_column: its column of attributes.
+        split_column: its column of splits.
+        device: of training; None is the CPU.
+        bf16: whether training was under autocast to bfloat16.
+        channels_last: whether images and weights were laid out channels last.
+        processes: how many shared the training.
     """
 
     data: str = "synthetic"
@@ -72,6 +114,29 @@ class Settings:
     comparison_epochs: int = 15
     full: bool = False
     quick: bool = False
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    batch_size: int = 64
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    held_out: float | None = None
+    image_size: int | None = None
+    table: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    attribute_column: str | None = None
+    split_column: str | None = None
+    device: str | None = None
+    bf16: bool = False
+    channels_last: bool = False
+    processes: int = 1
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the network is trained by empirical risk minimisation."""
+        said = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return Recipe(**said)
 
 
 class RunFolder:
@@ -84,28 +149,35 @@ class RunFolder:
     Args:
         path: the folder; made if it is missing.
         settings: what is asked for.
-        overwrite: delete another run that is there, instead of refusing.
+        overwrite: delete the files of another run that is there, instead of refusing; files that no run makes stay.
+        data: a digest of each split's images, targets and groups, by its name, to be the same whenever the run is taken
+            up; None where they are not known, as on all processes but the first.
 
     Raises:
-        ValueError: if the folder holds a run of other settings or another version, or files that are no run.
+        ValueError: if the folder holds a run of other settings, of other images or another version, or files that are
+            no run.
         OSError: if it cannot be written to.
     """
 
-    def __init__(self, path: Path, settings: Settings, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: Settings, *, overwrite: bool = False, data: Mapping[str, str] | None = None
+    ) -> None:
         self.path = path
         said = {"schema": SCHEMA, "version": version("neuronsurgery"), "settings": _plain(settings)}
         held = path / "run.json"
-        if overwrite and (held.exists() or _is_empty(path)):
-            shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
         if held.exists():
-            found = _read_json(held)
-            _refuse_other(path, said, found)
-            settings = _added(settings, found["settings"])
-        elif not _is_empty(path):
-            raise ValueError(f"{path} holds files that are no run of this study: choose another folder with --out")
+            found = _read_run(path)
+            if overwrite:
+                _delete(path, [file for file in made_files(path) if file != held])  # which is replaced below
+            else:
+                _refuse_other(path, said, found)
+                data = _same_data(path, data, found.get("data"))
+                settings = _added(settings, found["settings"])
+        else:
+            refuse_files(path)
         self.settings = settings
-        write_atomically(held, json.dumps({**said, "settings": _plain(settings)}, indent=1).encode())
+        said |= {"settings": _plain(settings)} | ({} if data is None else {"data": dict(data)})
+        _write(held, json.dumps(said, indent=1).encode())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the JSON value of an earlier time, or compute it and write it down."""
@@ -113,8 +185,7 @@ class RunFolder:
         if file.exists():
             return _read_json(file)
         value = compute()
-        file.parent.mkdir(exist_ok=True)
-        write_atomically(file, json.dumps(value).encode())
+        _write(file, json.dumps(value).encode())
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return _read_json(file)
 
@@ -125,13 +196,15 @@ class RunFolder:
         """
         file = self.path / "timings.json"
         timings = _read_json(file) if file.exists() else {}
-        write_atomically(file, json.dumps({what: round(seconds, 1), **timings}, indent=1).encode())
+        _write(file, json.dumps({what: round(seconds, 1), **timings}, indent=1).encode())
 
     def scores(self, name: str, compute: Callable[[], ns.Scores]) -> ns.Scores:
         """Return the scores of an earlier time, or compute them and write them down."""
         file = self.path / f"{name}.safetensors"
         if not file.exists():
-            ns.save_file(compute(), file)
+            scores = compute()
+            with _writing(file):
+                ns.save_file(scores, file)
         loaded = ns.load_file(file)
         assert isinstance(loaded, ns.Scores), "this name is only ever given to scores"
         return loaded
@@ -147,7 +220,12 @@ def read_results(path: Path) -> dict[str, Any]:
     file = path / "results.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} has no results.json: run `neuronsurgery study --out {path}` to its end first")
-    results: dict[str, Any] = _read_json(file)
+    results = _read_json(file)
+    if not isinstance(results, dict):
+        raise ValueError(
+            f"{file} holds a {type(results).__name__}, where an object of results was expected: delete it and run the "
+            f"study again, which goes on from what is in the folder"
+        )
     if results.get("schema") != SCHEMA:
         raise ValueError(f"{file} is of schema {results.get('schema')}; this version reads schema {SCHEMA}")
     timings = path / "timings.json"
@@ -173,12 +251,13 @@ def refuse_missing_groups(data: Any, settings: Settings) -> None:
         raise ValueError(
             f"groups without images in {'; '.join(empty)}: give the data set images of them, leave them out of its "
             f"table, or, if they are only missing in validation or test, run --stages 1 on the splits that have them"
+            + ("; another --held-out may leave some in both parts" if settings.held_out else "")
         )
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write `results.json` of a run folder: every number of the report."""
-    write_atomically(path / "results.json", json.dumps(results, indent=1).encode())
+    _write(path / "results.json", json.dumps(results, indent=1).encode())
 
 
 def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any, note: str) -> dict[str, Any]:
@@ -198,7 +277,7 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
         )
         return values
 
-    splits = [split for split in data.splits if all(data.splits[split].counts)]
+    splits = [split for split in data.splits if len(data.splits[split])]  # an empty one has no accuracy
     return {
         "schema": SCHEMA,
         "version": version("neuronsurgery"),
@@ -233,8 +312,43 @@ def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
     )
 
 
-def _is_empty(path: Path) -> bool:
-    return not path.exists() or not any(path.iterdir())
+def made_files(path: Path) -> list[Path]:
+    """The files of a folder that have the names of `MADE`, in its order, with those of a write that was killed."""
+    names = [(made, str(Path(made).with_name(f".{Path(made).name}.*"))) for made in MADE]
+    found = [file for pair in names for name in pair for file in sorted(path.glob(name)) if file.is_file()]
+    return list(dict.fromkeys(found))
+
+
+def delete_run(path: Path) -> None:
+    """Delete the run of a folder: the files that the study made, and the folders that are then empty.
+
+    Raises:
+        ValueError: if the folder holds no run of this study.
+        OSError: if a file cannot be deleted.
+    """
+    _read_run(path)
+    _delete(path, made_files(path))
+
+
+def _delete(path: Path, files: list[Path]) -> None:
+    for file in files:
+        file.unlink()
+    for unfinished in path.glob(".report-*"):
+        shutil.rmtree(unfinished)
+    folders = {parent for file in files for parent in file.parents if path in (parent, *parent.parents)}
+    for folder in sorted(folders, reverse=True):  # the inner ones first
+        if not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def refuse_files(path: Path) -> None:
+    """Raise a ValueError if a folder without a `run.json` holds anything but what a kill in its first write left."""
+    names = sorted(entry.name for entry in path.iterdir() if not entry.match(".run.json.*")) if path.is_dir() else []
+    if names:
+        raise ValueError(
+            f"{path} holds files that are no run of this study, for it has no run.json "
+            f"({len(names)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}): choose another folder with --out"
+        )
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
@@ -249,13 +363,45 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
 
 
-def _refuse_other(path: Path, expected: Mapping[str, Any], found: Any) -> None:
-    if not isinstance(found, Mapping) or not isinstance(found.get("settings"), Mapping):
+def _read_run(path: Path) -> Mapping[str, Any]:
+    """The content of a `run.json`, of any version of this study."""
+    file = path / "run.json"
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): choose another folder with --out") from error
+    known = isinstance(found, dict) and isinstance(found.get("schema"), int)
+    if not known or not isinstance(found.get("settings"), dict) or not {"data", "seed"} <= set(found["settings"]):
         raise ValueError(f"{path} holds a run.json that is not of this study: choose another folder with --out")
+    run: Mapping[str, Any] = found
+    return run
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file, and its folder if that is missing."""
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data)
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Have an OSError within say which file could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{file} could not be written ({error.strerror or error}): make room there or give leave to write, and "
+            f"start again to go on"
+        ) from error
+
+
+def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    settings = found["settings"]
     differing = [
-        f"{key}: this run {value!r}, the folder {found['settings'].get(key)!r}"
+        f"{key}: this run {value!r}, the folder {settings.get(key)!r}"
         for key, value in expected["settings"].items()
-        if found["settings"].get(key) != value and key not in ADDED_TO
+        if settings.get(key) != value and key not in ADDED_TO
     ]
     differing += [
         f"{key}: this run {expected[key]!r}, the folder {found.get(key)!r}"
@@ -263,7 +409,110 @@ def _refuse_other(path: Path, expected: Mapping[str, Any], found: Any) -> None:
         if found.get(key) != expected[key]
     ]
     if differing:
+        count = settings.get("processes", 1)
+        again = f"start it with as many processes again (torchrun --nproc-per-node {count}), " if count > 1 else ""
+        alone = "start it again without torchrun, " if count == 1 else ""
+        elsewhere = settings.get("processes") != expected["settings"]["processes"]
         raise ValueError(
-            f"{path} holds another run; {'; '.join(differing)}: choose another folder with --out, or delete that run "
-            f"with --overwrite"
+            f"{path} holds another run; {'; '.join(differing)}: {(again or alone) if elsewhere else ''}choose another "
+            f"folder with --out, or delete that run with --overwrite"
         )
+
+
+def _same_data(path: Path, data: Mapping[str, str] | None, held: Any) -> Mapping[str, str] | None:
+    """The digests of the run's splits, after those of now were compared with those of the run that is there."""
+    if data is None or held is None:
+        return held if data is None else data
+    differing = [split for split in dict.fromkeys([*data, *held]) if data.get(split) != held.get(split)]
+    if differing:
+        raise ValueError(
+            f"{path} holds a run of other data: images, classes or groups are not what they were in "
+            f"{', '.join(differing)}: put the data back as it was, choose another folder with --out, or delete that "
+            f"run with --overwrite"
+        )
+    return data
+
+
+# What its files hold
+
+LINES: Final = 20
+WIDTH: Final = 120
+
+
+def describe_file(path: Path) -> str:
+    """What a file of a run folder or of the library holds, in at most `LINES` lines.
+
+    Args:
+        path: a JSON file of a run, a checkpoint or another safetensors file, or what `ns.save_file` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of a kind that is not known.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'results.json'}")
+    lines = _json_lines(path) if path.suffix == ".json" and path.is_file() else _tensor_lines(path)
+    shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... {len(lines) - LINES + 1} more lines"]
+    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in shown)
+
+
+def _json_lines(path: Path) -> list[str]:
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        entries = enumerate(found) if isinstance(found, list) else [(0, found)]
+        title = f"{path.name}: {len(found)} records" if isinstance(found, list) else path.name
+        return [title, *(f"  {number}: {json.dumps(entry)}" for number, entry in entries)]
+    settings, groups = found.get("settings"), found.get("groups")
+    if not isinstance(settings, dict):
+        return [f"{path.name}:", *_outline(found)]
+    if not isinstance(groups, list) or not isinstance(found.get("accuracy"), dict):
+        return [f"{path.name}: the settings of a run", *_outline({**settings, "data digests": found.get("data")})]
+    seeds = found.get("seeds", [settings.get("seed")])
+    title = f"results of {settings.get('data')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    rows = [
+        _accuracy_line(split, found["counts"][split], groups, found["accuracy"][split]) for split in found["accuracy"]
+    ]
+    rest = {key: value for key, value in found.items() if key not in ("groups", "accuracy", "schema", "seeds")}
+    return [title, *rows, *_outline(rest)]
+
+
+def _accuracy_line(split: str, counts: list[int], groups: list[str], accuracy: list[Any]) -> str:
+    present = [name for name, count in zip(groups, counts, strict=True) if count]
+    values = [one["mean"] if isinstance(one, dict) else one for one in accuracy]
+    said = [f"{name} {100 * value:.1f}" for name, value in zip(present, values, strict=True)]
+    return f"  {split} accuracy, %: {', '.join(said)}"
+
+
+def _outline(found: Mapping[str, Any]) -> list[str]:
+    """One line per entry: its value where that is short, else how much there is."""
+    lines = []
+    for key, value in found.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if len(text) > WIDTH - 20 and isinstance(value, dict | list):
+            names = f": {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+            text = f"{len(value)} entries{names}"
+        lines.append(f"  {key}: {text}")
+    return lines
+
+
+def _tensor_lines(path: Path) -> list[str]:
+    """What a safetensors file holds; what is none, or of the library, is left to `ns.load_file` and its errors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError):
+        return str(ns.load_file(path)).splitlines()
+    if KEY in header:
+        return str(ns.load_file(path)).splitlines()
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    title = f"{len(shapes)} tensors, {numbers:,} numbers"
+    if "run" in header and "epoch" in header:
+        title = f"the optimiser's state after epoch {header['epoch']}: {title}"
+        return [title, *_outline(json.loads(header["run"]))]
+    if "epoch" in header:
+        met = (
+            f"; loss {float(header['loss']):.4f}, accuracy {float(header['accuracy']):.4f}" if "loss" in header else ""
+        )
+        title = f"checkpoint after epoch {header['epoch']}{met}: {title}"
+    return [title, *(f"  {name}: {'x'.join(map(str, shape)) or 'a number'}" for name, shape in shapes.items())]

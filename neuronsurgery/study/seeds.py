@@ -6,13 +6,14 @@ gets a `results.json` of kind "seeds" and a report of its own.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neuronsurgery.study.claims import judge, mean_interval
-from neuronsurgery.study.run import SCHEMA
+from neuronsurgery.study.run import SCHEMA, delete_run
 
 Results = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         key
         for run in runs.values()
         for key in set(first["settings"]) - ignored
-        if run["settings"][key] != first["settings"][key]
+        if run["settings"].get(key) != first["settings"][key]
     )
     if differing:
         raise ValueError(f"the runs differ in {', '.join(dict.fromkeys(differing))}: only the seed may differ")
@@ -45,19 +46,57 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         "schema": SCHEMA,
         "kind": "seeds",
         "seeds": list(runs),
-        "accuracy": {split: _accuracies(every, split) for split in first["accuracy"]},
+        "accuracy": {split: _accuracies(every, split) for split in first["accuracy"] if _same_groups(every, split)},
         "claims": judge(every) if "experiments" in first else [],
         **({"stage_two": _stage_two([run["stage_two"] for run in every])} if "stage_two" in first else {}),
         **({"fragility": _fragility([run["fragility"] for run in every])} if "fragility" in first else {}),
     }
 
 
-def refuse_other_files(path: Path) -> None:
-    """Raise a ValueError if a folder cannot hold the runs of several seeds, because it holds something else."""
+def refuse_other_files(path: Path, seeds: Sequence[int] | None = None) -> None:
+    """Raise a ValueError if a folder cannot hold the runs of several seeds, because it holds something else.
+
+    Args:
+        path: the folder above `seed-0`, `seed-1` ...
+        seeds: that are asked for: runs of others would fall out of the folder's results and are refused. None: runs of
+            any seeds may be there.
+    """
     if (path / "run.json").exists():
         raise ValueError(f"{path} holds a run of one seed: choose another folder for several with --out")
-    if path.exists() and any(path.iterdir()) and not any(path.glob("seed-*/run.json")):
-        raise ValueError(f"{path} holds files that are no runs of this study: choose another folder with --out")
+    held = _held_seeds(path)
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() and not held else []
+    others = [name for name in names if not _is_begun(path / name)]
+    if others:
+        raise ValueError(
+            f"{path} holds files that are no runs of this study ({len(others)}: {', '.join(others[:5])}"
+            f"{', ...' * (len(others) > 5)}): choose another folder with --out"
+        )
+    lost = [] if seeds is None else sorted(held - set(seeds))
+    if lost:
+        both = held.union(seeds or ())
+        raise ValueError(
+            f"{path} holds runs of the seeds {', '.join(map(str, sorted(held)))}, of which {', '.join(map(str, lost))} "
+            f"would fall out of its results: ask for all of them (--seed {min(both)} --seeds "
+            f"{max(both) - min(both) + 1}), choose another folder with --out, or delete these runs with --overwrite"
+        )
+
+
+def delete_other_seeds(path: Path, seeds: Sequence[int]) -> None:
+    """Delete the runs of all seeds but these, and of them only what the study made."""
+    for seed in sorted(_held_seeds(path) - set(seeds)):
+        delete_run(path / f"seed-{seed}")
+
+
+def _held_seeds(path: Path) -> set[int]:
+    """The seeds whose runs a folder holds, finished or not."""
+    found = (re.fullmatch(r"seed-(\d+)", held.parent.name) for held in path.glob("seed-*/run.json"))
+    return {int(match[1]) for match in found if match}
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether this is the folder of a seed in which nothing is but what a kill in its first write left."""
+    named = path.is_dir() and re.fullmatch(r"seed-\d+", path.name) is not None
+    return named and all(entry.match(".run.json.*") for entry in path.iterdir())
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:
@@ -70,6 +109,11 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
+
+
+def _same_groups(runs: Sequence[Results], split: str) -> bool:
+    """Whether the same groups have images in a split of every run; a random part may lack one in some."""
+    return len({tuple(bool(count) for count in run["counts"].get(split, ())) for run in runs}) == 1
 
 
 def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
@@ -141,8 +185,9 @@ RETRAINED = "inferred by knockout"
 
 
 def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
-    if any("impossible" in run for run in runs):
-        return {"impossible": next(run["impossible"] for run in runs if "impossible" in run)}
+    why = [run["impossible"] for run in runs if "impossible" in run]
+    if why and not all("detection" in run for run in runs):
+        return {"impossible": why[0]}
     columns = [{row["name"]: row for row in run["mitigation"]} for run in runs]
     # A method of Stage 2 that could not be trained has no row in that seed; what could not be fitted has one without
     # accuracies.
@@ -152,6 +197,7 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
     }
     possible = {name: same for name, same in rows.items() if sum("worst" in row for row in same) == len(runs)}
     return {
+        **({"impossible": why[0]} if why else {}),
         "edit": runs[0]["edit"],
         "images": runs[0]["images"],
         "detection": {split: _detection([run["detection"][split] for run in runs]) for split in runs[0]["detection"]},

@@ -123,7 +123,7 @@ def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
 def test_a_killed_run_goes_on_to_the_same_results(
-    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*FEW[:-2], "1a", "1e", "1g"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
@@ -137,8 +137,8 @@ def test_a_killed_run_goes_on_to_the_same_results(
         return measure(*args, **kwargs)
 
     monkeypatch.setattr(stage_one, "measure", dying)
-    with pytest.raises(KeyboardInterrupt, match="killed"):
-        main([*arguments, "--out", str(tmp_path / "broken")])
+    assert main([*arguments, "--out", str(tmp_path / "broken")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "neuronsurgery: stopped: the same command goes on from here"
     monkeypatch.setattr(stage_one, "measure", measure)
     assert not (tmp_path / "broken" / "results.json").exists()
     assert main([*arguments, "--out", str(tmp_path / "broken")]) == 0
@@ -227,7 +227,7 @@ def test_two_processes_train_together_and_the_first_goes_on(tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["study", "--data", "waterbirds"], "read from disk and needs --root DIR"),
-        (["study", "--root", "somewhere"], "embedded and takes no --root DIR"),
+        (["study", "--root", "somewhere"], "embedded and takes no --root: leave it out"),
         (["report", "nowhere"], "nowhere has no results.json"),
         (["show", "nowhere.safetensors"], "no file at"),
     ],

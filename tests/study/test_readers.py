@@ -32,7 +32,6 @@ from neuronsurgery.study.readers import (
     disk,
     evaluation_transform,
     image_folder,
-    joined_source,
     training_source,
     training_transform,
     waterbirds,
