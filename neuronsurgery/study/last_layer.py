@@ -438,7 +438,7 @@ def balanced_logistic(
     standard = scaler(features)
     drawn = [balanced_subset(groups, seed, number, group_count=group_count) for number in range(subsets)]
     for subset in drawn:
-        pass
+        _refuse_missing_classes(targets, subset)
     rules = [_logistic(standard[subset], targets[subset], penalty, strength) for subset in drawn]
     coef, intercept = (torch.stack(parts).mean(0) for parts in zip(*rules, strict=True))
     return scaler.unscaled(LinearRule(coef, intercept))
