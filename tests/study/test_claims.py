@@ -151,3 +151,15 @@ def test_table_has_a_row_per_claim_and_group() -> None:
         "| ERM | training accuracy is near 100 % (above 95 %) | b | 99.0, 99.0 | 99.0 [99.0, 99.0] % | **holds** |"
         in table
     )
+
+
+def test_claims_about_a_split_that_lacks_a_group_are_left_out() -> None:
+    whole, partly, without = results(), results(seed=1), results(seed=1)
+    partly["counts"]["test"][3] = 0
+    partly["accuracy"]["test"].pop()
+    del without["counts"]["test"], without["accuracy"]["test"]
+    for other in (partly, without):
+        texts = {record["text"] for record in judge([whole, other])}
+        assert {record["text"] for record in judge([whole, whole])} - texts == {
+            "the gap between training and test accuracy is larger than in majority groups"
+        }

@@ -1,7 +1,7 @@
 """The embedded data sets: what they hold, and that they are the same bits everywhere."""
 
 import hashlib
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -312,3 +312,44 @@ def test_values_are_frozen_and_print_as_what_they_are() -> None:
     with pytest.raises(FrozenInstanceError, match="cannot assign"):
         dataset.name = "other"  # type: ignore[misc]
     assert "train: Split(8 images of (3, 32, 32), 2/2/2/2 per group)" in repr(dataset)
+
+
+# Held-out images
+
+
+def test_held_out_images_are_a_plain_random_part_of_the_training_images(birds: DataSet) -> None:
+    without = replace(birds, splits={name: split for name, split in birds.splits.items() if name != "held-out"})
+    parted = data.hold_out(without, 0.2, seed=3)
+    assert list(parted.splits) == ["train", "held-out", "validation", "test"]
+    assert list(without.splits) == ["train", "validation", "test"]
+    train, held = parted.train, parted.splits["held-out"]
+    assert len(held) == round(0.2 * len(birds.train))
+    assert same(data.join(held, train).subset(torch.argsort(rank(data.join(held, train)))), by_rank(birds.train))
+    assert same(parted.test, birds.test)
+    assert same(data.hold_out(without, 0.2, seed=3).train, train)
+    assert not same(data.hold_out(without, 0.2, seed=4).train, train)
+    more = data.hold_out(without, 0.4, seed=3).splits["held-out"]
+    assert set(rank(held).tolist()) < set(rank(more).tolist())
+
+
+def rank(split: Split) -> Tensor:
+    """A number per image that depends on its pixels alone."""
+    return split.images.double().mul(torch.arange(1.0, 3073.0).view(3, 32, 32).sqrt()).sum(dim=(1, 2, 3))
+
+
+def by_rank(split: Split) -> Split:
+    return split.subset(torch.argsort(rank(split)))
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 0.51, 1.0, float("nan")])
+def test_shares_that_hold_out_nothing_or_most_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"hold_out: share must be in \(0, 0\.5\], found"):
+        data.hold_out(synthetic(counts=TINY), share, 0)
+
+
+def test_held_out_images_are_not_held_out_twice(birds: DataSet) -> None:
+    with pytest.raises(ValueError, match=r"has held-out images of its own \(1199\): .* leave out --held-out"):
+        data.hold_out(birds, 0.2, 0)
+    few = replace(birds, splits={"train": birds.train.subset(torch.arange(3))})
+    with pytest.raises(ValueError, match=r"0\.1 of 3 training images is none: choose a larger share"):
+        data.hold_out(few, 0.1, 0)

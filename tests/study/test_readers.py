@@ -32,6 +32,7 @@ from neuronsurgery.study.readers import (
     disk,
     evaluation_transform,
     image_folder,
+    joined_source,
     training_source,
     training_transform,
     waterbirds,
@@ -777,3 +778,18 @@ def test_the_minority_of_the_published_counts(birds: Path, name: str, minority: 
     groups = torch.repeat_interleave(torch.arange(4), torch.tensor(EXPECTED_COUNTS[name]["train"]))
     train = replace(whole.train, groups=groups, targets=groups // 2, paths=("x",) * len(groups))
     assert replace(whole, splits={**whole.splits, "train": train}).minority == minority
+
+
+def test_images_on_disk_are_held_out_and_given_back(birds: Path) -> None:
+    whole = waterbirds(birds)
+    parted = data.hold_out(whole, 0.3, seed=1)
+    held = parted.splits["held-out"]
+    assert (len(parted.train), len(held)) == (7, 3)
+    assert {*parted.train.paths, *held.paths} == set(whole.train.paths)
+    assert list(parted.train.paths) == sorted(parted.train.paths, key=whole.train.paths.index)
+    assert joined_source(whole) is None
+    joined = joined_source(parted)
+    assert isinstance(joined, FromDisk)
+    assert sorted(joined.split.paths) == sorted(whole.train.paths)
+    assert joined.split.counts == whole.train.counts
+    assert joined.augmentation == whole.augmentation
