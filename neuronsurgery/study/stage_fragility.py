@@ -49,6 +49,9 @@ Row: TypeAlias = dict[str, Any]
 EARLY: Final = (1, 2, 3, 5, 10)
 """Epochs whose checkpoints are asked, where the run has them."""
 
+SEARCHED: Final = 4
+"""How many draws of a size the search for equal damage looks at."""
+
 POOL: Final = 0.1
 """The most critical tenth of the neurons; a quarter of them is cut at a time."""
 
@@ -292,7 +295,7 @@ class _Detection:
             size = max(low, min(high, round(math.sqrt(low * high))))
             if size in tried:
                 break
-            tried[size] = self._damage(self._cuts(layout, size))
+            tried[size] = self._damage(self._cuts(layout, size)[:SEARCHED])
             low, high = (size, high) if tried[size] < target else (low, size)
         return self._cuts(layout, min(tried, key=lambda size: abs(tried[size] - target)))
 
