@@ -202,6 +202,7 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
         "images": runs[0]["images"],
         "detection": {split: _detection([run["detection"][split] for run in runs]) for split in runs[0]["detection"]},
         "flagged": {split: [run["flagged"][split] for run in runs] for split in runs[0]["flagged"]},
+        "damage": {split: _damage([run["damage"][split] for run in runs]) for split in runs[0]["damage"]},
         "mitigation": [
             {
                 **{key: same[0][key] for key in ("name", "labels", "images")},
@@ -223,6 +224,18 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
             if RETRAINED in possible and name != RETRAINED
         ],
     }
+
+
+def _damage(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:
+    """Return by cut its neurons in every seed, and the share of predictions that it flips."""
+    return [
+        {
+            "cut": same[0]["cut"],
+            "neurons": [row["neurons"] for row in same],
+            "flips": summarise([row["flips"] for row in same]),
+        }
+        for same in zip(*runs, strict=True)
+    ]
 
 
 def _detection(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:

@@ -436,7 +436,7 @@ def test_several_seeds_are_compared_pair_by_pair() -> None:
 def test_a_method_that_only_some_seeds_could_train_is_counted_out_whichever_seed_comes_first() -> None:
     def run(seed: int, *names: str) -> dict[str, Any]:
         rows = [{"name": name, "labels": "", "images": "", "worst": 0.5, "test": [1.0, 0.5]} for name in names]
-        stage = {"edit": [], "images": "train", "detection": {}, "flagged": {}, "mitigation": rows}
+        stage = {"edit": [], "images": "train", "detection": {}, "flagged": {}, "damage": {}, "mitigation": rows}
         return {**results_of(seed, 0.5), "fragility": stage}
 
     for order in ((0, 1), (1, 0)):

@@ -89,7 +89,9 @@ def _detection(found: _Found) -> Section:
             for seed, one in zip(found.run.get("seeds", [0]), found.flags(split), strict=True)
         ],
         "fragility_damage": [
-            {"split": split, **row} for split, rows in found.stage.get("damage", {}).items() for row in rows
+            {"split": split, "cut": row["cut"], "neurons": _neurons(row), "flips": level_of(row["flips"]).value}
+            for split, rows in found.stage.get("damage", {}).items()
+            for row in rows
         ],
     }
     return section
@@ -211,9 +213,15 @@ def _detection_remarks(found: _Found) -> list[str]:
     for split, rows in found.stage.get("damage", {}).items():
         if not rows:
             continue
-        cuts = [f"{row['cut']} ({times(row['neurons'], 'neuron')}) {number(100 * row['flips'])} %" for row in rows]
+        cuts = [f"{row['cut']} ({_neurons(row)}) {level_of(row['flips'])}" for row in rows]
         said.append(f"Share of {split} predictions that one draw of a cut changes: {listed(cuts, 12)}.")
     return said
+
+
+def _neurons(row: Results) -> str:
+    """Return how many neurons a cut takes; of several seeds, how many in each."""
+    sizes = row["neurons"]
+    return times(sizes, "neuron") if isinstance(sizes, int) else f"{', '.join(map(str, sizes))} neurons"
 
 
 def _strips(found: _Found) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
