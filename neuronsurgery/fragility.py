@@ -48,6 +48,7 @@ ROUNDING = 1e-6
 """A spread that is smaller, relative to the largest value, is what float32 leaves of a constant."""
 
 SMALLEST_CELL = 3
+"""Of fewer examples, nothing can be said."""
 
 
 # Residual branches
@@ -378,15 +379,16 @@ def fragility(sweep_or_values: Sweep | Tensor, targets: Tensor, *, score: Score 
     remembered need not be among them.
 
     Args:
-        sweep_or_values: a `Sweep` with `metric=margin`; or, for "margin", the remaining margins, float, shape (E, N).
+        sweep_or_values: a `Sweep` with `metric=margin`, or a metric of your own that is above 0 where an example is
+            right and has "margin" in its name; or, for "margin", the remaining margins, float, shape (E, N).
         targets: class indices, int, shape (N,), in the order of the sweep's values: that of the loaders, one after the
             other where they are a mapping (`sweep.members` says the group of each).
         score: "margin" or "flips".
 
     Raises:
         TypeError: if the first argument is neither a sweep nor a tensor, or the targets are not integers.
-        ValueError: if the shapes do not fit, there is no edit, a margin is not finite, the sweep was run with another
-            metric (its values are all 0 or 1), "flips" is asked of a tensor, or the score is unknown.
+        ValueError: if the shapes do not fit, there is no edit, a margin is not finite, the name of the sweep's metric
+            is not that of a margin, "flips" is asked of a tensor, or the score is unknown.
 
     Example:
         >>> remaining = torch.tensor([[2.0, 2.5, -1.0, 1.5, 0.5]])
@@ -414,8 +416,12 @@ def _refuse_unfit(given: Sweep | Tensor, score: Score) -> tuple[int, int]:
     if isinstance(given, Sweep):
         if not given.labels:
             raise ValueError("the sweep has no edits: give it at least one, e.g. the last residual branch zeroed")
-        if all(bool(((row == 0) | (row == 1)).all()) for row in map(given.values, (None, *given.labels))):
-            raise ValueError("every value of the sweep is 0 or 1, so these are no margins: run it with metric=margin")
+        name = given.metric.lower()
+        if "margin" not in name or "loss" in name:  # a loss, which is low where a margin is high, ranks backwards
+            raise ValueError(
+                f"the sweep was run with the metric '{given.metric}', which is no margin: run it with metric=margin. A "
+                f"margin of your own is taken if its name has 'margin' in it, or as a tensor of shape (edits, examples)"
+            )
         return len(given.labels), len(given.members)
     if not isinstance(given, Tensor):
         raise TypeError(f"fragility takes a Sweep or a tensor of margins (edit, example), not {type(given).__name__}")
@@ -530,7 +536,8 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
         The groups, with their counts and thresholds.
 
     Warns:
-        UserWarning: if the scores of a class are constant (to rounding): the edit left the network blind.
+        UserWarning: if the scores of a class of 3 examples or more are constant (to rounding): the edit left the
+            network blind.
 
     Raises:
         TypeError: if the targets are not integers.
@@ -580,7 +587,7 @@ def _warn_of_constants(classes: Tensor, parts: list[Tensor]) -> None:
     constant = [
         str(int(position))
         for position, part in zip(classes, parts, strict=True)
-        if float(part.max() - part.min()) <= ROUNDING * float(part.abs().max())
+        if len(part) >= SMALLEST_CELL and float(part.max() - part.min()) <= ROUNDING * float(part.abs().max())
     ]
     if constant:
         warnings.warn(

@@ -52,7 +52,6 @@ class Outcomes:
     """The metric of every example under one edit; one bit each while all are 0 or 1."""
 
     def __init__(self) -> None:
-        self._count = 0
         self._parts: list[tuple[int, bool, np.ndarray]] = []
 
     def add(self, values: Tensor) -> None:
@@ -60,20 +59,15 @@ class Outcomes:
         array = values.numpy()
         binary = bool(((array == 0) | (array == 1)).all())
         self._parts.append((len(array), binary, np.packbits(array.astype(bool)) if binary else array.copy()))
-        self._count += len(array)
 
     def extend(self, other: Outcomes) -> None:
         """Add the values of another one behind these."""
         self._parts.extend(other._parts)
-        self._count += other._count
 
     def values(self) -> Tensor:
         """Return the values in the order they came, float64, shape (n,)."""
         parts = [np.unpackbits(part, count=n).astype(float) if bits else part for n, bits, part in self._parts]
         return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0))
-
-    def __len__(self) -> int:
-        return self._count
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,12 +81,14 @@ class Sweep:
         metrics: the metrics under each edit, by its label.
         members: the group of every example, in the order of `values`.
         reasons: why the forward pass could not be shared, where it could not; empty if it always was.
+        metric: the name of the function that was the metric; of an object that is called, its class's.
     """
 
     baseline: GroupMetrics
     metrics: Mapping[str, GroupMetrics]
     members: tuple[Group, ...]
     reasons: tuple[str, ...]
+    metric: str
     _outcomes: Mapping[str, Outcomes]
     _before: Outcomes
 
@@ -161,14 +157,15 @@ class Sweep:
         return self._per_group(label, paired_p_value)
 
     def _per_group(self, label: str, function: Callable[[np.ndarray, np.ndarray], Any]) -> dict[Group, Any]:
-        before, after = self.values().numpy(), self.values(label).numpy()
-        return {group: function(before[chosen], after[chosen]) for group, chosen in self._positions.items()}
+        after = self.values(label).numpy()
+        return {group: function(before, after[chosen]) for group, (chosen, before) in self._unedited.items()}
 
     @functools.cached_property
-    def _positions(self) -> dict[Group, np.ndarray]:
-        """The positions of each group's examples: asked for once per edit, and the same for all."""
-        members = group_members(self.members)
-        return {group: np.array(members.get(group, ()), dtype=np.int64) for group in self.baseline.groups}
+    def _unedited(self) -> dict[Group, tuple[np.ndarray, np.ndarray]]:
+        """The positions of each group's examples and their values under no edit: the same for every edit."""
+        values, members = self.values().numpy(), group_members(self.members)
+        positions = {group: np.array(members.get(group, ()), dtype=np.int64) for group in self.baseline.groups}
+        return {group: (chosen, values[chosen]) for group, chosen in positions.items()}
 
     def to_records(self, level: float = 0.95) -> list[dict[str, Any]]:
         """Return one row per edit and group, for any data frame: value, change, its interval and p-value."""
@@ -329,6 +326,7 @@ class _Run:
             {label: metrics[edit] for label, edit in edits.items()},
             tuple(group for members, _ in shares for group in members),
             tuple(self.reasons),
+            _name(self.metric),
             dict(zip(edits, gathered[1:], strict=True)),
             gathered[0],
         )
@@ -336,6 +334,12 @@ class _Run:
     def _in_order(self, edits: Mapping[str, Edit]) -> list[tuple[Edit, Tally]]:
         """Return the tallies in an order that all ranks share, which a set does not have."""
         return [(edit, self.tallies[edit]) for edit in dict.fromkeys((BASELINE, *edits.values()))]
+
+
+def _name(metric: Metric) -> str:
+    """Return what a metric is called, that of its function where arguments were bound to it."""
+    function = metric.func if isinstance(metric, functools.partial) else metric
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 # Paired statistics
@@ -421,6 +425,7 @@ def student_cdf(t: float, degrees: int) -> float:
     return (1 + sine * series) / 2
 
 
+@functools.lru_cache
 def student_quantile(p: float, degrees: int) -> float:
     """Return the quantile of Student's t, p in (0.5, 1), by bisection of its distribution function."""
     low, high = 0.0, 1.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,13 +38,62 @@ def named(model: nn.Module, *globs: str) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
 
 
+def resnet50() -> nn.Module:
+    """One bottleneck block per stage, narrow inside."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=4)
+
+
+def deit() -> nn.Module:
+    """With a second token and a second head."""
+    from timm.models.deit import VisionTransformerDistilled
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return VisionTransformerDistilled(**sizes, num_classes=CLASSES)
+
+
+def nf_resnet() -> nn.Module:
+    """Its convolutions read a weight and a gain per channel."""
+    from timm.models.nfnet import NfCfg, NormFreeNet
+
+    return NormFreeNet(NfCfg(depths=(1, 1), channels=(16, 24), stem_type="3x3", attn_layer=None), num_classes=CLASSES)
+
+
+def parallel_vit() -> nn.Module:
+    """Two attentions side by side, stacked and summed, then two feed-forward parts."""
+    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return VisionTransformer(**sizes, num_classes=CLASSES, block_fn=ParallelThingsBlock)
+
+
+def cait() -> nn.Module:
+    """Its last blocks add to the class token alone, which at first is a parameter."""
+    from timm.models.cait import Cait
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    return Cait(**sizes, num_classes=CLASSES, depth_token_only=2)
+
+
+HERE: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet50": (resnet50, 32),
+    "deit": (deit, 16),
+    "nf_resnet": (nf_resnet, 16),
+    "parallel_vit": (parallel_vit, 16),
+    "cait": (cait, 16),
+}
+"""Networks that this test alone asks for, and the size of their images; all others are of the zoo."""
+
+TRANSFORMER = ("*.attn.proj.weight", "*.mlp.fc2.weight")
+
 ENDS: dict[str, tuple[tuple[str, ...], list[int]]] = {
     "residual": (("a2.weight", "b2.weight"), [0, 1]),
     "encoder": (("*.out_proj.weight", "*.linear2.weight"), [0] * 4),
     "resnet18": (("layer*.conv2.weight",), [0, 0, 1, 1, 2, 2, 3, 3]),
     "resnext": (("layer*.conv3.weight",), [0, 1, 2, 3]),
     "mobilenet": (("features.3.block.3.0.weight",), [0]),
-    "vit": (("blocks.*.attn.proj.weight", "blocks.*.mlp.fc2.weight"), [0] * 4),
+    "vit": (TRANSFORMER, [0] * 4),
     "vit_torchvision": (("*.self_attention.out_proj.weight", "*.mlp.3.weight"), [0] * 4),
     "swin": (("layers.*.attn.proj.weight", "layers.*.mlp.fc2.weight"), [0] * 4 + [1] * 4),
     "swin_torchvision": (("features.*.attn.proj.weight", "features.*.mlp.3.weight"), [0] * 4 + [1] * 4),
@@ -51,14 +102,22 @@ ENDS: dict[str, tuple[tuple[str, ...], list[int]]] = {
     "bert": (("*.output.dense.weight",), [0] * 4),
     "gpt2": (("*.c_proj.weight",), [0] * 4),
     "gpt2_lm": (("*.c_proj.weight",), [0] * 4),
+    "resnet50": (("layer*.conv3.weight",), [0, 1, 2, 3]),
+    "deit": (TRANSFORMER, [0] * 4),
+    "nf_resnet": (("stages.*.conv3.weight",), [0, 1]),
+    "parallel_vit": (TRANSFORMER, [0] * 8),
+    "cait": (TRANSFORMER, [0] * 2 + [1] * 4),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_branches_of_known_architectures(name: str) -> None:
-    case = CASES[name]
-    model = case.build()
-    found = ns.residual_branches(model, case.batches()[0])
+    if name in HERE:
+        build, size = HERE[name]
+        model, batch = build(), (torch.randn(2, 3, size, size), torch.zeros(2).long())
+    else:
+        model, batch = CASES[name].build(), CASES[name].batches()[0]
+    found = ns.residual_branches(model, batch)
     globs, expected = ENDS[name]
     assert layers(found) == named(model, *globs)
     assert stages(found) == expected
@@ -112,66 +171,6 @@ def test_networks_without_branches_are_told_what_to_use_instead(name: str) -> No
     case = CASES[name]
     with pytest.raises(ValueError, match=r"no residual branch: .* Cut neurons instead.*sample\(layout, k, seed\)"):
         ns.residual_branches(case.build(), case.batches()[0])
-
-
-def resnet50() -> nn.Module:
-    """One bottleneck block per stage, narrow inside."""
-    from torchvision.models.resnet import Bottleneck, ResNet
-
-    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=4)
-
-
-def deit() -> nn.Module:
-    """With a second token and a second head."""
-    from timm.models.deit import VisionTransformerDistilled
-
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    return VisionTransformerDistilled(**sizes, num_classes=CLASSES)
-
-
-def nf_resnet() -> nn.Module:
-    """Its convolutions read a weight and a gain per channel."""
-    from timm.models.nfnet import NfCfg, NormFreeNet
-
-    return NormFreeNet(NfCfg(depths=(1, 1), channels=(16, 24), stem_type="3x3", attn_layer=None), num_classes=CLASSES)
-
-
-def parallel_vit() -> nn.Module:
-    """Two attentions side by side, stacked and summed, then two feed-forward parts."""
-    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
-
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    return VisionTransformer(**sizes, num_classes=CLASSES, block_fn=ParallelThingsBlock)
-
-
-def cait() -> nn.Module:
-    """Its last blocks add to the class token alone, which at first is a parameter."""
-    from timm.models.cait import Cait
-
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    return Cait(**sizes, num_classes=CLASSES, depth_token_only=2)
-
-
-TRANSFORMER = ("*.attn.proj.weight", "*.mlp.fc2.weight")
-
-
-@pytest.mark.parametrize(
-    ("build", "size", "globs", "expected"),
-    [
-        (resnet50, 32, ("layer*.conv3.weight",), [0, 1, 2, 3]),
-        (deit, 16, TRANSFORMER, [0] * 4),
-        (nf_resnet, 16, ("stages.*.conv3.weight",), [0, 1]),
-        (parallel_vit, 16, TRANSFORMER, [0] * 8),
-        (cait, 16, TRANSFORMER, [0] * 2 + [1] * 4),
-    ],
-)
-def test_branches_of_more_architectures(
-    build: Callable[[], nn.Module], size: int, globs: tuple[str, ...], expected: list[int]
-) -> None:
-    model = build()
-    found = ns.residual_branches(model, (torch.randn(2, 3, size, size), torch.zeros(2).long()))
-    assert layers(found) == named(model, *globs)
-    assert stages(found) == expected
 
 
 def densenet() -> nn.Module:
@@ -683,6 +682,9 @@ def test_a_smaller_margin_is_more_fragile() -> None:
     assert torch.equal(lower[torch.arange(20) != 7], score[torch.arange(20) != 7])
 
 
+GOOD = (torch.zeros(2, 3), torch.zeros(3).long())
+
+
 # --- fragility of a sweep -------------------------------------------------------------------------------------------
 
 
@@ -726,16 +728,51 @@ def test_flips_by_hand() -> None:
     assert ns.fragility(result, targets, score="flips").dtype == torch.float64
 
 
-def test_a_sweep_of_accuracies_is_refused() -> None:
+def multi_margin(logits: Tensor, targets: Tensor, weight: float = 1.0) -> Tensor:
+    return weight * nn.functional.multi_margin_loss(logits, targets, reduction="none")
+
+
+class CosineMargin:
+    """A margin of one's own, as an object that is called."""
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return ns.margin(nn.functional.normalize(logits), targets)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        (ns.accuracy, "accuracy"),
+        (ns.cross_entropy, "cross_entropy"),
+        (partial(nn.functional.cross_entropy, reduction="none"), "cross_entropy"),
+        (partial(nn.functional.multi_margin_loss, reduction="none"), "multi_margin_loss"),
+        (nn.CrossEntropyLoss(reduction="none"), "CrossEntropyLoss"),
+        (lambda logits, targets: ns.margin(logits, targets), "<lambda>"),
+    ],
+)
+def test_a_sweep_of_another_metric_is_refused(metric: Any, name: str) -> None:
+    """A loss would rank backwards."""
     model = linear([[1.0, 0.0], [0.0, 1.0]])
     data = [(torch.randn(6, 2), torch.randint(2, (6,)))]
-    with pytest.raises(ValueError, match=r"every value of the sweep is 0 or 1.*metric=margin"):
-        ns.fragility(ns.sweep(model, rows_cut(model, 0), data), data[0][1])
+    swept = ns.sweep(model, rows_cut(model, 0), data, metric=metric)
+    for score in ("margin", "flips"):
+        with pytest.raises(ValueError, match=f"with the metric '{name}', which is no margin: run it with metric=marg"):
+            ns.fragility(swept, data[0][1], score=score)
+    values = torch.stack([swept.values(label) for label in swept.labels])
+    assert torch.equal(ns.fragility(values, data[0][1]), -values[0])
+
+
+@pytest.mark.parametrize("metric", [CosineMargin(), partial(multi_margin, weight=-1.0)])
+def test_a_margin_of_ones_own(metric: Any) -> None:
+    model = linear([[1.0, 0.0], [0.0, 1.0]])
+    data = [(torch.randn(6, 2), torch.randint(2, (6,)))]
+    swept = ns.sweep(model, rows_cut(model, 0), data, metric=metric)
+    assert torch.equal(ns.fragility(swept, data[0][1]), -swept.values("row 0"))
+
+
+def test_a_sweep_without_edits_is_refused() -> None:
     with pytest.raises(ValueError, match="the sweep has no edits"):
-        ns.fragility(ns.sweep(model, {}, data, metric=ns.margin), data[0][1])
-
-
-GOOD = (torch.zeros(2, 3), torch.zeros(3).long())
+        ns.fragility(ns.sweep(nn.Linear(2, 2), {}, [(torch.zeros(3, 2), GOOD[1])], metric=ns.margin), GOOD[1])
 
 
 @pytest.mark.parametrize(
@@ -852,6 +889,17 @@ def test_small_cells_are_refused_all_at_once() -> None:
         ns.infer_groups(*extra, rule=0.2)
     with pytest.raises(ValueError, match=r"there may be no shortcut that is simpler than the class.*rule=0.05"):
         ns.infer_groups(torch.arange(20.0), torch.zeros(20).long())
+
+
+def test_of_a_class_of_two_no_blindness_is_inferred() -> None:
+    scores, targets = outliers(1)
+    for count, warned in ((1, False), (2, False), (3, True)):
+        more = torch.cat([scores, torch.ones(count).double()]), torch.cat([targets, torch.full((count,), 9)])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with pytest.raises(ValueError, match="class 9 has 0 examples that are fragile"):
+                ns.infer_groups(*more)
+        assert [str(warning.message)[:37] for warning in said] == ["the scores of class 9 are constant: t"] * warned
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7])
