@@ -552,6 +552,18 @@ def test_imports_inside_a_package_run_one_way(package: str, order: list[str]) ->
         assert [other for other in named if other not in order[: order.index(name)]] == []
 
 
+def test_a_group_that_a_split_lacks_is_left_out_and_the_others_keep_their_accuracies(tmp_path: Path) -> None:
+    made = MadeUp(draws=2).results(["1a"])
+    made["counts"]["test"] = [250, 0, 250, 250]
+    made["accuracy"]["test"] = [1.0, 0.4, 0.99]
+    page = write_report(made, tmp_path).read_text()
+    rows = list(csv.DictReader((tmp_path / "tables" / "groups.csv").read_text().splitlines()))
+    test = {row["group"]: row["accuracy"] for row in rows if row["split"] == "test"}
+    assert list(test.values()) == ["1.0", "", "0.4", "0.99"]
+    assert "G1 landbird on water (minority) reaches" not in page
+    assert "G2 waterbird on land (minority) reaches" in page
+
+
 # Faults
 
 

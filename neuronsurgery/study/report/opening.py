@@ -9,7 +9,8 @@ from typing import Any, Final
 from neuronsurgery.study import figures
 from neuronsurgery.study.figures import Mark, Series, number, signed
 from neuronsurgery.study.report.effects import Groups
-from neuronsurgery.study.report.levels import wilson
+from neuronsurgery.study.report.levels import Level, by_group
+from neuronsurgery.study.report.levels import level_of as accuracy_level
 from neuronsurgery.study.report.page import bullets, figures_html, folded, paragraph
 from neuronsurgery.study.report.section import Chapter, Entry
 from neuronsurgery.study.report.tables import html_table, words_table
@@ -179,17 +180,19 @@ def _accuracy_figure(run: Mapping[str, Any], groups: Groups) -> str:
     series = []
     splits = [split for split in ("train", "test") if split in run["accuracy"]] or list(run["accuracy"])
     for place, split in enumerate(splits):
-        counts = run["counts"].get(split, [0] * len(groups.names))
-        marks = []
-        for share, count in zip(run["accuracy"][split], counts, strict=True):
-            low, high = wilson(share, count)
-            marks.append(Mark(100 * share, 100 * low, 100 * high))
-        series.append(
-            Series(split, tuple(marks), figures.ORDERED_COLOURS[2 * place % 3], split if len(split) < 6 else "")
-        )
+        levels = _accuracies(run, groups, split)
+        marks = tuple(levels[name].mark if name in levels else None for name in groups.names)
+        series.append(Series(split, marks, figures.ORDERED_COLOURS[2 * place % 3], split if len(split) < 6 else ""))
     names = list(groups.names)
     title = "Accuracy of the trained model per group"
     return figures.grouped_bars(title, names, series, axis="accuracy, %", minority=groups.places, limits=(0.0, 100.0))
+
+
+def _accuracies(run: Mapping[str, Any], groups: Groups, split: str) -> dict[str, Level]:
+    """Return the accuracy of every group that a split has images of."""
+    if split in run["counts"]:
+        return by_group(run, groups, split, run["accuracy"][split])
+    return {name: accuracy_level(share, 0) for name, share in zip(groups.names, run["accuracy"][split], strict=True)}
 
 
 def _training_figures(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -212,14 +215,15 @@ def _accuracy_words(run: Mapping[str, Any], groups: Groups) -> str:
     """Return the train and test accuracy of minority and majority groups, and the gaps, in one sentence."""
     if not {"train", "test"} <= set(run["accuracy"]):
         return "The run has no accuracy on both training and test set yet."
-    train, test = (dict(zip(groups.names, run["accuracy"][split], strict=True)) for split in ("train", "test"))
+    train, test = (_accuracies(run, groups, split) for split in ("train", "test"))
+    gap = {name: 100 * (train[name].value - test[name].value) for name in groups.names if {name} <= {*train} & {*test}}
     parts = [
-        f"{groups.label(name)} reaches {number(100 * train[name])} % in training and {number(100 * test[name])} % in "
-        f"test (gap {signed(100 * (train[name] - test[name]))})"
-        for name in groups.names
+        f"{groups.label(name)} reaches {number(100 * train[name].value)} % in training and "
+        f"{number(100 * test[name].value)} % in test (gap {signed(gap[name])})"
+        for name in gap
         if name in groups.minority
     ]
-    gaps = [100 * (train[name] - test[name]) for name in groups.majority]
+    gaps = [gap[name] for name in groups.majority if name in gap]
     rest = ""
     if gaps:
         ends = list(dict.fromkeys(f"{signed(gap)}" for gap in (min(gaps), max(gaps))))
@@ -236,16 +240,18 @@ def _groups_table(run: Mapping[str, Any], groups: Groups) -> str:
         "gap train &minus; test",
         "one train example, points",
     ]
+    levels = {split: _accuracies(run, groups, split) for split in accuracy}
     rows = []
     for place, name in enumerate(groups.names):
         row = [escape(f"G{place} {name}"), "minority" if name in groups.minority else "majority"]
         for split, found in counts.items():
             row.append(_count_cell(found, expected.get(split), place))
-        for split, shares in accuracy.items():
-            low, high = wilson(shares[place], counts.get(split, {place: 0})[place])
-            row.append(f"{number(100 * shares[place])}<small>[{number(100 * low)}, {number(100 * high)}]</small>")
-        both = {"train", "test"} <= set(accuracy)
-        row.append(signed(100 * (accuracy["train"][place] - accuracy["test"][place])) if both else "&ndash;")
+        own = {split: found[name] for split, found in levels.items() if name in found}
+        row += [
+            f"{number(own[s].mark.value)}<small>{own[s].interval}</small>" if s in own else "&ndash;" for s in levels
+        ]
+        both = {"train", "test"} <= set(own)
+        row.append(signed(100 * (own["train"].value - own["test"].value)) if both else "&ndash;")
         size = counts.get("train", {}) and counts["train"][place]
         row.append(number(100 / size, 2) if size else "&ndash;")
         rows.append(row)

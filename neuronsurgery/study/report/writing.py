@@ -14,6 +14,7 @@ from typing import Any, Final
 from neuronsurgery.artifacts import write_atomically
 from neuronsurgery.study.report.contents import STAGE_ONE, chapters_of, contents_of
 from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.levels import by_group
 from neuronsurgery.study.report.opening import model_figures, opening_html, title_of
 from neuronsurgery.study.report.page import document, section_html
 from neuronsurgery.study.report.section import Chapter, Results
@@ -113,11 +114,12 @@ def _group_rows(run: Results, groups: Groups) -> list[Results]:
     """Return one row per split and group: the count found, the paper's, and the accuracy."""
     rows: list[Results] = []
     for split, counts in run["counts"].items():
-        accuracy, expected = run["accuracy"].get(split), (run.get("expected_counts") or {}).get(split)
+        expected = (run.get("expected_counts") or {}).get(split)
+        accuracy = by_group(run, groups, split, run["accuracy"][split]) if split in run["accuracy"] else {}
         for place, name in enumerate(groups.names):
             row = {"split": split, "group": name, "minority": name in groups.minority, "count": counts[place]}
             row["expected"] = expected[place] if expected else None
-            rows.append(row | {"accuracy": accuracy[place] if accuracy else None})
+            rows.append(row | {"accuracy": accuracy[name].value if name in accuracy else None})
     return rows
 
 
