@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import neuronsurgery as ns
 from neuronsurgery.study import data, stage_one
 from neuronsurgery.study.cli import _parser, _settings, main
+from neuronsurgery.study.training import RECIPES
 from study.test_readers import make_birds
 
 FEW = ("study", "--quick", "--epochs", "1", "--data", "digits", "--stages", "1", "--experiments", "1a", "1g")
@@ -153,8 +155,22 @@ def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_text() == first
     capsys.readouterr()
-    assert main(["show", str(folder / "gradients.safetensors")]) == 0
-    assert "Scores: gradient norm of 336 neurons" in capsys.readouterr().out
+    shown = {}
+    for file in (file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors")):
+        assert main(["show", str(file)]) == 0
+        shown[file.name] = capsys.readouterr().out
+        assert 1 <= len(shown[file.name].splitlines()) <= 20
+    for name, beginning in {
+        "gradients.safetensors": "Scores: gradient norm of 336 neurons",
+        "epoch-000.safetensors": "checkpoint after epoch 0: ",
+        "epoch-001.safetensors": "checkpoint after epoch 1; loss ",
+        "optimizer.safetensors": "the optimiser's state after epoch 1: ",
+        "results.json": "results of digits, seed 0\n  train accuracy, %: digit 0-4 on land ",
+        "run.json": 'run.json: the settings of a run\n  data: "digits"',
+        "1a-train.json": "1a-train.json: ",
+        "timings.json": "timings.json:\n  1g on train: ",
+    }.items():
+        assert shown[name].startswith(beginning)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -227,16 +243,195 @@ def test_two_processes_train_together_and_the_first_goes_on(tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["study", "--data", "waterbirds"], "read from disk and needs --root DIR"),
+        (
+            ["study", "--table", "x.csv", "--label-column", "y", "--workers", "2", "--image-size", "64"],
+            "embedded and takes no --image-size, --workers, --table, --label-column: leave it out",
+        ),
+        (
+            ["study", "--data", "celeba", "--root", "x", "--table", "x.csv"],
+            "--table: only for --data folder, celeba has its own",
+        ),
+        (["study", "--device", "warp"], "--device warp cannot be used here ("),
+        (["study", "--device", "meta"], "--device meta cannot be used here ("),
+        (["study", "--held-out", "0.2"], "has held-out images of its own (50): use these and leave out --held-out"),
+        (["study", "--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
+        (["study", "--arch", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 does not take images of 32 x 32 ("),
         (["study", "--root", "somewhere"], "embedded and takes no --root: leave it out"),
         (["report", "nowhere"], "nowhere has no results.json"),
         (["show", "nowhere.safetensors"], "no file at"),
     ],
 )
 def test_errors_are_one_line_with_the_next_step(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # no run folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--batch-size", "0", "expected a whole number of at least 1, not '0'"),
+        ("--epochs", "0", "expected a whole number of at least 1, not '0'"),
+        ("--epochs", "2.5", "expected a whole number of at least 1, not '2.5'"),
+        ("--seeds", "none", "expected a whole number of at least 1, not 'none'"),
+        ("--image-size", "-8", "expected a whole number of at least 1, not '-8'"),
+        ("--workers", "-1", "expected a whole number of at least 0, not '-1'"),
+        ("--seed", "-1", "expected a whole number of at least 0, not '-1'"),
+        ("--held-out", "0.6", "expected a share above 0 and up to 0.5, such as 0.2, not '0.6'"),
+        ("--held-out", "half", "expected a share above 0 and up to 0.5, such as 0.2, not 'half'"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_their_option(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["study", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FEW, "--device", "cuda", "--out", str(tmp_path / "run")]) == 1
+    assert "error: --device cuda cannot be used here (" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "missing"), [(("1",), ("torchvision", "Pillow")), (("fragility",), ("scikit-learn", "torchvision"))]
+)
+def test_missing_packages_are_named_together_before_any_work(
+    stages: tuple[str, ...],
+    missing: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("sklearn", "torchvision", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    chosen = ["--data", "folder", "--root", str(tmp_path), "--stages", *stages, "--out", str(tmp_path / "run")]
+    assert main(["study", "--arch", "small_resnet", *chosen]) == 1
+    said = capsys.readouterr().err
+    assert all(f"{package} (" in said for package in missing)
+    assert "pip install 'neuronsurgery[study]'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_keeps_the_length_that_is_the_data_sets_own() -> None:
+    arguments = ["study", "--data", "celeba", "--root", "x", "--preset", "sgd", "--batch-size", "8"]
+    settings = _settings(_parser().parse_args(arguments))
+    assert settings.recipe == replace(RECIPES["sgd"], epochs=20, batch_size=8)
+    assert (settings.image_size, settings.table, settings.label_column) == (224, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ((), 224),
+        (("--arch", "vit_tiny_patch16_384"), 384),
+        (("--arch", "timm:test_vit"), 160),
+        (("--arch", "test_vit", "--image-size", "64"), 64),
+    ],
+)
+def test_images_on_disk_get_the_size_that_the_network_is_made_for(options: tuple[str, ...], size: int) -> None:
+    settings = _settings(_parser().parse_args(["study", "--data", "folder", "--root", "x", *options]))
+    assert settings.image_size == size
+    assert (settings.table, settings.label_column) == ("metadata.csv", "label")
+
+
+def test_several_processes_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert _settings(_parser().parse_args(["study"])).processes == 3
+
+
+def on_disk(root: Path, *options: str) -> list[str]:
+    small = ("--arch", "small_resnet", "--image-size", "16", "--stages", "1", "--experiments", "1a")
+    return ["study", "--quick", "--epochs", "1", "--data", "waterbirds", "--root", str(root), *small, *options]
+
+
+def test_a_size_that_does_not_fit_is_refused_with_that_which_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_birds(tmp_path / "birds")
+    command = on_disk(tmp_path / "birds", "--arch", "vit_tiny_patch16_384", "--out", str(tmp_path / "run"))
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "error: vit_tiny_patch16_384 does not take images of 16 x 16 (" in said
+    assert "pass --image-size 384, for which it is made" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_found_before_the_run_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = make_birds(tmp_path / "birds")
+    image = next(iter((tmp_path / "birds").rglob("*.jpg")))
+    image.write_bytes(image.read_bytes()[:-20])
+    assert main(on_disk(table.parent, "--out", str(tmp_path / "run"))) == 1
+    assert "files that are no readable images (1): " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = make_birds(tmp_path / "birds"), tmp_path / "run"
+    table.write_text(table.read_text().replace(",1,2,0,/", ",1,2,1,/"))  # no test image of group 2
+    command = on_disk(table.parent, "--held-out", "0.3", "--out", str(out))
+    assert main(command) == 0
+    assert "test images" in capsys.readouterr().out
+    results = results_of(out)
+    assert results["settings"]["held_out"] == 0.3
+    assert sum(results["counts"]["train"]) == 7
+    assert sum(results["counts"]["held-out"]) == 3
+    assert results["counts"]["test"] == [1, 2, 0, 2]
+    assert len(results["accuracy"]["test"]) == 3
+    before = (out / "results.json").read_bytes()
+    table.write_text(table.read_text().replace(",0,1,1,/", ",0,1,0,/"))
+    assert main(command) == 1
+    assert "images, classes or groups are not what they were in validation: put" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_seeds_of_data_without_test_images_and_seeds_that_would_fall_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = make_birds(tmp_path / "birds"), tmp_path / "runs"
+    lines = [line for line in table.read_text().splitlines() if line.split(",")[3] != "2"]
+    table.write_text("\n".join(lines) + "\n")
+    assert main(on_disk(table.parent, "--seeds", "2", "--out", str(out))) == 0
+    together = results_of(out)
+    assert "test" not in together["counts"]
+    assert {record["text"] for record in together["claims"]} >= {"training accuracy is near 100 %"}
+    capsys.readouterr()
+    assert main(["show", str(out / "results.json")]) == 0
+    assert capsys.readouterr().out.startswith(
+        "results of waterbirds, seeds 0, 1\n  train accuracy, %: landbird on land "
+    )
+    before = (out / "results.json").read_bytes()
+    assert main(on_disk(table.parent, "--seeds", "2", "--seed", "5", "--out", str(out))) == 1
+    assert "holds runs of the seeds 0, 1, of which 0, 1 would fall out" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_was_deleted_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*FEW, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    for epoch, message in ((0, "the checkpoints of epochs 0 are missing"), (1, "no checkpoint of epoch 1; found")):
+        file = tmp_path / "run" / "checkpoints" / f"epoch-00{epoch}.safetensors"
+        file.rename(tmp_path / "elsewhere")
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+        (tmp_path / "elsewhere").rename(file)
 
 
 def test_another_run_in_the_folder_is_refused_unless_overwritten(
