@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -461,12 +462,13 @@ def _json_lines(path: Path) -> list[str]:
     if not isinstance(found, dict):
         entries = enumerate(found) if isinstance(found, list) else [(0, found)]
         title = f"{path.name}: {len(found)} records" if isinstance(found, list) else path.name
-        return [title, *(f"  {number}: {json.dumps(entry)}" for number, entry in entries)]
+        return [title, *(f"  {number}: {_record_text(entry)}" for number, entry in entries)]
     settings, groups = found.get("settings"), found.get("groups")
     if not isinstance(settings, dict):
         return [f"{path.name}:", *_outline(found)]
     if not isinstance(groups, list) or not isinstance(found.get("accuracy"), dict):
-        return [f"{path.name}: the settings of a run", *_outline({**settings, "data digests": found.get("data")})]
+        more = {"version": found.get("version"), "digests of the data": found.get("data")}
+        return [f"{path.name}: the settings of a run", *_packed(settings), *_outline(more)]
     seeds = found.get("seeds", [settings.get("seed")])
     title = f"results of {settings.get('data')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     rows = [
@@ -474,6 +476,15 @@ def _json_lines(path: Path) -> list[str]:
     ]
     rest = {key: value for key, value in found.items() if key not in ("groups", "accuracy", "schema", "seeds")}
     return [title, *rows, *_outline(rest)]
+
+
+def _record_text(record: Any) -> str:
+    """A record of an experiment: the changes in points first, group by group, then what was done."""
+    if not isinstance(record, dict):
+        return json.dumps(record, ensure_ascii=False)
+    said = {key: value for key, value in record.items() if value is not None and key not in ("changes", "names")}
+    changes = [f"{100 * one['change']:+.1f}" for one in record.get("changes", ())]
+    return f"{', '.join(changes)}{'; ' * bool(changes)}{json.dumps(said, ensure_ascii=False)}"
 
 
 def _accuracy_line(split: str, counts: list[int], groups: list[str], accuracy: list[Any]) -> str:
@@ -495,6 +506,12 @@ def _outline(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _packed(found: Mapping[str, Any]) -> list[str]:
+    """Entries of short values, as many to a line as fit."""
+    said = "; ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in found.items())
+    return textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
 def _tensor_lines(path: Path) -> list[str]:
     """What a safetensors file holds; what is none, or of the library, is left to `ns.load_file` and its errors."""
     try:
@@ -509,7 +526,7 @@ def _tensor_lines(path: Path) -> list[str]:
     title = f"{len(shapes)} tensors, {numbers:,} numbers"
     if "run" in header and "epoch" in header:
         title = f"the optimiser's state after epoch {header['epoch']}: {title}"
-        return [title, *_outline(json.loads(header["run"]))]
+        return [title, *_packed(json.loads(header["run"]))]
     if "epoch" in header:
         met = (
             f"; loss {float(header['loss']):.4f}, accuracy {float(header['accuracy']):.4f}" if "loss" in header else ""
