@@ -86,7 +86,7 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool 
 
 
 def _subject(folder: RunFolder, data: Any, trained: Trained, progress: bool) -> Subject:
-    loaders = data.loaders("train")
+    batch = next(iter(next(iter(data.loaders("train").values()))))
     return Subject(
         trained.model,
         _gradients(folder, data, trained.model, "train", trained.where, progress),
@@ -94,7 +94,7 @@ def _subject(folder: RunFolder, data: Any, trained: Trained, progress: bool) -> 
         folder.settings.draws,
         folder.settings.control_draws,
         trained.checkpoints,
-        next(iter(next(iter(loaders.values())))),
+        tuple(part[:2] for part in batch),  # two show what follows what, and are run once for every layer
     )
 
 

@@ -173,20 +173,26 @@ def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert shown[name].startswith(beginning)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("resnet18", ["--arch", "resnet18", "--image-size", "32", "--experiments", "all"]),
+        ("resnet50", ["--experiments", "1a", "1b"]),  # the default network, and the default size
+    ],
+)
 def test_waterbirds_from_disk_with_another_network(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arch: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_birds(root := tmp_path / "birds")
     folder = tmp_path / "run"
-    chosen = ["--data", "waterbirds", "--root", str(root), "--stages", "1", "--experiments", "1a", "1b"]
-    architecture = ["--arch", arch] if arch != "resnet50" else []  # the default
-    assert main(["study", "--quick", "--epochs", "1", *chosen, *architecture, "--out", str(folder)]) == 0
+    chosen = ["--data", "waterbirds", "--root", str(root), "--stages", "1", *options]
+    assert main(["study", "--quick", "--epochs", "1", *chosen, "--out", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert f"{arch}, " in printed
     assert "nothing pre-trained" in printed
     results = results_of(folder)
-    assert results["experiments"]["1a"]["train"]
+    assert set(results["experiments"]) == set(results["settings"]["experiments"]) >= {"1a", "1b"}
+    assert all(found["train"] for name, found in results["experiments"].items() if name != "1f")
     assert "fc.weight" not in {layer["name"] for layer in results["layers"]}
     assert "fc.weight" in load_file(folder / "checkpoints" / "epoch-001.safetensors")
 
