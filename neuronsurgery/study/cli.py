@@ -107,9 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="train a network on data with a spurious correlation and operate on its critical neurons",
-        description="Stage 1 of the paper: train by empirical risk minimisation with a checkpoint an epoch, score "
-        "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
-        "beside them. A run that was killed goes on where it was.",
+        description="The paper from front to back. Stage 1: train by empirical risk minimisation with a checkpoint an "
+        "epoch, score every neuron for every group, then zero, replace, disturb and rewind the critical ones, and "
+        "random ones beside them. Stage 2: fine-tune against the pruned twin, beside its controls and other methods. "
+        "Fragility: who is memorised, without group labels. A run that was killed goes on where it was.",
     )
     study.add_argument(
         "--data",
