@@ -346,6 +346,7 @@ def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trai
         MORE_RATES if settings.full else RATES,
         joined_source(dataset) if settings.full else None,
         *_published(options, built),
+        settings.full,
     )
 
 

@@ -49,13 +49,13 @@ Row: TypeAlias = dict[str, Any]
 EARLY: Final = (1, 2, 3, 5, 10)
 """Epochs whose checkpoints are asked, where the run has them."""
 
-SEARCHED: Final = 4
+SEARCHED: Final = 2
 """How many draws of a size the search for equal damage looks at."""
 
 POOL: Final = 0.1
 """The most critical tenth of the neurons; a quarter of them is cut at a time."""
 
-CLOSE: Final = 1.1
+CLOSE: Final = 1.2
 """How far apart two numbers of random neurons are when the search for equal damage ends."""
 
 GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -288,7 +288,7 @@ class _Detection:
 
     def _as_damaging(self, critical: Sequence[ns.Edit], layout: ns.Layout) -> list[ns.Edit]:
         """Return the random cuts that come nearest to the damage of the critical ones, found by halving their size."""
-        target = self._damage(critical)
+        target = self._damage(critical[:SEARCHED])
         low, high = 1, layout.count
         tried: dict[int, float] = {}
         while low not in tried or high > CLOSE * low:

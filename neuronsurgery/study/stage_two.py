@@ -123,6 +123,7 @@ class Setting:
             retrained on; None leaves these arms out.
         comparisons: the recipes of comparison methods that have one of their own; the others have that of the ERM run.
         contrast_temperature: of Correct-n-Contrast.
+        full: whether there is time for the arms of `MORE_VARIANTS` as well.
     """
 
     trained: Trained
@@ -137,6 +138,7 @@ class Setting:
     joined: SplitSource | None = None
     comparisons: Mapping[str, Recipe] = field(default_factory=dict)
     contrast_temperature: float = 0.1
+    full: bool = False
 
     def checkpoint(self, epoch: int) -> nn.Module:
         """The ERM model after an epoch."""
@@ -217,6 +219,10 @@ VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
     ),
     ("nothing pruned", "control", "the same loss, the twin having all neurons", {"criterion": "none"}),
     ("random pruned", "control", "the same loss, as many random neurons pruned", {"criterion": "random"}),
+)
+"""Name, family, text, and what differs from `ContrastivePruning`'s defaults."""
+
+MORE_VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
     (
         "random pruned, own statistics",
         "control",
@@ -224,7 +230,7 @@ VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
         {"criterion": "random", "statistics": "own"},
     ),
 )
-"""Name, family, text, and what differs from `ContrastivePruning`'s defaults."""
+"""With `--full`."""
 
 
 def _contrastive(setting: Setting) -> list[Arm]:
@@ -241,7 +247,7 @@ def _contrastive(setting: Setting) -> list[Arm]:
             setting.fine_tuning_epochs,
             functools.partial(make, options),
         )
-        for name, family, text, options in VARIANTS
+        for name, family, text, options in (*VARIANTS, *(MORE_VARIANTS if setting.full else ()))
     ]
 
 

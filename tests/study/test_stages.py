@@ -155,6 +155,8 @@ def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
     names = [row["name"] for row in results["arms"]]
     assert names == ["ERM", *(one.name for one in make_arms(setting)), "DFR", "ERM continued, chosen"]
     assert len({one.slug for one in make_arms(setting)}) == len(make_arms(setting))
+    more = {one.name for one in make_arms(replace(setting, full=True))} - set(names)
+    assert more == {"random pruned, own statistics"}
     for row in results["arms"]:
         assert ("impossible" in row) != bool(row["selected"])
         assert set(row["selected"]) <= set(SELECTIONS)
