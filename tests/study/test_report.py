@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from neuronsurgery.study import data, figures
 from neuronsurgery.study.figures import Mark, Picture, Series, contact_sheet, number, pixels_of, png, signed
 from neuronsurgery.study.report import contents, write_report
-from neuronsurgery.study.report.effects import Groups
+from neuronsurgery.study.report.controls import _single_words
+from neuronsurgery.study.report.effects import Groups, cells_of
 from neuronsurgery.study.report.section import Entry, Section
 
 BIRDS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
@@ -562,6 +563,19 @@ def test_a_group_that_a_split_lacks_is_left_out_and_the_others_keep_their_accura
     assert list(test.values()) == ["1.0", "", "0.4", "0.99"]
     assert "G1 landbird on water (minority) reaches" not in page
     assert "G2 waterbird on land (minority) reaches" in page
+
+
+@pytest.mark.parametrize(("draws", "said"), [(1, "seen in 0 of 1 draw; "), (2, "seen in 1 of 2 draws; ")])
+def test_single_draws_of_controls_are_told_by_their_change_and_not_by_the_ends_of_its_interval(
+    draws: int, said: str
+) -> None:
+    changes = [{"group": "a", "change": -0.1, "low": -0.4, "high": 0.2}, {"group": "a", "change": -0.2, "low": -0.3}]
+    changes[1]["high"] = -0.1
+    record = {"criterion": "random", "fraction": 0.01, "neurons": 3}
+    cells = cells_of([{**record, "changes": [change]} for change in changes[:draws]])
+    twice = [*cells, *cells_of([{**record, "fraction": 0.02, "changes": [change]} for change in changes[:draws]])]
+    furthest = {1: "10.0", 2: "20.0"}[draws]
+    assert _single_words(twice, ["a"]) == f"{said}furthest change \N{MINUS SIGN}{furthest} points"  # a size counts once
 
 
 # Faults

@@ -85,7 +85,9 @@ def _single_words(random: Sequence[Cell], names: Sequence[str]) -> str:
     different = {cell.neurons: cell for cell in random}.values()
     effects = [cell.effects[name] for cell in different for name in names if name in cell.effects]
     seen, draws = sum(effect.seen_in for effect in effects), sum(effect.draws for effect in effects)
-    furthest = max((end for effect in effects for end in (effect.low, effect.high)), key=abs, default=0.0)
+    # Of one draw, low and high are the ends of its interval.
+    changes = [(e.change,) if e.draws == 1 else (e.low, e.high) for e in effects]
+    furthest = max((change for ends in changes for change in ends), key=abs, default=0.0)
     return f"seen in {seen} of {times(draws, 'draw')}; furthest change {signed(100 * furthest)} points"
 
 
