@@ -759,18 +759,25 @@ class CheckedForward:
         Raises:
             KeyError: if a name is not that of a parameter.
         """
-        inputs = Inputs.of(args, kwargs)
         unknown = sorted({name for edited in edits.values() for name in edited} - set(self._parameters))
         if unknown:
             raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
-        graph = self._graph(inputs)
+        graph = self._graph(Inputs.of(args, kwargs))
         if graph is not None:
             return graph.run(args, kwargs, edits)
-        return self._one_by_one(inputs, edits)
+        return self.one_by_one(args, kwargs, edits)
 
-    def _one_by_one(
-        self, inputs: Inputs, edits: Mapping[Label, Mapping[str, Tensor]]
+    def one_by_one(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
+        """Yield what `run` gives by one forward pass for each edit, without a graph: for where there is nothing to share.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            edits: for each label the edited parameters by their first names, all of them parameters of the model.
+        """
+        inputs = Inputs.of(args, kwargs)
         for label in edits:
             # Each edited model is a model of its own: what it changes in its buffers stays with it.
             changed = self._changed_buffers.setdefault(label, {})

@@ -563,7 +563,7 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
     classes = torch.unique(positions)
     parts = [scores[positions == position] for position in classes]
     _warn_of_constants(classes, parts)
-    thresholds = [_fence(part) if rule == "tukey" else _share(part, float(rule)) for part in parts]
+    thresholds = [fence(part) if rule == "tukey" else _share(part, float(rule)) for part in parts]
     above = [int((part > at).sum()) for part, at in zip(parts, thresholds, strict=True)]
     counts = [(len(part) - fragile, fragile) for part, fragile in zip(parts, above, strict=True)]
     _refuse_small_cells(classes, counts)
@@ -572,7 +572,8 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
     return InferredGroups(2 * at + fragile, fragile, tuple(classes.tolist()), tuple(counts), tuple(thresholds))
 
 
-def _fence(scores: Tensor) -> float:
+def fence(scores: Tensor) -> float:
+    """Return Tukey's upper fence, Q3 + 1.5 (Q3 - Q1), of scores: float64 on the CPU, shape (N,)."""
     low, high = _quantiles(scores, 0.25, 0.75)
     return high + 1.5 * (high - low)
 

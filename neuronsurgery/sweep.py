@@ -80,7 +80,8 @@ class Sweep:
         baseline: the metrics of the model as it is.
         metrics: the metrics under each edit, by its label.
         members: the group of every example, in the order of `values`.
-        reasons: why the forward pass could not be shared, where it could not; empty if it always was.
+        reasons: why the forward pass could not be shared, where it could not; empty if it always was, or no edit changes
+            anything.
         metric: the name of the function that was the metric; of an object that is called, its class's.
     """
 
@@ -295,12 +296,14 @@ class _Run:
 
     def over(self, loaders: Loaders, predict: Predict | None, unpack: Unpack | None, progress: bool) -> None:
         forward = CheckedForward(self.runner, predict or default_predict)
+        # A capture takes as long as many batches of a small network, and no edits share nothing.
+        run = forward.run if any(self.edited.values()) else forward.one_by_one
         label = "sweep" if progress else None
         device = model_device(self.runner)
         batches = iterate_groups(loaders, device=device, unpack=unpack, progress=label, edits=len(self.edited))
         for groups, batch in batches:
             self.members.extend(groups)
-            for edit, logits in forward.run(batch.args, batch.kwargs, self.edited):
+            for edit, logits in run(batch.args, batch.kwargs, self.edited):
                 logits = extract_logits(logits, None, len(batch))
                 values = example_values(self.metric, logits, batch.targets)
                 self.outcomes[edit].add(values)

@@ -219,10 +219,23 @@ def test_reasons_name_a_path_that_changes_with_the_values() -> None:
     case = CASES["bert"]
     model = case.build()
     batches = [(torch.randn(4, 3), torch.zeros(4).long()), (-torch.randn(4, 3).abs(), torch.zeros(4).long())]
+    reading = Reading()
+    cut = {"cut": ns.zero_out(ns.select(ns.find_layout(reading), {"a.weight": 0}))}
     with pytest.warns(UserWarning, match="forward of its own"):
-        swept = ns.sweep(Reading(), {}, batches)
+        swept = ns.sweep(reading, cut, batches)
     assert swept.reasons
-    assert ns.sweep(model, {}, case.batches()).reasons == ()
+    assert ns.sweep(model, every_kind(model), case.batches()).reasons == ()
+
+
+def test_where_no_edit_changes_anything_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture costs more than the forward passes that it could save: there are none."""
+    monkeypatch.setattr("neuronsurgery.capture.capture", lambda *args, **kwargs: pytest.fail("captured"))
+    reading, batches = Reading(), noise(4, 3)
+    expected = ns.evaluate(reading, batches, metric=ns.margin)
+    for edits in ({}, {"none": ns.compose()}):
+        swept = ns.sweep(reading, edits, batches, metric=ns.margin)
+        assert list(swept.baseline.values) == list(expected.values)
+        assert swept.reasons == ()
 
 
 def test_a_model_with_hooks_falls_back_and_they_fire() -> None:

@@ -134,6 +134,19 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--epochs", type=_whole(1), help="passes over the training images (default: the data's own)")
     study.add_argument("--batch-size", type=_whole(1), help="images per step (default: the preset's)")
     study.add_argument(
+        "--fine-tuning-epochs",
+        type=_whole(1),
+        metavar="N",
+        help="Stage 2: passes of the paper's method and its controls (default: 4; 20 with --full)",
+    )
+    study.add_argument(
+        "--comparison-epochs",
+        type=_whole(1),
+        metavar="N",
+        help="Stage 2: passes of methods that start from the first weights (default: two fifths of --epochs; all of them "
+        "with --full)",
+    )
+    study.add_argument(
         "--held-out",
         type=_share,
         metavar="SHARE",
@@ -153,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--full",
         action="store_true",
-        help="Stage 2 at the paper's lengths and with more rates; and where fragility should fail (embedded data)",
+        help="Stage 2 at the paper's lengths and with more rates and arms; and where fragility should fail (embedded data)",
     )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
     _add_network_options(study.add_argument_group("network"))
@@ -419,12 +432,13 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _lengths(options: argparse.Namespace, epochs: int) -> dict[str, Any]:
     """The settings that say how long a run takes."""
-    lengths: dict[str, Any] = {"comparison_epochs": max(1, epochs // 2)}
+    lengths: dict[str, Any] = {"comparison_epochs": max(1, 2 * epochs // 5)}
     if options.full:
         lengths = {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": epochs, "full": True}
     if options.quick:
-        lengths |= QUICK if options.epochs is None else {**QUICK, "epochs": epochs}
-    return lengths
+        lengths |= QUICK
+    asked = {name: getattr(options, name) for name in ("epochs", "fine_tuning_epochs", "comparison_epochs")}
+    return lengths | {name: value for name, value in asked.items() if value is not None}
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.fragility import ROUNDING, SMALLEST_CELL
+from neuronsurgery.fragility import ROUNDING, SMALLEST_CELL, fence
 from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
@@ -219,9 +218,8 @@ def fence_flags(scores: Tensor, targets: Tensor) -> Tensor:
     flags = torch.zeros(len(scores), dtype=torch.bool)
     for target in sorted(set(targets.tolist())):
         own = scores[targets == target].double()
-        low, high = np.quantile(own.numpy(), (0.25, 0.75))
         if own.max() - own.min() > ROUNDING * own.abs().max():
-            flags[targets == target] = own > high + 1.5 * (high - low)
+            flags[targets == target] = own > fence(own)
     return flags
 
 

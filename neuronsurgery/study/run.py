@@ -78,7 +78,7 @@ class Settings:
         control_draws: how many matched controls a p-value rests on.
         fine_tuning_epochs: of Stage 2.
         comparison_epochs: of the methods of Stage 2 that train from the first weights again.
-        full: whether Stage 2 searches more rates.
+        full: whether Stage 2 has more rates and arms.
         quick: whether this is only to see that it runs.
         optimizer: of empirical risk minimisation, as the rest of its recipe; see `training.Recipe`.
         learning_rate: of its first step.
@@ -111,8 +111,8 @@ class Settings:
     experiments: tuple[str, ...] = EXPERIMENTS
     draws: int = 10
     control_draws: int = 30
-    fine_tuning_epochs: int = 5
-    comparison_epochs: int = 15
+    fine_tuning_epochs: int = 4
+    comparison_epochs: int = 12
     full: bool = False
     quick: bool = False
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"

@@ -62,11 +62,15 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "epochs", "fine_tuning", "comparison"),
     [
-        ((), 30, 5, 15),
-        (("--epochs", "10"), 10, 5, 5),
+        ((), 30, 4, 12),
+        (("--epochs", "1"), 1, 4, 1),
+        (("--epochs", "10"), 10, 4, 4),
         (("--epochs", "60", "--full"), 60, 20, 60),
         (("--quick", "--full"), 5, 1, 2),
         (("--quick", "--epochs", "1"), 1, 1, 2),
+        (("--fine-tuning-epochs", "5", "--comparison-epochs", "15"), 30, 5, 15),
+        (("--full", "--fine-tuning-epochs", "7"), 30, 7, 30),
+        (("--quick", "--comparison-epochs", "3"), 5, 1, 3),
     ],
 )
 def test_stage_two_is_as_long_as_the_run_says(
