@@ -770,7 +770,7 @@ class CheckedForward:
     def one_by_one(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
-        """Yield what `run` gives by one forward pass for each edit, without a graph: for where there is nothing to share.
+        """Yield what `run` gives, by one forward pass for each edit: for where there is nothing to share.
 
         Args:
             args: positional arguments of the model.

@@ -80,8 +80,8 @@ class Sweep:
         baseline: the metrics of the model as it is.
         metrics: the metrics under each edit, by its label.
         members: the group of every example, in the order of `values`.
-        reasons: why the forward pass could not be shared, where it could not; empty if it always was, or no edit changes
-            anything.
+        reasons: why the forward pass could not be shared, where it could not; empty if it always was, or if no edit
+            changes anything.
         metric: the name of the function that was the metric; of an object that is called, its class's.
     """
 

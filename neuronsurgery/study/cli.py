@@ -143,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         "--comparison-epochs",
         type=_whole(1),
         metavar="N",
-        help="Stage 2: passes of methods that start from the first weights (default: two fifths of --epochs; all of them "
-        "with --full)",
+        help="Stage 2: passes of methods that start from the first weights (default: two fifths of --epochs; all of "
+        "them with --full)",
     )
     study.add_argument(
         "--held-out",
@@ -166,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--full",
         action="store_true",
-        help="Stage 2 at the paper's lengths and with more rates and arms; and where fragility should fail (embedded data)",
+        help="Stage 2 at the paper's lengths and with more rates and arms; and where fragility should fail (embedded "
+        "data)",
     )
     study.add_argument("--quick", action="store_true", help="few epochs and draws: does it run, not what comes out")
     _add_network_options(study.add_argument_group("network"))

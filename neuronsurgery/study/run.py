@@ -197,7 +197,8 @@ class RunFolder:
         """
         file = self.path / "timings.json"
         timings = _read_json(file) if file.exists() else {}
-        _write(file, json.dumps({what: round(seconds, 1), **timings}, indent=1).encode())
+        timings.setdefault(what, round(seconds, 1))
+        _write(file, json.dumps(timings, indent=1).encode())
 
     def scores(self, name: str, compute: Callable[[], ns.Scores]) -> ns.Scores:
         """Return the scores of an earlier time, or compute them and write them down."""

@@ -172,7 +172,7 @@ def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "results.json": "results of digits, seed 0\n  train accuracy, %: digit 0-4 on land ",
         "run.json": 'run.json: the settings of a run\n  data "digits"; root null; ',
         "1a-train.json": "1a-train.json: ",
-        "timings.json": "timings.json:\n  1g on train: ",
+        "timings.json": "timings.json:\n  training: ",
     }.items():
         assert shown[name].startswith(beginning)
 

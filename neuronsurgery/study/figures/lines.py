@@ -162,7 +162,7 @@ def trajectories(
         raise ValueError(f"trajectories: {title!r} has no marks: leave the figure out")
     names = max(len(_end_name(one)) for _, one in drawn_series) * svg.SMALL * svg.CHARACTER + 34
     slot = max(14.0, min(64.0, 640 / len(places)))
-    width = max(svg.LEAST, svg.LEFT + len(places) * slot + names)
+    width = max(svg.WHOLE_ROW, svg.LEFT + len(places) * slot + names)
     drawn, top = svg.heading(title, width)
     plot, ticks = svg.scaled(limits or extent_of(series), top + 14, width - names + svg.RIGHT, 320)
     slot = plot.width / len(places)

@@ -19,6 +19,9 @@ LEFT: Final = 68.0
 RIGHT: Final = 14.0
 WIDEST: Final = 60.0
 LEAST: Final = 520.0
+WHOLE_ROW: Final = 720.0
+"""From this width on a figure has a row of the page for itself."""
+
 SMALL: Final = 14
 TINY: Final = 12
 LINE: Final = 20

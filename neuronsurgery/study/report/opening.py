@@ -107,7 +107,7 @@ def _model_opening(run: Mapping[str, Any], groups: Groups) -> list[str]:
         figures_html(model_figures(run, groups)),
         _groups_table(run, groups),
         paragraph(_counts_words(run)),
-        bullets([_seconds_words(run)]),
+        _seconds_html(run),
     ]
 
 
@@ -134,13 +134,12 @@ def _how_to_read(run: Mapping[str, Any], chapters: Sequence[Chapter]) -> list[st
     return [*rules[:1], said, *how, *rules[1:], MINORITY]
 
 
-def _seconds_words(run: Mapping[str, Any]) -> str:
+def _seconds_html(run: Mapping[str, Any]) -> str:
     """Return how long each part of the run took; nothing where the run did not note it."""
     seconds = run.get("seconds") or {}
-    if not seconds:
-        return ""
-    each = ", ".join(f"{key} {number(value)}" for key, value in seconds.items())
-    return f"Seconds: {each}; {number(sum(seconds.values()))} together."
+    rows = [[escape(key), number(value)] for key, value in seconds.items()]
+    table = html_table(["part", "seconds"], rows) if rows else ""
+    return folded(f"Its parts took {sum(seconds.values()):.0f} seconds", table)
 
 
 def _overview_html(chapters: Sequence[Chapter]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Final
 
+from neuronsurgery.study.figures.svg import WHOLE_ROW
 from neuronsurgery.study.report.section import Section
 from neuronsurgery.study.report.wording import times
 
@@ -69,7 +70,7 @@ def figures_html(drawn: Sequence[tuple[str, str, str]]) -> str:
     parts = []
     for _, caption, svg in drawn:
         width = float(svg.split('viewBox="0 0 ', 1)[1].split(" ", 1)[0])
-        kind = "wide" if width > 700 else ""
+        kind = "wide" if width >= WHOLE_ROW else ""
         said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         sizes = f"min-width:{0.72 * width:.0f}px;max-width:{1.25 * width:.0f}px"
         parts.append(f'<figure class="{kind}"><div><div style="{sizes}">{svg}</div></div>{said}</figure>')
