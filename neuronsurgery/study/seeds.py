@@ -182,6 +182,7 @@ def compare(differences: Sequence[float]) -> dict[str, Any]:
 # Fragility
 
 RETRAINED = "inferred by knockout"
+KNOCKOUT = "knockout"
 
 
 def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
@@ -201,6 +202,9 @@ def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
         "edit": runs[0]["edit"],
         "images": runs[0]["images"],
         "detection": {split: _detection([run["detection"][split] for run in runs]) for split in runs[0]["detection"]},
+        "detection_differences": {
+            split: _detection_differences([run["detection"][split] for run in runs]) for split in runs[0]["detection"]
+        },
         "flagged": {split: [run["flagged"][split] for run in runs] for split in runs[0]["flagged"]},
         "damage": {split: _damage([run["damage"][split] for run in runs]) for split in runs[0]["damage"]},
         "mitigation": [
@@ -247,4 +251,19 @@ def _detection(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:
             "average_precision": summarise([row["average_precision"] for row in same]),
         }
         for same in zip(*runs, strict=True)
+    ]
+
+
+def _detection_differences(runs: Sequence[Sequence[Results]]) -> list[dict[str, Any]]:
+    """Return by group how far the AUC of the knockout is above that of each other score, seed by seed."""
+    same = {(rows[0]["group"], rows[0]["score"]): [row["auc"] for row in rows] for rows in zip(*runs, strict=True)}
+    return [
+        {
+            "group": group,
+            "arm": KNOCKOUT,
+            "control": score,
+            **compare([a - b for a, b in zip(same[group, KNOCKOUT], values, strict=True)]),
+        }
+        for (group, score), values in same.items()
+        if score != KNOCKOUT and (group, KNOCKOUT) in same
     ]

@@ -384,11 +384,13 @@ def test_report_over_seeds_has_its_chapters_and_links(tmp_path: Path) -> None:
     assert "CnC was impossible in 3 seeds" in said
     assert "AFR was impossible in 3 seeds, and is left out." in said
     assert "worse than true groups" in said and "better than ERM" in said
+    assert "AUC of the knockout minus that of" in said and "final margin +0.090" in said
     assert {file.stem for file in (tmp_path / "tables").iterdir()} >= {
         "accuracy",
         "stage_two",
         "stage_two_differences",
         "fragility_detection",
+        "fragility_detection_differences",
         "fragility_mitigation",
     }
     for file in (tmp_path / "figures").iterdir():

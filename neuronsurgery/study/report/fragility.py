@@ -10,9 +10,10 @@ from html import escape
 from typing import Final
 
 from neuronsurgery.study import figures
-from neuronsurgery.study.figures import Picture, Series, number
+from neuronsurgery.study.figures import Picture, Series, number, signed
 from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.levels import Found, Level, by_group, level_of, standing, verdicts, worst_group
+from neuronsurgery.study.report.page import folded
 from neuronsurgery.study.report.section import Results, Section
 from neuronsurgery.study.report.tables import group_headers, html_table, level_cell
 from neuronsurgery.study.report.wording import listed, percent, times
@@ -71,7 +72,7 @@ def fragility(run: Results, groups: Groups) -> list[Section]:
 def _detection(found: _Found) -> Section:
     section = Section(_detection_finding(found), heading="Who stands out")
     section.figures, section.more_figures = _strips(found)
-    section.table = _detection_table(found) + _flagged_table(found)
+    section.table = _detection_table(found) + _differences_table(found) + _flagged_table(found)
     section.remarks = _detection_remarks(found)
     section.rows = {
         "fragility_detection": [
@@ -81,6 +82,11 @@ def _detection(found: _Found) -> Section:
                 **_flat(row),
             }
             for split, rows in found.stage["detection"].items()
+            for row in rows
+        ],
+        "fragility_detection_differences": [
+            {"split": split, **row}
+            for split, rows in found.stage.get("detection_differences", {}).items()
             for row in rows
         ],
         "fragility_flagged": [
@@ -178,6 +184,23 @@ def _detection_table(found: _Found) -> str:
         for score, by_column in cells.items()
     ]
     return html_table(["score", "needs", *columns.values()], body, heads=2) if body else ""
+
+
+def _differences_table(found: _Found) -> str:
+    """Return how far the AUC of the knockout is above that of each other score; nothing of one run."""
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    columns: dict[tuple[str, str], str] = {}
+    for split, rows in found.stage.get("detection_differences", {}).items():
+        for row in rows:
+            column = (split, row["group"])
+            columns[column] = f"{escape(found.groups.label(row['group']))}, {escape(split)}"
+            ends = f"[{signed(row['low'], 3)}, {signed(row['high'], 3)}] {row['verdict']}"
+            cells.setdefault(row["control"], {})[column] = f"{signed(row['mean'], 3)}<small>{ends}</small>"
+    body = [
+        [escape(score), *(by_column.get(column, "&ndash;") for column in columns)] for score, by_column in cells.items()
+    ]
+    table = html_table(["AUC of the knockout minus that of", *columns.values()], body) if body else ""
+    return folded("The knockout against each other score, seed by seed", table)
 
 
 def _flagged_table(found: _Found) -> str:
