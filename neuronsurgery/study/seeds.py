@@ -10,7 +10,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from neuronsurgery.study.claims import judge, mean_interval
 from neuronsurgery.study.run import SCHEMA, delete_run
@@ -48,7 +48,11 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         "seeds": list(runs),
         "accuracy": {split: _accuracies(every, split) for split in first["accuracy"] if _same_groups(every, split)},
         "claims": judge(every) if "experiments" in first else [],
-        **({"stage_two": _stage_two([run["stage_two"] for run in every])} if "stage_two" in first else {}),
+        **(
+            {"stage_two": _stage_two({seed: run["stage_two"] for seed, run in runs.items()})}
+            if "stage_two" in first
+            else {}
+        ),
         **({"fragility": _fragility([run["fragility"] for run in every])} if "fragility" in first else {}),
     }
 
@@ -126,31 +130,46 @@ def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
 MEASURES = ("worst", "plain", "balanced", "train-weighted")
 
 
-def _stage_two(runs: Sequence[Results]) -> dict[str, Any]:
-    columns = [{arm["name"]: arm for arm in run["arms"]} for run in runs]
-    names = [name for name in columns[0] if all(name in column for column in columns)]
-    arms = {name: [column[name] for column in columns] for name in names}
-    controls = [name for name, same in arms.items() if same[0]["family"] == "control"]
+UNTRAINED: Final[Results] = {"impossible": "", "selected": {}, "trajectory": []}
+"""What stands for an arm in a seed that has none of this name: one of several variants, where none could be trained."""
+
+
+def _stage_two(runs: Mapping[int, Results]) -> dict[str, Any]:
+    first = next(iter(runs.values()))
+    columns = [{arm["name"]: arm for arm in run["arms"]} for run in runs.values()]
+    # From the seed of most arms, so that none moves to the end only because the first seed lacks it.
+    names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
+    arms = {name: [column.get(name, UNTRAINED) for column in columns] for name in names}
+    families = {name: _said(same)["family"] for name, same in arms.items()}
     kept = ("fine_tuning_epochs", "comparison_epochs", "splits", "selections", "class_labels_of", "train_counts")
+    why = {seed: run.get("not_inferred") for seed, run in runs.items()}
     return {
-        **{key: runs[0][key] for key in kept},
-        "arms": [_arm(name, same) for name, same in arms.items()],
+        **{key: first[key] for key in kept},
+        "not_inferred": [{"seed": seed, "impossible": reason} for seed, reason in why.items() if reason],
+        "arms": [_arm(same) for same in arms.values()],
         "differences": [
             {"arm": name, "control": control, "selection": rule, **_difference(arms[name], arms[control], rule)}
-            for name, same in arms.items()
-            if same[0]["family"] == "paper"
-            for control in controls
-            for rule in runs[0]["selections"]
+            for name in arms
+            if families[name] == "paper"
+            for control in arms
+            if families[control] == "control"
+            for rule in first["selections"]
             if all(rule in arm["selected"] for arm in (*arms[name], *arms[control]))
         ],
     }
 
 
-def _arm(name: str, runs: Sequence[Results]) -> dict[str, Any]:
+def _said(runs: Sequence[Results]) -> dict[str, Any]:
+    """Return what an arm is, in the words of the first seed that has it."""
+    one = next(run for run in runs if run is not UNTRAINED)
+    return {key: one[key] for key in ("name", "family", "text", "labels")}
+
+
+def _arm(runs: Sequence[Results]) -> dict[str, Any]:
     """Return one arm over the seeds; a rule of selection that a seed lacks is left out, and so many are counted."""
     rules = [rule for rule in runs[0]["selected"] if all(rule in run["selected"] for run in runs)]
     return {
-        **{key: runs[0][key] for key in ("name", "family", "text", "labels")},
+        **_said(runs),
         "impossible": sum("impossible" in run for run in runs),
         "selected": {rule: _measures([run["selected"][rule] for run in runs]) for rule in rules},
         "trajectory": [

@@ -336,7 +336,11 @@ def _remarks(found: _Found) -> list[str]:
             f"There are no held-out images: the class labels are those of the validation images, which are {kind}"
             + (". That balance is itself knowledge of the groups." if balanced else " per group.")
         )
-    if stage.get("not_inferred"):
+    if found.over_seeds and stage.get("not_inferred"):
+        why = "; ".join(f"seed {one['seed']}: {one['impossible']}" for one in stage["not_inferred"])
+        some = f"in {len(stage['not_inferred'])} of {times(len(found.run['seeds']), 'seed')}"
+        said.append(f"No epoch is chosen by inferred groups, because {some} none could be inferred ({why}).")
+    elif stage.get("not_inferred"):
         said.append(f"No epoch is chosen by inferred groups, because none could be inferred: {stage['not_inferred']}")
     for arm in found.arms:
         if arm.get("impossible"):
