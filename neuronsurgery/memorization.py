@@ -189,9 +189,11 @@ def memorization_scores(
     run = _Run(*_checked(fit, n_examples, models, share, seed))
     _refuse_uncovered(run, models)
     kept = None if folder is None else Path(folder)
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)  # before hours of training, not after the first of them
     finished = set() if kept is None else {model for model in range(models) if _is_kept(run, model, kept)}
     # Of the models that saw an example (row 1) and that did not (row 0): their number, and sums of powers of outcomes.
-    counts, sums, squares = (torch.zeros(2, n_examples, dtype=torch.float64) for _ in range(3))
+    counts, sums, squares = (torch.zeros(2, n_examples, dtype=torch.float64, device="cpu") for _ in range(3))
     started = time.monotonic()
     for model in range(models):
         subset = run.subset(model)
@@ -201,7 +203,7 @@ def memorization_scores(
             outcomes = _checked_outcomes(fit(torch.from_numpy(subset.copy())), model, n_examples)
             if kept is not None:
                 _keep(run, model, outcomes, kept)
-        member = torch.zeros(n_examples, dtype=torch.bool)
+        member = torch.zeros(n_examples, dtype=torch.bool, device="cpu")
         member[torch.from_numpy(subset)] = True
         for side in (0, 1):
             mine = (member == bool(side)).double()
@@ -215,6 +217,42 @@ def memorization_scores(
     means = sums / counts
     errors = (_padded_variance(counts, sums, squares) / counts).sum(0).sqrt()
     return MemorizationScores(means[1] - means[0], errors, counts[1].long(), counts[0].long(), run.share, run.seed)
+
+
+def kept_outcomes(
+    folder: str | os.PathLike[str], n_examples: int, models: int, share: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return what the models that `memorization_scores` kept in a folder came to, and what each was trained on.
+
+    For what the scores alone do not say: how right the models of either side are, or an error that knows of the models.
+
+    Args:
+        folder: of a call of `memorization_scores` that has ended.
+        n_examples: of that call.
+        models: of that call, or fewer: then the first ones.
+        share: of that call.
+        seed: of that call.
+
+    Returns:
+        How right each model is on each example, float64, and whether it was trained on it, bool; both of shape
+        (models, n_examples).
+
+    Raises:
+        FileNotFoundError: if the folder lacks a model.
+        ValueError: if the folder holds another run or a damaged file.
+    """
+    run, kept = _Run(n_examples, float(share), seed), Path(folder)
+    missing = [model for model in range(models) if not _path(model, kept).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{kept} lacks {len(missing)} of {models} models, the first of them {_path(missing[0], kept).name}: "
+            f"memorization_scores with this folder trains what is missing"
+        )
+    outcomes = torch.stack([_load(run, model, kept).double() for model in range(models)])
+    member = torch.zeros(outcomes.shape, dtype=torch.bool)
+    for model in range(models):
+        member[model, torch.from_numpy(run.subset(model))] = True
+    return outcomes, member
 
 
 def _padded_variance(counts: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
@@ -263,7 +301,7 @@ def _checked(fit: Fit, n_examples: int, models: int, share: float, seed: int) ->
     for name, value in (("n_examples", n_examples), ("models", models)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 2:
             raise ValueError(f"{name} must be an integer of at least 2, not {value!r}")
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+    if isinstance(share, bool) or not isinstance(share, int | float | np.number) or not 0 < share < 1:
         raise ValueError(f"share must be a number between 0 and 1, not {share!r}: pass for instance 0.7")
     if not 0 < round(share * n_examples) < n_examples:
         raise ValueError(
@@ -301,7 +339,7 @@ def _refuse_uncovered(run: _Run, models: int) -> None:
 def _checked_outcomes(found: object, model: int, n_examples: int) -> Tensor:
     """Return what `fit` gave for a model on the CPU, as bool or float64."""
     if isinstance(found, np.ndarray):
-        found = torch.tensor(found)
+        found = torch.tensor(found, device="cpu")
     if not isinstance(found, Tensor) or not (found.dtype == torch.bool or found.is_floating_point()):
         kind = f"{found.dtype} values" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise TypeError(
@@ -332,7 +370,6 @@ def _path(model: int, folder: Path) -> Path:
 def _keep(run: _Run, model: int, outcomes: Tensor, folder: Path) -> None:
     header = {"kind": "outcomes", **run.header(model), "sha256": _digest(outcomes)}
     data = safetensors.torch.save({"outcomes": outcomes.contiguous()}, metadata={KEY: json.dumps(header)})
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(_path(model, folder), data)
 
 

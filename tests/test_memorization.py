@@ -324,6 +324,29 @@ def test_a_damaged_file_is_found_before_any_training(
         ns.memorization_scores(never, 6, 20, 0.5, 0, folder=tmp_path)
 
 
+def test_what_was_kept_is_what_the_scores_were_made_of(tmp_path: Path) -> None:
+    subsets = []
+
+    def fit(indices: Tensor) -> Tensor:
+        subsets.append(indices)
+        return noisy(9)(indices)
+
+    scores = ns.memorization_scores(fit, 9, 20, 0.6, 3, folder=tmp_path)
+    outcomes, trained_on = memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 3)
+    assert torch.equal(outcomes, torch.stack([noisy(9)(indices) for indices in subsets]))
+    assert [row.nonzero()[:, 0].tolist() for row in trained_on] == [indices.tolist() for indices in subsets]
+    sides = [(outcomes * side).sum(0) / side.sum(0) for side in (trained_on, ~trained_on)]
+    assert torch.allclose(sides[0] - sides[1], scores.values)
+    first, _ = memorization.kept_outcomes(tmp_path, 9, 5, 0.6, 3)
+    assert torch.equal(first, outcomes[:5])
+    with pytest.raises(ValueError, match=r"model-00000\.safetensors is of another run; seed: expected 4, found 3"):
+        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 4)
+    for model in (7, 11):
+        (tmp_path / f"model-{model:05d}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 2 of 20 models, the first of them model-00007\.safetensors: "):
+        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 3)
+
+
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ns.memorization_scores(noisy(6), 6, 20, 0.5, 0)
