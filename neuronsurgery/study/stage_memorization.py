@@ -21,15 +21,15 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import neuronsurgery as ns
 from neuronsurgery.capture import CaptureError
-from neuronsurgery.memorization import Fit
+from neuronsurgery.memorization import Fit, kept_outcomes
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Doubles, Integers, raw_bits
 from neuronsurgery.study.experiments import DRAW_SEED, SIZES
+from neuronsurgery.study.figures import signed
 from neuronsurgery.study.models import DEFAULTS, build_model
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import SHOWN, Examples, knockout
@@ -44,6 +44,7 @@ MODELS: Final = 40
 
 SHARE: Final = 0.7
 LEVEL: Final = 0.95
+MINORITY: Final = "minority images"
 RESAMPLES: Final = 1000
 
 OWN: Final = "critical neurons of the own group"
@@ -64,7 +65,8 @@ def stage_memorization(
 ) -> Row:
     """Return who of the training images is memorised, as the entry "memorization" of `results.json`.
 
-    Its keys: "models", "share", "epochs"; "groups", the mean score of each; "minority_difference", by how much the
+    Its keys: "models", "share", "epochs"; "groups", of each the mean score and the two shares of right answers that it
+    is the difference of; "minority_difference", by how much the
     minority of a class scores above the rest of it, averaged over the minorities and for each alone; "points", the
     scores by group, thinned; "relation", Spearman's correlation of the score with what a cut of the trained model does
     to the image. A number that cannot be given is None, and the row says why as "impossible".
@@ -185,21 +187,9 @@ class Ensemble:
     ) -> Ensemble:
         """Return the models of `ns.memorization_scores`, trained or read from the folder."""
         scores = ns.memorization_scores(fit, count, models, share, seed, folder=folder, progress=progress)
-        rows: list[Tensor] = []
+        return cls(scores, *kept_outcomes(folder, count, models, share, seed))
 
-        def note(indices: Tensor) -> Tensor:
-            rows.append(torch.zeros(count, dtype=torch.bool).index_fill(0, indices, True))
-            return rows[-1]
-
-        ns.memorization_scores(note, count, models, share, seed)
-        files = sorted(folder.glob("model-*.safetensors"))[:models]
-        outcomes = torch.stack([load_file(file)["outcomes"].double() for file in files])
-        ensemble = cls(scores, outcomes, torch.stack(rows))
-        seen, unseen = ensemble._means()
-        assert torch.allclose(seen - unseen, scores.values), "the files hold what the scores were made of"
-        return ensemble
-
-    def _means(self) -> tuple[Tensor, Tensor]:
+    def means(self) -> tuple[Tensor, Tensor]:
         """Return the mean outcome of each image over the models that saw it and over the others, each (N,)."""
         means = [(self.outcomes * side).sum(0) / side.sum(0) for side in (self.member, ~self.member)]
         return means[0], means[1]
@@ -213,7 +203,7 @@ class Ensemble:
         for model, outcome in enumerate(self.outcomes):
             seen, unseen = (
                 mean - side[model] * (outcome - mean) / (side.sum(0) - 1).clamp(min=1)
-                for mean, side in zip(self._means(), sides, strict=True)
+                for mean, side in zip(self.means(), sides, strict=True)
             )
             yield seen - unseen
 
@@ -224,16 +214,18 @@ class Ensemble:
 def _by_group(ensemble: Ensemble, data: Any) -> Row:
     split = data.splits["train"]
     scores = ensemble.scores
-    means = scores.by_group(split.groups)
+    seen, unseen = ensemble.means()
     return {
         "groups": [
             {
                 "group": data.group_names[int(group)],
                 "mean": found.mean,
                 "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+                "right_when_seen": float(seen[split.groups == group].mean()),
+                "right_when_not_seen": float(unseen[split.groups == group].mean()),
                 "count": found.examples,
             }
-            for group, found in means.items()
+            for group, found in scores.by_group(split.groups).items()
         ],
         "minority_difference": _minority_difference(ensemble, data),
         "points": _points(scores.values, data),
@@ -262,11 +254,15 @@ def _minority_difference(ensemble: Ensemble, data: Any) -> Row:
             contrasts[data.group_names[group]] = rare / rare.sum().double() - common / common.sum().double()
     if not contrasts:
         reason = "no class has both minority images and others"
-        return {"mean": None, "low": None, "high": None, "text": f"not shown: {reason}", "impossible": reason}
+        text = difference_text(MINORITY, None, reason=reason)
+        return {"mean": None, "low": None, "high": None, "text": text, "impossible": reason}
     average = torch.stack(list(contrasts.values())).mean(0)
     return {
-        **contrast(ensemble, average, cells, "minority images"),
-        "groups": [{"group": name, **contrast(ensemble, weights, cells, name)} for name, weights in contrasts.items()],
+        **contrast(ensemble, average, cells, MINORITY),
+        "groups": [
+            {"group": name, **contrast(ensemble, weights, cells, images_of(name))}
+            for name, weights in contrasts.items()
+        ],
     }
 
 
@@ -296,7 +292,7 @@ def contrast(ensemble: Ensemble, weights: Tensor, cells: Tensor, name: str) -> R
         own = ensemble.scores.values[cells == cell]
         if len(own) < 2:
             reason = f"a single image says nothing of the spread among {name}, or the rest of their class"
-            said = f"not shown: {mean:+.3f}, and {reason}"
+            said = difference_text(name, mean, reason=reason)
             return {"mean": mean, "low": None, "high": None, "text": said, "impossible": reason}
         total = float(weights[cells == cell].sum())
         parts.append((total**2 * float(own.var()) / len(own), len(own) - 1))
@@ -305,16 +301,44 @@ def contrast(ensemble: Ensemble, weights: Tensor, cells: Tensor, name: str) -> R
     degrees = max(1, int(variance**2 / spread)) if spread else models - 1
     half = student_quantile((1 + LEVEL) / 2, degrees) * math.sqrt(variance)
     low, high = mean - half, mean + half
-    verdict = f"{name} are memorised {{}} than the rest of their class"
-    said = verdict.format("more" if low > 0 else "less") if low > 0 or high < 0 else "not shown"
     return {
         "mean": mean,
         "low": low,
         "high": high,
         "models_error": math.sqrt(between_models),
         "examples_error": math.sqrt(variance - between_models),
-        "text": f"{said}: {mean:+.3f} ({100 * LEVEL:g} % interval {low:+.3f} to {high:+.3f})",
+        "text": difference_text(name, mean, (low, high)),
     }
+
+
+def images_of(group: str) -> str:
+    """Return the images of a group, in words."""
+    return f"images of {group}"
+
+
+def difference_text(
+    name: str, mean: float | None, interval: tuple[float, float] | None = None, *, reason: str = ""
+) -> str:
+    """Return what a difference of scores says of some images, as a sentence without its first capital and full stop.
+
+    Args:
+        name: of the images, such as "minority images".
+        mean: by how much they score above the rest of their class; None where that cannot be given.
+        interval: of it; None where there is none.
+        reason: why there is no interval.
+
+    Example:
+        >>> print(difference_text("minority images", 0.223, (0.175, 0.272)))
+        that minority images are memorised more than the rest of their class is shown: +0.223
+        (95 % interval +0.175 to +0.272)
+    """
+    low, high = interval or (0.0, 0.0)
+    shown = "is shown" if low > 0 or high < 0 else "is not shown"
+    claim = f"that {name} are memorised {'less' if high < 0 else 'more'} than the rest of their class {shown}"
+    ends = f"({100 * LEVEL:g} % interval {signed(low, 3)} to {signed(high, 3)})"
+    if mean is None:
+        return f"{claim}: {reason}"
+    return f"{claim}: {signed(mean, 3)}{f' {ends}' if interval else f', and {reason}'}"
 
 
 # What cuts do to whom

@@ -40,6 +40,7 @@ from study.test_readers import make_birds
 COUNTS = {"train": (20, 5, 4, 11), "validation": (2,) * 4, "test": (2,) * 4}
 RECIPE = Recipe(epochs=2, batch_size=16)
 SETTINGS = Settings(epochs=2, draws=2)
+MINUS = "\N{MINUS SIGN}"
 MODELS, SHARE = 8, 0.5  # six suffice for every image to be seen and not seen
 KEYS = {"models", "share", "epochs", "groups", "minority_difference", "points", "relation"}
 
@@ -90,6 +91,7 @@ def test_the_entry_has_what_it_promises(tmp_path: Path, dataset: data.DataSet, t
         assert points["group"] == group["group"]
         assert points["of"] == len(points["scores"]) == group["count"]
         assert group["mean"] == pytest.approx(statistics.fmean(points["scores"]), abs=1e-4)
+        assert group["mean"] == pytest.approx(group["right_when_seen"] - group["right_when_not_seen"])
         error = statistics.stdev(points["scores"]) / math.sqrt(group["count"])
         assert group["standard_error"] == pytest.approx(error, abs=1e-4)
     land, on_water, on_land, water = (group["mean"] for group in row["groups"])
@@ -105,6 +107,32 @@ def test_the_entry_has_what_it_promises(tmp_path: Path, dataset: data.DataSet, t
     groups = {relation["group"]: relation["count"] for relation in row["relation"]}
     assert groups == {"all": 40, "landbird on water": 5, "waterbird on land": 4}
     assert len({relation["cut"] for relation in row["relation"]}) == 6
+
+
+@pytest.mark.usefixtures("without_cuts")
+def test_shares_of_right_answers_are_those_of_the_models_and_every_model_is_asked_for_once(
+    tmp_path: Path, dataset: data.DataSet, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, runs, calls = ns.memorization_scores, [], []
+    right = torch.from_numpy(uniforms((40,), "right", 0)) < 0.5  # whatever was trained on, and all images seen besides
+
+    def counted(*arguments: Any, **options: Any) -> MemorizationScores:
+        runs.append(options)
+        return real(*arguments, **options)
+
+    def fit(indices: Tensor) -> Tensor:
+        calls.append(indices)
+        return right.index_fill(0, indices, True)
+
+    monkeypatch.setattr(ns, "memorization_scores", counted)
+    monkeypatch.setattr(module, "make_fit", lambda *_: fit)
+    row = stage(tmp_path / "run", dataset, trained)
+    assert len(runs) == 1 and len(calls) == MODELS
+    for group, found in enumerate(row["groups"]):
+        own = right[dataset.train.groups == group].double()
+        assert found["right_when_seen"] == 1
+        assert found["right_when_not_seen"] == pytest.approx(float(own.mean()))
+        assert found["mean"] == pytest.approx(1 - float(own.mean()))
 
 
 @pytest.mark.usefixtures("without_cuts")
@@ -302,9 +330,9 @@ def test_a_difference_is_said_in_words(rare: float, verdict: str) -> None:
     member = torch.tensor([[True] * 4, [False] * 4]).repeat(30, 1)
     outcomes = torch.where(member, torch.tensor([0.5, 0.5, rare, rare]), 0.0).double()
     weights, cells = torch.tensor([-0.5, -0.5, 0.5, 0.5]).double(), torch.tensor([0, 0, 1, 1])
-    bound = f"{rare - 0.5:+.3f}"
+    bound = "+0.500" if rare else f"{MINUS}0.500"
     said = contrast(ensemble_of(outcomes, member), weights, cells, "rare")["text"]
-    assert said == f"{verdict} than the rest of their class: {bound} (95 % interval {bound} to {bound})"
+    assert said == f"that {verdict} than the rest of their class is shown: {bound} (95 % interval {bound} to {bound})"
 
 
 def test_a_difference_that_is_not_shown_says_so() -> None:
@@ -312,10 +340,14 @@ def test_a_difference_that_is_not_shown_says_so() -> None:
     weights, cells = torch.tensor([-0.5, -0.5, 0, 0, 0.5, 0.5]).double(), torch.tensor([0, 0, 1, 1, 2, 2])
     said = contrast(ensemble, weights, cells, "rare")
     assert said["low"] < 0 < said["high"]
-    assert said["text"].startswith("not shown: ")
+    low, mean, high = (f"{said[key]:+.3f}".replace("-", MINUS) for key in ("low", "mean", "high"))
+    what = "that rare are memorised more than the rest of their class is not shown"
+    assert said["text"] == f"{what}: {mean} (95 % interval {low} to {high})"
     weights, cells = torch.tensor([-0.5, -0.5, 0, 0, 0, 1]).double(), torch.tensor([0, 0, 1, 1, 1, 2])
     single = contrast(ensemble, weights, cells, "rare")
     assert (single["low"], single["high"]) == (None, None)
+    mean = f"{single['mean']:+.3f}".replace("-", MINUS)
+    assert single["text"] == f"{what}: {mean}, and {single['impossible']}"
     assert "a single image says nothing of the spread among rare" in single["text"]
 
 
@@ -323,7 +355,8 @@ def test_a_difference_that_is_not_shown_says_so() -> None:
 def test_classes_without_both_sides_are_said_to_have_none(tmp_path: Path, trained: Trained) -> None:
     dataset = data.synthetic(0, counts={**COUNTS, "train": (20, 0, 0, 20)})
     row = stage(tmp_path / "run", dataset, trained)
-    assert row["minority_difference"]["text"] == "not shown: no class has both minority images and others"
+    what = "that minority images are memorised more than the rest of their class is not shown"
+    assert row["minority_difference"]["text"] == f"{what}: no class has both minority images and others"
 
 
 # --- what cuts do ---------------------------------------------------------------------------------------------------
