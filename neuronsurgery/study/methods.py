@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import neuronsurgery as ns
 from neuronsurgery.evaluation import accuracy
 from neuronsurgery.neurons import Where
-from neuronsurgery.objectives import contrastive_pruning_loss, group_dro, supervised_contrastive
+from neuronsurgery.objectives import _wide, contrastive_pruning_loss, group_dro, supervised_contrastive
 from neuronsurgery.structure import bare, one_numerical_path, plain
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
@@ -633,17 +633,12 @@ def _draw(pool: Tensor, count: int, *key: str | int) -> Tensor:
 
 def _pick(source: SplitSource, indices: Tensor) -> SplitSource:
     """The source of the images at the indices, which may be there several times."""
-    if isinstance(source, Embedded):
-        return replace(source, split=source.split.subset(indices))
-    return replace(source, split=source.split.subset(indices))
+    picked: Any = source.split.subset(indices)  # of the kind that this source has, which mypy cannot tell
+    return replace(source, split=picked)
 
 
 def _seed(*key: str | int) -> int:
     return int(raw_bits(1, *key)[0]) >> 1
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _freeze_norms(model: nn.Module) -> None:
