@@ -349,27 +349,29 @@ def _train(options: argparse.Namespace, folder: RunFolder, dataset: Any, built: 
 
 def _setting(options: argparse.Namespace, settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
     return Setting(
-        trained,
-        training_source(dataset),
-        settings.recipe,
-        settings.seed,
-        tuple(dataset.train.counts),
-        built.pretrained,
-        settings.fine_tuning_epochs,
-        settings.comparison_epochs,
-        MORE_RATES if settings.full else RATES,
-        joined_source(dataset) if settings.full else None,
-        *_published(options, built),
-        settings.full,
+        trained=trained,
+        source=training_source(dataset),
+        recipe=settings.recipe,
+        seed=settings.seed,
+        groups=tuple(dataset.train.counts),
+        pretrained=built.pretrained,
+        fine_tuning_epochs=settings.fine_tuning_epochs,
+        comparison_epochs=settings.comparison_epochs,
+        rates=MORE_RATES if settings.full else RATES,
+        joined=joined_source(dataset) if settings.full else None,
+        full=settings.full,
+        **_published(options, built),
     )
 
 
-def _published(options: argparse.Namespace, built: Built) -> tuple[Mapping[str, Recipe], float]:
-    """Return the recipes of comparison methods for this data set, which are for pre-trained weights; or none."""
+def _published(options: argparse.Namespace, built: Built) -> dict[str, Any]:
+    """Return the settings that methods were published with for this data set; recipes are for pre-trained weights."""
     defaults = DEFAULTS[options.data]
-    if not built.pretrained:
-        return {}, defaults.contrast_temperature
-    return defaults.comparisons, defaults.contrast_temperature
+    return {
+        "comparisons": defaults.comparisons if built.pretrained else {},
+        "contrast_temperature": defaults.contrast_temperature,
+        "strengths": defaults.strengths,
+    }
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -42,6 +42,9 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
 """Values of C that `dfr` chooses from, in this order, as its authors do for Waterbirds."""
 
+REFITS: Final = 20
+"""How many regressions `dfr` averages, as its authors do."""
+
 GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Values of gamma that `tuned_afr` chooses from, in this order."""
 
@@ -450,7 +453,7 @@ def dfr(
     *,
     penalty: Penalty = "l1",
     strengths: Sequence[float] = STRENGTHS,
-    refits: int = 20,
+    refits: int = REFITS,
     seed: int = 0,
     group_count: int | None = None,
 ) -> Tuned:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from neuronsurgery.study.last_layer import STRENGTHS
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.training import RECIPES, Recipe
 
@@ -36,12 +37,14 @@ class Defaults:
         comparisons: the recipes of methods that were published with settings for this data set and for pre-trained
             weights, by name; their epochs are not looked at.
         contrast_temperature: of Correct-n-Contrast.
+        strengths: values of C that DFR chooses from.
     """
 
     arch: str
     recipe: Recipe
     comparisons: Mapping[str, Recipe] = field(default_factory=dict)
     contrast_temperature: float = 0.1
+    strengths: Sequence[float] = STRENGTHS
 
 
 # Waterbirds and CelebA: epochs of the paper; the rest is the ERM of DFR, Kirichenko et al. 2022
@@ -61,6 +64,8 @@ _WATERBIRDS_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
 _CELEBA_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
     {"JTT": _published(1e-5, 0.1, 64), "CnC": _published(1e-5, 0.1, 256), "Group DRO": _published(1e-4, 1e-4, 128)}
 )
+# DFR: dfr_evaluate_spurious.py, where these stand in a comment for CelebA.
+_CELEBA_STRENGTHS: Final = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _WATERBIRDS: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-3, momentum=0.9, epochs=40, batch_size=32)
 _CELEBA: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128)
 DEFAULTS: Final[Mapping[str, Defaults]] = MappingProxyType(
@@ -68,7 +73,7 @@ DEFAULTS: Final[Mapping[str, Defaults]] = MappingProxyType(
         "synthetic": Defaults("small_resnet", RECIPES["adam"]),  # 30 epochs
         "digits": Defaults("small_resnet", RECIPES["adam"]),
         "waterbirds": Defaults("resnet50", _WATERBIRDS, _WATERBIRDS_COMPARISONS),
-        "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, contrast_temperature=0.05),
+        "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, 0.05, _CELEBA_STRENGTHS),
         "folder": Defaults("resnet50", _WATERBIRDS),
     }
 )

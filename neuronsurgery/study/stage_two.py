@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
@@ -22,7 +23,7 @@ from torch import nn
 import neuronsurgery as ns
 from neuronsurgery.capture import CaptureError
 from neuronsurgery.objectives import jtt_weights
-from neuronsurgery.study.last_layer import dfr, extract_features, retrained
+from neuronsurgery.study.last_layer import REFITS, STRENGTHS, dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
     FINE_TUNING,
     IDENTIFICATION_SHARES,
@@ -72,6 +73,31 @@ MORE_RATES: Final = (5e-5, 2e-4, 5e-4, 1e-3, 2e-3)
 """Rates of ERM continued, the fair baseline; with `--full` a wider search."""
 
 CONTINUED: Final = "ERM continued"
+HELD_OUT_TOO: Final = "held-out images too"
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What an arm is trained with.
+
+    Attributes:
+        start: the weights before training.
+        source: the images.
+        method: what is minimised.
+        recipe: how, and for how many epochs.
+        given: what else the results are to say of it, as JSON values.
+    """
+
+    start: nn.Module
+    source: Source
+    method: Method
+    recipe: Recipe
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Row:
+        """All that the results say of it."""
+        return {"recipe": asdict(self.recipe), **self.method.describe(), **self.given}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +109,8 @@ class Arm:
         family: "paper", "control" (what separates the paper's ingredients) or "comparison" (other methods).
         text: what is done.
         labels: which labels training takes.
-        epochs: how long.
-        make: (the start, the source, the method, the recipe) of `train`; called when the arm is trained, since some
-            make a first pass over the images.
+        make: what it is trained with; called when the arm is trained, since some make a first pass over the images,
+            or train a first stage.
         choice: arms of one choice are one method, whose rate or first stage is chosen together with the epoch.
         held_out: whether it is also trained on the held-out images, which then cannot choose its epoch.
     """
@@ -94,15 +119,18 @@ class Arm:
     family: str
     text: str
     labels: str
-    epochs: int
-    make: Callable[[], tuple[nn.Module, Source, Method, Recipe]]
+    make: Callable[[], Training]
     choice: str | None = None
     held_out: bool = False
 
     @property
     def slug(self) -> str:
         """The name as that of a folder."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return _slug(self.name)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +149,10 @@ class Setting:
         rates: of ERM continued.
         joined: the training and the held-out images together, to give those methods the images that last layers are
             retrained on; None leaves these arms out.
-        comparisons: the recipes of comparison methods that have one of their own; the others have that of the ERM run.
+        comparisons: the recipes of comparison methods that have one of their own, for their first stages too; the
+            others have that of the ERM run, which then is their first stage.
         contrast_temperature: of Correct-n-Contrast.
+        strengths: values of C that DFR chooses from.
         full: whether there is time for the arms of `MORE_VARIANTS` as well.
     """
 
@@ -138,31 +168,51 @@ class Setting:
     joined: SplitSource | None = None
     comparisons: Mapping[str, Recipe] = field(default_factory=dict)
     contrast_temperature: float = 0.1
+    strengths: Sequence[float] = STRENGTHS
     full: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the ERM run."""
+        return self.trained.checkpoints[0].parents[1]
 
     def checkpoint(self, epoch: int) -> nn.Module:
         """The ERM model after an epoch."""
-        folder = self.trained.checkpoints[epoch].parents[1]
-        return load_checkpoint(self.trained.model, folder, epoch)
+        return load_checkpoint(self.trained.model, self.folder, epoch)
 
     @property
     def early(self) -> list[int]:
-        """The epochs of the ERM run whose mistakes JTT and CnC go by."""
+        """The epochs of the first stage whose mistakes JTT and CnC go by, as shares of the ERM run."""
         return sorted({identification_epoch(self.recipe.epochs, share) for share in IDENTIFICATION_SHARES})
 
+    def comparison(self, method: str) -> Recipe:
+        """The recipe of a method that trains from the first weights: its own where it has one."""
+        return replace(self.comparisons.get(method, self.recipe), epochs=self.comparison_epochs)
 
-def make_arms(setting: Setting) -> list[Arm]:
-    """Return every arm that is trained: the paper's, its controls, and the comparisons."""
-    arms = [*_continued(setting), *_contrastive(setting), *_comparisons(setting, setting.source)]
+    def first_stage(self, method: str) -> Recipe | None:
+        """The recipe of the first stage that a method trains for itself; None where it goes by the ERM run."""
+        own = self.comparisons.get(method)
+        return own and replace(own, epochs=max(self.early))
+
+
+def make_arms(setting: Setting, hardware: Hardware | None = None) -> list[Arm]:
+    """Return every arm that is trained: the paper's, its controls, and the comparisons.
+
+    Args:
+        setting: what they are made from.
+        hardware: of first stages that have to be trained; default as that of `train`.
+    """
+    hardware = hardware or Hardware()
+    arms = [*_continued(setting), *_contrastive(setting), *_comparisons(setting, setting.source, hardware)]
     if setting.joined is None:
         return arms
-    more = [_from_scratch(setting, setting.joined), *_comparisons(setting, setting.joined)]
+    more = [_from_scratch(setting, setting.joined), *_comparisons(setting, setting.joined, hardware)]
     return arms + [
         replace(
             arm,
-            name=f"{arm.name}, held-out images too",
+            name=f"{arm.name}, {HELD_OUT_TOO}",
             text=f"{arm.text}; on training and held-out images",
-            choice=arm.choice and f"{arm.choice}, held-out images too",
+            choice=arm.choice and f"{arm.choice}, {HELD_OUT_TOO}",
             held_out=True,
         )
         for arm in more
@@ -170,17 +220,17 @@ def make_arms(setting: Setting) -> list[Arm]:
 
 
 def _from_scratch(setting: Setting, source: SplitSource) -> Arm:
-    def make() -> tuple[nn.Module, Source, Method, Recipe]:
-        return setting.checkpoint(0), source, Erm(), replace(setting.recipe, epochs=setting.comparison_epochs)
+    def make() -> Training:
+        recipe = replace(setting.recipe, epochs=setting.comparison_epochs)
+        return Training(setting.checkpoint(0), source, Erm(), recipe)
 
-    text = "empirical risk minimisation from the first weights"
-    return Arm("ERM", "comparison", text, "class", setting.comparison_epochs, make)
+    return Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", make)
 
 
 def _continued(setting: Setting) -> list[Arm]:
-    def make(rate: float) -> tuple[nn.Module, Source, Method, Recipe]:
+    def make(rate: float) -> Training:
         recipe = replace(FINE_TUNING, learning_rate=rate, epochs=setting.fine_tuning_epochs)
-        return setting.trained.model, setting.source, Erm(), recipe
+        return Training(setting.trained.model, setting.source, Erm(), recipe)
 
     return [
         Arm(
@@ -188,7 +238,6 @@ def _continued(setting: Setting) -> list[Arm]:
             "control",
             f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}",
             "class",
-            setting.fine_tuning_epochs,
             functools.partial(make, rate),
             choice=CONTINUED,
         )
@@ -234,9 +283,10 @@ MORE_VARIANTS: Final[Sequence[tuple[str, str, str, Mapping[str, Any]]]] = (
 
 
 def _contrastive(setting: Setting) -> list[Arm]:
-    def make(options: Mapping[str, Any]) -> tuple[nn.Module, Source, Method, Recipe]:
+    def make(options: Mapping[str, Any]) -> Training:
         method = ContrastivePruning(unaugmented(setting.source), setting.trained.where, **options)
-        return setting.trained.model, setting.source, method, replace(FINE_TUNING, epochs=setting.fine_tuning_epochs)
+        recipe = replace(FINE_TUNING, epochs=setting.fine_tuning_epochs)
+        return Training(setting.trained.model, setting.source, method, recipe)
 
     return [
         Arm(
@@ -244,78 +294,103 @@ def _contrastive(setting: Setting) -> list[Arm]:
             family,
             f"fine-tuned against a twin that shares the weights: {text}",
             "class",
-            setting.fine_tuning_epochs,
             functools.partial(make, options),
         )
         for name, family, text, options in (*VARIANTS, *(MORE_VARIANTS if setting.full else ()))
     ]
 
 
-def _comparisons(setting: Setting, source: SplitSource) -> list[Arm]:
-    epochs = setting.comparison_epochs
-
-    def recipe_of(method: str) -> Recipe:
-        return replace(setting.comparisons.get(method, setting.recipe), epochs=epochs)
-
-    def just_train_twice(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
-        errors = error_set(setting.checkpoint(early), unaugmented(source))
-        upsampled = Upsampled(source, jtt_weights(errors, jtt_upsampling(errors)))
-        # As many steps as the others make: an epoch with copies has more.
-        fewer = max(1, round(epochs * len(source) / len(upsampled)))
-        return setting.checkpoint(0), upsampled, Erm(), replace(recipe_of("JTT"), epochs=fewer)
-
-    def correct_n_contrast(early: int) -> tuple[nn.Module, Source, Method, Recipe]:
-        predicted = predictions(setting.checkpoint(early), unaugmented(source))
-        statistics: Literal["frozen", "batch"] = "frozen" if setting.pretrained else "batch"
-        method = CorrectNContrast(temperature=setting.contrast_temperature, statistics=statistics)
-        start = setting.checkpoint(0)
-        refuse_other_heads(start, unaugmented(source, size=2))
-        return start, ContrastiveBatches(source, predicted), method, recipe_of("CnC")
-
-    def group_dro() -> tuple[nn.Module, Source, Method, Recipe]:
-        recipe = recipe_of("Group DRO")
-        steps = epochs * -(-len(source) // recipe.batch_size)
-        method = GroupDro(len(setting.groups), group_dro_step_size(steps))
-        return setting.checkpoint(0), GroupBalanced(source), method, recipe
-
-    twice = [
-        Arm(
-            f"JTT, T = {early}",
-            "comparison",
-            f"Just Train Twice: from the first weights, the images that the ERM model of epoch {early} gets wrong "
-            f"being half of an epoch",
-            "class",
-            epochs,
-            functools.partial(just_train_twice, early),
-            choice="JTT",
-        )
-        for early in setting.early
-    ]
-    contrast = [
-        Arm(
-            f"CnC, T = {early}",
-            "comparison",
-            f"Correct-n-Contrast: from the first weights, features of a class brought together across the predictions "
-            f"of the ERM model of epoch {early}",
-            "class",
-            epochs,
-            functools.partial(correct_n_contrast, early),
-            choice="CnC",
-        )
-        for early in setting.early
-    ]
+def _comparisons(setting: Setting, source: SplitSource, hardware: Hardware) -> list[Arm]:
     return [
-        *twice,
-        *contrast,
+        *(_jtt(setting, source, early, hardware) for early in setting.early),
+        *(_cnc(setting, source, early, hardware) for early in setting.early),
         Arm(
             "Group DRO",
             "comparison",
             "Group DRO: from the first weights, groups sampled alike and weighted by their losses",
             "class, group",
-            epochs,
-            group_dro,
+            functools.partial(_group_dro, setting, source),
         ),
     ]
+
+
+def _jtt(setting: Setting, source: SplitSource, early: int, hardware: Hardware) -> Arm:
+    text = (
+        f"Just Train Twice: from the first weights, the images that {_first_words(setting, 'JTT', early)} gets wrong "
+        f"being half of an epoch"
+    )
+    make = functools.partial(_train_twice, setting, source, early, hardware)
+    return Arm(f"JTT, T = {early}", "comparison", text, "class", make, choice="JTT")
+
+
+def _train_twice(setting: Setting, source: SplitSource, early: int, hardware: Hardware) -> Training:
+    errors = error_set(_first_stage(setting, source, "JTT", early, hardware), unaugmented(source))
+    upsampling = jtt_upsampling(errors)
+    upsampled = Upsampled(source, jtt_weights(errors, upsampling))
+    # As many steps as the others make: an epoch with copies has more.
+    fewer = max(1, round(setting.comparison_epochs * len(source) / len(upsampled)))
+    recipe = replace(setting.comparison("JTT"), epochs=fewer)
+    given = {"name": "just train twice", "errors": int(errors.sum()), "upsampling": upsampling}
+    given |= _first_settings(setting, "JTT", early)
+    return Training(setting.checkpoint(0), upsampled, Erm(), recipe, given)
+
+
+def _cnc(setting: Setting, source: SplitSource, early: int, hardware: Hardware) -> Arm:
+    text = (
+        f"Correct-n-Contrast: from the first weights, features of a class brought together across the predictions of "
+        f"{_first_words(setting, 'CnC', early)}"
+    )
+    make = functools.partial(_contrast, setting, source, early, hardware)
+    return Arm(f"CnC, T = {early}", "comparison", text, "class", make, choice="CnC")
+
+
+def _contrast(setting: Setting, source: SplitSource, early: int, hardware: Hardware) -> Training:
+    start = setting.checkpoint(0)
+    refuse_other_heads(start, unaugmented(source, size=2))
+    predicted = predictions(_first_stage(setting, source, "CnC", early, hardware), unaugmented(source))
+    statistics: Literal["frozen", "batch"] = "frozen" if setting.pretrained else "batch"
+    method = CorrectNContrast(temperature=setting.contrast_temperature, statistics=statistics)
+    given = _first_settings(setting, "CnC", early)
+    return Training(start, ContrastiveBatches(source, predicted), method, setting.comparison("CnC"), given)
+
+
+def _group_dro(setting: Setting, source: SplitSource) -> Training:
+    recipe = setting.comparison("Group DRO")
+    steps = recipe.epochs * -(-len(source) // recipe.batch_size)
+    method = GroupDro(len(setting.groups), group_dro_step_size(steps))
+    return Training(setting.checkpoint(0), GroupBalanced(source), method, recipe)
+
+
+# First stages
+
+
+def _first_stage(setting: Setting, source: SplitSource, method: str, early: int, hardware: Hardware) -> nn.Module:
+    """Return the network of an early epoch by which JTT or CnC goes: of the ERM run, or of a first stage of its own.
+
+    Such a stage is trained once for all early epochs, by empirical risk minimisation on the method's images, and of its
+    checkpoints only theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch is what
+    a shorter training ends with.
+    """
+    recipe = setting.first_stage(method)
+    if recipe is None:
+        return setting.checkpoint(early)
+    name = f"{method} first stage" + (f", {HELD_OUT_TOO}" if source is setting.joined else "")
+    folder, start = setting.folder / "stage-2" / _slug(name), setting.checkpoint(0)
+    train(start, source, folder, recipe=recipe, seed=setting.seed, hardware=hardware)
+    for epoch in set(checkpoint_epochs(folder)).difference(setting.early):
+        checkpoint_path(folder, epoch).unlink()
+    return load_checkpoint(start, folder, early)
+
+
+def _first_words(setting: Setting, method: str, early: int) -> str:
+    if setting.first_stage(method) is None:
+        return f"the ERM model of epoch {early}"
+    return f"the model of epoch {early} of a first stage with the method's own settings"
+
+
+def _first_settings(setting: Setting, method: str, early: int) -> Row:
+    recipe = setting.first_stage(method)
+    return {"epoch": early} | ({} if recipe is None else {"first_stage": asdict(recipe)})
 
 
 # Running
@@ -335,7 +410,7 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware
     counts = {split: data.splits[split].counts for split in ("train", *judge.splits)} | judge.inferred_counts
     rows = [
         _start(folder, judge, setting),
-        *(_train_arm(folder, judge, setting, arm, hardware, progress) for arm in make_arms(setting)),
+        *(_train_arm(folder, judge, setting, arm, hardware, progress) for arm in make_arms(setting, hardware)),
         folder.remember("stage-2-dfr", lambda: _dfr(judge, setting, data)),
     ]
     return {
@@ -353,13 +428,15 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware
 class _Judge:
     """Accuracy per group of a model on all images that Stage 2 looks at."""
 
-    def __init__(self, data: Any, inferred: Mapping[str, Any], not_inferred: str | None = None) -> None:
+    def __init__(
+        self, data: Any, unlabelled: str, inferred: Mapping[str, Any], not_inferred: str | None = None
+    ) -> None:
         self.data = data
+        self.unlabelled = unlabelled
         self.inferred = inferred
         self.not_inferred = not_inferred
-        self.unlabelled = "held-out" if "held-out" in data.splits else "validation"
         self.splits = ["validation", "test"]
-        if not inferred and self.unlabelled == "held-out":  # else by inferred group: the same images, seen once
+        if not inferred and unlabelled == "held-out":  # else by inferred group: the same images, seen once
             self.splits.append("held-out")
 
     @classmethod
@@ -370,8 +447,8 @@ class _Judge:
             edit = knockout(model, next(iter(next(iter(data.loaders("train").values())))))
             inferred = inferred_loaders(data, unlabelled, infer(model, data, unlabelled, edit))
         except (ValueError, CaptureError) as error:  # no skip connections, or nobody stands out
-            return cls(data, {}, str(error))
-        return cls(data, inferred)
+            return cls(data, unlabelled, {}, str(error))
+        return cls(data, unlabelled, inferred)
 
     @property
     def inferred_counts(self) -> dict[str, list[int]]:
@@ -403,21 +480,23 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, har
 
     def run() -> Row:
         started = time.perf_counter()
-        if progress:
-            sys.stderr.write(f"Stage 2, {arm.name}: {arm.epochs} epochs\n")
+        say: Callable[[str], object] = sys.stderr.write if progress else len
+        say(f"Stage 2, {arm.name}: ")
         try:
-            start, source, method, recipe = arm.make()
+            how = arm.make()
         except ValueError as error:  # no error set, no anchors: a finding about the data, not a fault of the run
+            say("impossible\n")
             return {"impossible": str(error), "settings": {}, "trajectory": []}
-        train(start, source, path, recipe=recipe, seed=setting.seed, method=method, hardware=hardware)
+        say(f"{how.recipe.epochs} epoch{'s' * (how.recipe.epochs != 1)}\n")
+        train(how.start, how.source, path, recipe=how.recipe, seed=setting.seed, method=how.method, hardware=hardware)
         losses = {met["epoch"]: met["loss"] for met in read_trajectory(path)}
         judged = [
-            {"epoch": epoch, "loss": losses[epoch], **judge(load_checkpoint(start, path, epoch))}
+            {"epoch": epoch, "loss": losses[epoch], **judge(load_checkpoint(how.start, path, epoch))}
             for epoch in checkpoint_epochs(path)
             if epoch > 0
         ]
         folder.note_seconds(f"Stage 2, {arm.name}", time.perf_counter() - started)
-        return {"settings": {"recipe": asdict(recipe), **method.describe()}, "trajectory": judged}
+        return {"settings": how.settings, "trajectory": judged}
 
     row = folder.remember(f"stage-2-{arm.slug}", run)
     for epoch in checkpoint_epochs(path)[:-1]:  # only once the row is written: what was judged is not needed again
@@ -438,11 +517,12 @@ def _dfr(judge: _Judge, setting: Setting, data: Any) -> Row:
     }
     try:
         validation = extract_features(model, data.loaders("validation"))
-        tuned = dfr(validation, extract_features(model, data.loaders("train")).features, seed=setting.seed)
+        train_features = extract_features(model, data.loaders("train")).features
+        tuned = dfr(validation, train_features, strengths=setting.strengths, seed=setting.seed)
         edited = ns.apply(retrained(model, *tuned.rule, head=validation.head), model)
     except ValueError as error:  # a network that does not end in a linear layer, or hardly any images of a group
         return {**said, "impossible": str(error), "settings": {}, "trajectory": []}
-    settings = {"C": tuned.chosen, "refits": 20}
+    settings = {"C": tuned.chosen, "refits": REFITS}
     last = {"epoch": setting.recipe.epochs, "loss": None, **judge(edited)}
     return {**said, "settings": settings, "trajectory": [last]}
 

@@ -177,7 +177,7 @@ def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
     setting = replace(setting_of(dataset, trained), joined=Embedded(joined, dataset.augmentation))
     more = [one for one in make_arms(setting) if one.held_out]
     assert {one.name for one in more} > {"ERM, held-out images too", "Group DRO, held-out images too"}
-    sources = {one.name: one.make()[1] for one in more if not one.name.startswith(("JTT", "CnC"))}
+    sources = {one.name: one.make().source for one in more if not one.name.startswith(("JTT", "CnC"))}
     assert {len(source) for source in sources.values()} == {len(joined)}
     points = [([0.5, 0.5], [0.5, 0.5], [0.1, 0.2])]
     (row,) = select([{**arm("a", points), "held_out": True}], COUNTS_OF_TWO, "held-out")
@@ -217,8 +217,9 @@ def test_twins_with_statistics_of_their_own_leave_the_same_weights_and_other_sta
     arms = {one.name: one for one in make_arms(setting_of(dataset, trained))}
     states = []
     for name in ("pruned by gradient", "pruned, own statistics"):
-        start, source, method, recipe = arms[name].make()
-        states.append(train(start, source, tmp_path / name, recipe=recipe, method=method).state_dict())
+        how = arms[name].make()
+        after = train(how.start, how.source, tmp_path / name, recipe=how.recipe, method=how.method)
+        states.append(after.state_dict())
     shared, own = states
     differing = {name for name in shared if not torch.equal(shared[name], own[name])}
     assert differing
@@ -260,11 +261,11 @@ def test_published_settings_are_those_of_the_method_and_the_rest_has_the_run_s(
     own = Recipe("sgd", learning_rate=1e-5, weight_decay=1.0, momentum=0.9, batch_size=32, schedule="constant")
     setting = replace(setting_of(dataset, trained), comparisons={"Group DRO": own}, comparison_epochs=2)
     arms = {one.name: one for one in make_arms(setting)}
-    _, _, method, recipe = arms["Group DRO"].make()
-    assert recipe == replace(own, epochs=2)
-    assert method.step_size == 0.1  # type: ignore[attr-defined]  # by its own steps: 2 epochs of 4 batches
+    dro = arms["Group DRO"].make()
+    assert dro.recipe == replace(own, epochs=2)
+    assert dro.method.step_size == 0.1  # type: ignore[attr-defined]  # by its own steps: 2 epochs of 4 batches
     twice = next(one for one in arms.values() if one.choice == "JTT")
-    assert twice.make()[3].learning_rate == RECIPE.learning_rate
+    assert twice.make().recipe.learning_rate == RECIPE.learning_rate
 
 
 def test_fragility_stage_leaves_every_number_and_is_taken_up(
