@@ -272,7 +272,7 @@ def _study(options: argparse.Namespace) -> int:
         return 0  # another process of torchrun: the first one goes on alone
     if options.seeds > 1:
         write_results(path, together := combine(finished))
-        print(render(together["claims"]))
+        print(summary_of_seeds(together))
     else:
         print(summary(finished[settings.seed]))
     _report(argparse.Namespace(folder=path))
@@ -567,15 +567,50 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n\n".join([*tables, f"One image is {steps} points in these groups. Every number is in the report."])
 
 
-def _per_group(accuracies: Iterable[float], counts: Iterable[int]) -> list[str]:
+def summary_of_seeds(together: Mapping[str, Any]) -> str:
+    """Return the printed tables of several seeds, of what they have: accuracy, claims, worst groups, memorisation."""
+    accuracy = [
+        [f"{split} accuracy, %", *_per_group(values, together["counts"][split])]
+        for split, values in together["accuracy"].items()
+    ]
+    tables = [_table("Empirical risk minimisation", ["", *together["groups"]], accuracy)] if accuracy else []
+    if together["claims"]:
+        tables.append(render(together["claims"]))
+    if "stage_two" in together:
+        rules = list(together["stage_two"]["selections"])
+        title = "Stage 2  Worst group of the test images, %; epoch chosen by"
+        tables.append(_table(title, ["", *rules], [_worst(arm, rules) for arm in together["stage_two"]["arms"]]))
+    if "mitigation" in together.get("fragility", {}):
+        retrained = together["fragility"]
+        rows = [[row["name"], _percent(row["worst"])] for row in retrained["mitigation"]]
+        rows += [[name, "-"] for name in retrained["impossible_rows"]]
+        tables.append(_table("Last layer retrained: worst group of the test images, %", ["", "worst group"], rows))
+    if "memorization" in together:
+        whole = together["memorization"]["minority_difference"]
+        named = [("all minorities", whole), *((row["group"], row) for row in whole["groups"])]
+        title = "Memorisation: score above the rest of the class, points"
+        tables.append(_table(title, ["", "difference"], [[name, _percent(row)] for name, row in named]))
+    said = f"Means over {len(together['seeds'])} seeds [Student's 95 % interval]; - where some seed has none."
+    return "\n\n".join([*tables, f"{said} Every number is in the report."])
+
+
+def _per_group(accuracies: Iterable[float | Mapping[str, Any]], counts: Iterable[int]) -> list[str]:
     """The accuracies in percent, and a dash for groups without images, which have none."""
     values = iter(accuracies)
-    return [f"{100 * next(values):.1f}" if count else "-" for count in counts]
+    return [_percent(next(values)) if count else "-" for count in counts]
+
+
+def _percent(found: float | Mapping[str, Any]) -> str:
+    """A share in percent, or its mean over seeds with the interval; a dash for a summary that some seed lacks."""
+    if not isinstance(found, Mapping):
+        return f"{100 * found:.1f}"
+    ends = ", ".join(f"{100 * found[end]:.1f}" for end in ("low", "high") if end in found)
+    return f"{100 * found['mean']:.1f} [{ends}]" if ends else "-"
 
 
 def _worst(arm: Mapping[str, Any], rules: Sequence[str]) -> list[str]:
     selected = arm["selected"]
-    return [arm["name"], *(f"{100 * selected[rule]['worst']:.1f}" if rule in selected else "-" for rule in rules)]
+    return [arm["name"], *(_percent(selected[rule]["worst"]) if rule in selected else "-" for rule in rules)]
 
 
 def _cut(record: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.study.claims import judge, mean_interval
 from neuronsurgery.study.run import SCHEMA, delete_run
+from neuronsurgery.study.stage_memorization import MINORITY, difference_text, images_of
 
 Results = Mapping[str, Any]
 
@@ -48,13 +49,12 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         "seeds": list(runs),
         "accuracy": {split: _accuracies(every, split) for split in first["accuracy"] if _same_groups(every, split)},
         "claims": judge(every) if "experiments" in first else [],
-        **(
-            {"stage_two": _stage_two({seed: run["stage_two"] for seed, run in runs.items()})}
-            if "stage_two" in first
-            else {}
-        ),
-        **({"fragility": _fragility([run["fragility"] for run in every])} if "fragility" in first else {}),
+        **{stage: together(_of_each(runs, stage)) for stage, together in STAGES.items() if stage in first},
     }
+
+
+def _of_each(runs: Mapping[int, Results], stage: str) -> dict[int, Results]:
+    return {seed: run[stage] for seed, run in runs.items()}
 
 
 def refuse_other_files(path: Path, seeds: Sequence[int] | None = None) -> None:
@@ -204,7 +204,8 @@ RETRAINED = "inferred by knockout"
 KNOCKOUT = "knockout"
 
 
-def _fragility(runs: Sequence[Results]) -> dict[str, Any]:
+def _fragility(by_seed: Mapping[int, Results]) -> dict[str, Any]:
+    runs = list(by_seed.values())
     why = [run["impossible"] for run in runs if "impossible" in run]
     if why and not all("detection" in run for run in runs):
         return {"impossible": why[0]}
@@ -286,3 +287,62 @@ def _detection_differences(runs: Sequence[Sequence[Results]]) -> list[dict[str, 
         for (group, score), values in same.items()
         if score != KNOCKOUT and (group, KNOCKOUT) in same
     ]
+
+
+# Memorisation
+
+
+def _memorization(by_seed: Mapping[int, Results]) -> dict[str, Any]:
+    runs = list(by_seed.values())
+    differences = [run["minority_difference"] for run in runs]
+    rows = [{row["group"]: row["mean"] for row in found.get("groups", ())} for found in differences]
+    return {
+        **{key: runs[0][key] for key in ("models", "share", "epochs")},
+        "groups": _rows(
+            [run["groups"] for run in runs], ("group",), ("mean", "right_when_seen", "right_when_not_seen")
+        ),
+        "minority_difference": {
+            **_memorised(MINORITY, [found["mean"] for found in differences]),
+            "groups": [
+                {"group": name, **_memorised(images_of(name), [row.get(name) for row in rows])}
+                for name in dict.fromkeys(name for row in rows for name in row)
+            ],
+        },
+        "relation": _rows([run["relation"] for run in runs], ("cut", "group"), ("spearman",)),
+    }
+
+
+def _memorised(name: str, means: Sequence[float | None]) -> dict[str, Any]:
+    """Return by how much some images score above the rest of their class over the seeds, and what that says."""
+    given = [mean for mean in means if mean is not None]
+    lacking = len(means) - len(given)
+    if lacking:
+        reason = f"it could not be given in {lacking} of {len(means)} seeds"
+        return {"impossible": lacking, "text": difference_text(name, None, reason=reason)}
+    found = summarise(given)
+    return {**found, "impossible": 0, "text": difference_text(name, found["mean"], (found["low"], found["high"]))}
+
+
+def _rows(runs: Sequence[Sequence[Results]], names: Sequence[str], measures: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of any seed, told apart by some names: a summary of each measure that all seeds have.
+
+    In how many seeds the first of the measures is missing or null is the row's "impossible".
+    """
+    same: dict[tuple[str, ...], list[Results]] = {}
+    for row in (row for run in runs for row in run):
+        same.setdefault(tuple(row[name] for name in names), []).append(row)
+    found = []
+    for key, rows in same.items():
+        values = {measure: [row[measure] for row in rows if row.get(measure) is not None] for measure in measures}
+        summaries = {measure: summarise(all_) for measure, all_ in values.items() if len(all_) == len(runs)}
+        lacking = len(runs) - len(values[measures[0]])
+        found.append({**dict(zip(names, key, strict=True)), "impossible": lacking, **summaries})
+    return found
+
+
+STAGES: Final[Mapping[str, Callable[[Mapping[int, Results]], dict[str, Any]]]] = {
+    "stage_two": _stage_two,
+    "fragility": _fragility,
+    "memorization": _memorization,
+}
+"""The stages after the first that are looked at over seeds: what each seed has of one -> what they say together."""

@@ -80,7 +80,7 @@ CONTENTS: Final[tuple[Entry, ...]] = (
 OVER_SEEDS: Final[tuple[Entry, ...]] = (
     Entry("accuracy", "Accuracy of the trained models", accuracies),
     Entry("claims", "What the paper claims of Stage 1", claims, "1"),
-    *CONTENTS[len(STAGE_ONE) : -2],
+    *CONTENTS[len(STAGE_ONE) : -1],
 )
 """Every entry of the report of several seeds."""
 

@@ -286,7 +286,8 @@ def _settings_rows(run: Mapping[str, Any]) -> list[list[str]]:
         "quick": "yes: few epochs and draws" if settings.get("quick") else "no",
     }
     rows = [[escape(str(key)), escape(told.get(key, _setting_text(value)))] for key, value in settings.items()]
-    rows.append(["neurons", f"{run.get('neurons', '?')} in {times(len(run.get('layers', ())), 'studied layer')}"])
+    if run.get("layers"):
+        rows.append(["neurons", f"{run.get('neurons', '?')} in {times(len(run['layers']), 'studied layer')}"])
     rows += [[escape(str(key)), escape(str(value))] for key, value in environment.items()]
     rows.append(["neuronsurgery", escape(str(run.get("version", "?")))])
     return rows
