@@ -207,7 +207,7 @@ def _read_scores(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scor
 
 def _write_metrics(metrics: GroupMetrics, tensors: dict[str, Tensor]) -> dict[str, Any]:
     # JSON has no NaN and no infinity; the tensor has.
-    tensors["values"] = torch.tensor(metrics.values, dtype=torch.float64)
+    tensors["values"] = torch.tensor(metrics.values, dtype=torch.float64, device="cpu")
     return {"groups": metrics.groups, "counts": metrics.counts}
 
 

@@ -781,7 +781,10 @@ class CheckedForward:
         for label in edits:
             # Each edited model is a model of its own: what it changes in its buffers stays with it.
             changed = self._changed_buffers.setdefault(label, {})
-            yield label, self._eager(inputs, edits[label], changed)
+            # Here, not in `_eager`: that a model draws must show where its graph is checked.
+            with torch.random.fork_rng(devices=_cuda_devices(inputs.tensors)):
+                logits = self._eager(inputs, edits[label], changed)
+            yield label, logits
 
     def _eager(self, inputs: Inputs, edited: Mapping[str, Tensor], changed: dict[str, Tensor]) -> Tensor:
         """Return the logits of a plain forward.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -24,13 +25,17 @@ from neuronsurgery.types import (
     is_token_classification,
     iterate_groups,
     model_device,
+    named_loaders,
     ordered_groups,
     refuse_shifted_labels,
+    run_apart,
 )
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return 1 for each example that is classified right and 0 otherwise, float32, shape (n,): the default metric.
+
+    An example with a NaN among its logits is wrong.
 
     Args:
         logits: shape (n, classes, ...), of two or more classes; or (n, tokens, classes) with targets (n, tokens).
@@ -57,7 +62,8 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
         )
     if wanted is targets:
         refuse_unknown_classes(targets, logits.shape[axis])
-    right = logits.argmax(axis) == wanted
+    # The largest of logits with a NaN would be the NaN itself, or the first of them.
+    right = (logits.argmax(axis) == wanted) & ~logits.isnan().any(axis)
     if right.dim() == 1:
         return right.float()
     counted = wanted != IGNORED_TOKEN
@@ -95,8 +101,8 @@ class GroupMetrics:
 
     @property
     def worst(self) -> float:
-        """The smallest of the groups' means: the worst-group accuracy."""
-        return min(self.values)
+        """The smallest of the groups' means: the worst-group accuracy; NaN if one of them is."""
+        return math.nan if any(map(math.isnan, self.values)) else min(self.values)
 
     @property
     def average(self) -> float:
@@ -266,7 +272,7 @@ def evaluate(
 
     Raises:
         RuntimeError: if another rank failed.
-        TypeError: if a batch has an unknown form.
+        TypeError: if a batch has an unknown form, or the name of a group is no integer or string.
         ValueError: if a group has no examples, or a metric is not one value per example.
 
     Example:
@@ -282,18 +288,19 @@ def evaluate(
     if not metrics:
         raise ValueError("the mapping of metrics is empty: give at least one, or leave metric= at its default")
     tallies: dict[str, Tally] = {name: Tally() for name in metrics}
+    named = named_loaders(loaders)
     error = None
     try:
         refuse_default_metric(model, *metrics.values())
         runner = plain(model)
         with torch.no_grad(), one_numerical_path():
             label = "evaluation" if progress else None
-            for groups, batch in iterate_groups(loaders, device=model_device(runner), unpack=unpack, progress=label):
-                logits = extract_logits(runner(*batch.args, **batch.kwargs), predict, len(batch))
+            for groups, batch in iterate_groups(named, device=model_device(runner), unpack=unpack, progress=label):
+                logits = extract_logits(run_apart(runner, batch), predict, len(batch))
                 for key, function in metrics.items():
                     tallies[key].add(groups, example_values(function, logits, batch.targets))
     except Exception as raised:
         error = raised
-    order = list(loaders) if isinstance(loaders, Mapping) else None
+    order = list(named) if isinstance(named, Mapping) else None
     results = {key: tally.result(order, error, process_group) for key, tally in tallies.items()}
     return results if isinstance(metric, Mapping) else results[""]

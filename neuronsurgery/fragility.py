@@ -400,7 +400,7 @@ def fragility(sweep_or_values: Sweep | Tensor, targets: Tensor, *, score: Score 
     edits, examples = _refuse_unfit(sweep_or_values, score)
     classes = _class_indices(targets, examples)
     was_right = sweep_or_values.values() > 0 if isinstance(sweep_or_values, Sweep) else None
-    total = torch.zeros(examples, dtype=torch.float64)
+    total = torch.zeros(examples, dtype=torch.float64, device="cpu")
     for edit in range(edits):
         remaining = _remaining(sweep_or_values, edit)
         _refuse_non_finite(remaining, f"under edit {edit} of {edits}")
@@ -440,7 +440,7 @@ def _remaining(given: Sweep | Tensor, edit: int) -> Tensor:
 
 def _class_indices(targets: Tensor, count: int) -> Tensor:
     """Return the targets as int64, shape (count,), on the CPU."""
-    classes = torch.as_tensor(targets).detach().cpu()
+    classes = torch.as_tensor(targets, device="cpu").detach()
     if classes.is_floating_point() or classes.is_complex():
         raise TypeError(f"targets are class indices (int), not {classes.dtype}: pass the argmax of probabilities")
     if classes.shape != (count,):
@@ -555,7 +555,7 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
     """
     if rule != "tukey" and (not isinstance(rule, float) or not 0 < rule < 1):
         raise ValueError(f"rule is 'tukey' or a share of each class in (0, 1), not {rule!r}")
-    scores = torch.as_tensor(fragility).detach().double().cpu()
+    scores = torch.as_tensor(fragility, device="cpu").detach().double()
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"fragility is one score per example, shape (N,), not {tuple(scores.shape)}")
     _refuse_non_finite(scores, "of the fragility")
@@ -568,7 +568,7 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
     counts = [(len(part) - fragile, fragile) for part, fragile in zip(parts, above, strict=True)]
     _refuse_small_cells(classes, counts)
     at = torch.searchsorted(classes, positions)
-    fragile = scores > torch.tensor(thresholds, dtype=torch.float64)[at]
+    fragile = scores > torch.tensor(thresholds, dtype=torch.float64, device="cpu")[at]
     return InferredGroups(2 * at + fragile, fragile, tuple(classes.tolist()), tuple(counts), tuple(thresholds))
 
 

@@ -9,6 +9,7 @@ holds more at once: for one batch of 128 of a ResNet-18 at 64x64 the peak of the
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from torch.func import functional_call
 
 from neuronsurgery.neurons import Layout, Where, find_layout, layer_tensors, random_bits
 from neuronsurgery.scores import Scores, checked_seed, norms, refuse_non_finite
-from neuronsurgery.structure import bare, named_tensors, one_numerical_path, plain
+from neuronsurgery.structure import bare, held_elsewhere, named_tensors, one_numerical_path, plain
 from neuronsurgery.types import (
     IGNORED_TOKEN,
     Batch,
@@ -36,11 +37,12 @@ from neuronsurgery.types import (
     is_token_classification,
     iterate,
     join,
-    map_tensors,
     model_device,
     move,
+    named_loaders,
     ordered_groups,
     refuse_shifted_labels,
+    run_apart,
     seal,
     signature,
     take,
@@ -216,6 +218,7 @@ class _Differentiator:
         self.parameters = {f"model.{name}": tensor for name, tensor in (rest | self.leaves).items()}
         self.device = model_device(self.runner)
         self.warned = loss is not None
+        self.reached: set[str] = set()
 
     def zeros(self) -> dict[str, Tensor]:
         """Return zeros to add gradients to, in float32 or wider."""
@@ -231,27 +234,49 @@ class _Differentiator:
         with torch.enable_grad(), _differentiable_rnns(self.runner, self.device):
             logits, gradients = functional_call(self.within, self.parameters, (self._gradients, batch, group))
         self._warn_of_probabilities(logits)
-        for total, gradient in zip(sums.values(), gradients, strict=True):
+        for (name, total), gradient in zip(sums.items(), gradients, strict=True):
             if gradient is not None:
+                self.reached.add(name)
                 total.add_(gradient, alpha=len(batch))
 
     def _gradients(self, batch: Batch, group: Group) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Return the logits and the gradients of the mean loss of a batch; to be called with the leaves in place."""
-        args, kwargs = map_tensors(batch.args, _differentiable), map_tensors(batch.kwargs, _differentiable)
-        logits = extract_logits(self.runner(*args, **kwargs), self.predict, len(batch))
+        logits = extract_logits(run_apart(self.runner, batch), self.predict, len(batch))
         losses = example_losses(self.loss, logits, batch.targets)
         _refuse_bad_losses(losses, f"group {group!r}")
         if not losses.requires_grad:
             return logits.detach(), [None] * len(self.leaves)
+        leaves = list(self.leaves.values())
+        if _is_float16(logits, leaves):
+            return logits.detach(), _scaled_gradients(losses, leaves)
         # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
-        gradients = torch.autograd.grad(losses.mean(), list(self.leaves.values()), allow_unused=True)
-        return logits.detach(), gradients
+        return logits.detach(), torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
 
     def norms(self, sums: dict[str, Tensor], count: int, group: Group) -> Tensor:
         """Return the norm of each neuron's gradient of the mean loss, float32, shape (M,)."""
         values = norms(sums, self.layout) / count
         refuse_non_finite(values, self.layout, f"the gradients of group {group!r} are")
         return values
+
+    def warn_of_unreached(self, stacklevel: int) -> None:
+        """Warn of scored layers that no gradient came to in any batch, and of parameters used in ways it cannot see."""
+        scored = [layer.parameter for layer in self.layout]
+        held = held_elsewhere(self.runner)
+        partly = [f"{name} (by {held[name]})" for name in scored if name in held]
+        if partly:
+            warnings.warn(
+                f"some scored parameters are held by plain attributes, too: {_some(partly)}. What is computed with "
+                f"these counts in no score: use the registered parameter, or leave these layers out with where=",
+                stacklevel=stacklevel,
+            )
+        missed = [name for name in scored if name not in self.reached]
+        if missed:
+            warnings.warn(
+                f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
+                f"{_some(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
+                f"detach in the forward or in predict=, checkpointing with use_reentrant=True)",
+                stacklevel=stacklevel,
+            )
 
     def _warn_of_probabilities(self, values: Tensor) -> None:
         if self.warned:
@@ -266,6 +291,31 @@ class _Differentiator:
                 "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss=",
                 stacklevel=5,  # the caller of group_grad_norms, whose generator calls `add`
             )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def _is_float16(logits: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether a part of the backward pass may be in float16, which has no numbers under 6e-8."""
+    device = logits.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return cast or any(tensor.dtype == torch.float16 for tensor in (logits, *leaves))
+
+
+def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of the mean loss, its backward pass run on a multiple of it, in float32.
+
+    For a cross entropy l the largest entry of an example's gradient to its logits is 1 - exp(-l): the multiple, a power
+    of two, brings that of the hardest example to about 1. Where this overflows, the mean itself is differentiated.
+    """
+    steepest = -math.expm1(-max(float(losses.detach().max()), 1e-12)) / len(losses)
+    multiple = 2.0 ** max(0, round(-math.log2(steepest)))
+    gradients = torch.autograd.grad(losses.mean() * multiple, leaves, allow_unused=True, retain_graph=True)
+    if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+    return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
@@ -321,10 +371,14 @@ def group_grad_norms(
 
     Raises:
         RuntimeError: inside `inference_mode`, or if another rank failed.
-        TypeError: if a batch has an unknown form.
+        TypeError: if a batch has an unknown form, or the name of a group is no integer or string.
         KeyError: if a glob matches nothing.
         ValueError: if a group has no examples, a label is not one of the classes, the loss is not one number per
             example, or a loss, weight or gradient is NaN or infinite; names the group and the layers.
+
+    Warns:
+        UserWarning: if no gradient reached some layers, if the outputs look like probabilities, or if much memory is
+            needed; says what to do.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -338,6 +392,7 @@ def group_grad_norms(
     Source:
         You et al., "The Silent Majority", 2025.
     """
+    loaders = named_loaders(loaders)
     differentiator = _agreed(process_group, lambda: _Differentiator(model, loss, where, extra, predict))
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
@@ -353,6 +408,9 @@ def group_grad_norms(
             )
         rows[group] = differentiator.norms(sums, count, group)
         counts[group] = count
+    for reached in exchange(process_group, None, differentiator.reached):
+        differentiator.reached |= reached
+    differentiator.warn_of_unreached(stacklevel=3)
     groups = tuple(rows)
     return Scores(
         torch.stack([rows[group] for group in groups]),
@@ -618,7 +676,7 @@ def hard_batch(
                     "into one batch: pad them to one length in the loader"
                 )
             moved = batch if device is None else move(batch, device)
-            logits = extract_logits(runner(*moved.args, **moved.kwargs), predict, len(batch))
+            logits = extract_logits(run_apart(runner, moved), predict, len(batch))
             losses = example_losses(loss, logits, moved.targets).double().cpu()
             _refuse_bad_losses(losses, "a batch")
             groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
@@ -638,7 +696,7 @@ class _Hardest:
     def __init__(self, top: int) -> None:
         self.top = top
         self.batch: Batch | None = None
-        self.losses = torch.empty(0, dtype=torch.float64)
+        self.losses = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def add(self, batch: Batch, losses: Tensor) -> None:
         together = batch if self.batch is None else join([self.batch, batch])

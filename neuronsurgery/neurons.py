@@ -84,7 +84,7 @@ class Layer:
 
     def mask(self, indices: Sequence[int]) -> Tensor:
         """Return the paper's binary mask: True at `indices`, bool, broadcastable to the parameter."""
-        rows = torch.zeros(self.count, dtype=torch.bool)
+        rows = torch.zeros(self.count, dtype=torch.bool, device="cpu")
         rows[list(indices)] = True
         if self.groups > 1:
             inner = (self.row_shape[0], *[1] * (len(self.row_shape) - 1))
@@ -193,7 +193,7 @@ class Layout:
             for part in neurons.parts
             for index in part.indices
         ]
-        return torch.tensor(numbers, dtype=torch.int64)
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         lines = [f"  {layer!r}" for layer in self.layers]

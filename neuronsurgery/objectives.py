@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -292,9 +293,9 @@ def jtt_weights(errors: Tensor, upsampling: int) -> Tensor:
         is that of the authors' code, which appends the copies to the whole training set.
     """
     _require("errors", errors, "boolean", {"N": None}, "compare predictions with targets")
-    if isinstance(upsampling, bool) or not isinstance(upsampling, int) or upsampling < 0:
+    if isinstance(upsampling, bool) or not isinstance(upsampling, int | np.integer) or upsampling < 0:
         raise ValueError(f"upsampling must be an integer of at least 0, not {upsampling!r}")
-    return 1 + upsampling * errors.long()
+    return 1 + int(upsampling) * errors.long()
 
 
 # Numbers

@@ -119,7 +119,7 @@ def row_norms(layer: Layer, tensor: Tensor) -> Tensor:
 
 def norms(tensors: Mapping[str, Tensor | None], layout: Layout) -> Tensor:
     """Return the norm of every neuron of a layout, float32, shape (M,), on the CPU; 0 where a tensor is None."""
-    values = torch.zeros(layout.count)
+    values = torch.zeros(layout.count, dtype=torch.float32, device="cpu")
     for layer in layout:
         tensor = tensors[layer.parameter]
         if tensor is not None:
@@ -358,7 +358,7 @@ def contrast(scores: Scores, of: Group, against: Group) -> Scores:
     a, b = scores[of].values.double(), scores[against].values.double()
     eps = 1e-12 * torch.maximum(a.max(), b.max())
     if eps == 0:
-        eps = torch.ones((), dtype=torch.float64)  # all scores are zero: no contrast anywhere
+        eps = torch.ones((), dtype=torch.float64, device="cpu")  # all scores are zero: no contrast anywhere
     values = torch.log((a + eps) / (b + eps)).float()
     count = scores[of].counts[0] + scores[against].counts[0]
     return Scores(values, (f"{of} / {against}",), (count,), scores.layout, f"log contrast of {scores.criterion}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.optim import Optimizer
 
 Buffers: TypeAlias = Literal["own", "shared"]
 
@@ -209,6 +210,7 @@ def copy_structure(
 
     Raises:
         TypeError: if an attribute of a module cannot be copied (a lock, an open file); names module and attribute.
+        ValueError: if a parameter or buffer is not yet initialised; lists them.
     """
     root = bare(model)
     names: dict[nn.Module, str] = {}
@@ -223,8 +225,9 @@ def copy_structure(
             )
         # Not __new__ of the class: a torch.fx.GraphModule makes a new class there and loses its forward.
         memo[id(module)] = object.__new__(type(module))
+    _refuse_uninitialised(names)
     for module in names:
-        _share(module, memo, buffers)
+        _share(module, memo, buffers, optimizers=not replace)
     memo.update(replace or {})
     for module, name in names.items():
         _fill(memo[id(module)], module, name, memo)
@@ -232,6 +235,21 @@ def copy_structure(
         _detach_from_original(memo[id(module)])
     copied: nn.Module = memo[id(root)]
     return copied
+
+
+def _refuse_uninitialised(names: Mapping[nn.Module, str]) -> None:
+    """Raise for lazy modules: the first run of a copy would initialise the model itself, and only half of it."""
+    wrong = [
+        f"{name}.{attribute}".removeprefix(".")
+        for module, name in names.items()
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if isinstance(tensor, UninitializedTensorMixin)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of the model's tensors are not yet initialised (lazy modules): {', '.join(wrong[:10])}"
+            f"{', ...' * (len(wrong) > 10)}; run the model on one batch first"
+        )
 
 
 def all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -242,7 +260,23 @@ def all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
             yield from all_modules(bare(child), f"{prefix}{name}.")
 
 
-def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers) -> None:
+def _attributes(module: nn.Module) -> Mapping[str, Any]:
+    """Return the attributes that a copy of a module takes over: those that its class pickles, where it says which.
+
+    A Lightning module leaves its trainer out, which holds the data, the optimiser and the model once more.
+    """
+    # The class that torch gives a parametrized module refuses to be pickled.
+    kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
+    pickled = getattr(kind, "__getstate__", None)
+    if pickled in (None, getattr(object, "__getstate__", None)) or kind.__setstate__ is not nn.Module.__setstate__:
+        return vars(module)
+    state = pickled(module)
+    registered = ("_parameters", "_buffers", "_modules")
+    whole = isinstance(state, dict) and all(state.get(key) is vars(module).get(key) for key in registered)
+    return state if whole else vars(module)
+
+
+def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers, *, optimizers: bool) -> None:
     """Enter into the memo of a deep copy, which has the modules already, what the copy of this one is to share."""
     for parameter in module._parameters.values():
         if parameter is not None:
@@ -261,9 +295,12 @@ def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers) -> None:
                 # torch's own wrapper holds such a module weakly and knows how to be copied with it.
                 if type(hook).__name__ != "_WrappedHook":
                     memo.setdefault(id(owner), owner)
-    for tensor in tensors_in_attributes(module, memo):
-        if isinstance(tensor, nn.Parameter) or not tensor.is_leaf:
-            memo.setdefault(id(tensor), tensor)
+    for held in _held_by_attributes(module, memo):
+        if isinstance(held, Optimizer):
+            if optimizers:
+                memo.setdefault(id(held), held)
+        elif isinstance(held, nn.Parameter) or not held.is_leaf:
+            memo.setdefault(id(held), held)
 
 
 def _clone(buffer: Tensor) -> Tensor:
@@ -271,30 +308,108 @@ def _clone(buffer: Tensor) -> Tensor:
 
 
 def tensors_in_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor]:
-    """Yield the tensors that a module's plain attributes hold at any depth; objects of a known id are not entered."""
+    """Yield the tensors that a module's plain attributes hold at any depth; objects of a known id are not entered.
+
+    Nor are optimisers, which hold parameters to update them, not to compute with them.
+    """
+    return (held for held in _held_by_attributes(module, known) if isinstance(held, Tensor))
+
+
+def _held_by_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor | Optimizer]:
     registered = ("_parameters", "_buffers", "_modules")
     # What a deep copy takes as it is needs no look inside, and classes and functions lead everywhere.
     atomic = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, weakref.ref)
     plain = (str, bytes, int, float, complex, bool, type(None))
-    queue = [value for key, value in vars(module).items() if key not in registered and not key.endswith("_hooks")]
+    attributes = _attributes(module).items()
+    queue = [value for key, value in attributes if key not in registered and not key.endswith("_hooks")]
     seen: dict[int, Any] = {}
     while queue:
         value = queue.pop()
         if id(value) in seen or id(value) in known or isinstance(value, plain + atomic):
             continue
         seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Optimizer):
             yield value
         else:
             queue.extend(gc.get_referents(value))
 
 
+def held_elsewhere(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that a plain attribute of a module holds too, by name, and the module in words.
+
+    What computes with such an attribute sees neither an edit of a view nor a tensor that `functional_call` puts in the
+    parameter's place.
+    """
+    names = {id(tensor.parameter): name for name, tensor in named_tensors(model).items()}
+    # Wrappers inside the model are left out: DDP lists the parameters, but a copy runs without it.
+    named = {module: path.removesuffix(".") for path, module in all_modules(bare(model))}
+    modules = {id(module): None for module in named}
+    held: dict[str, str] = {}
+    for module, path in named.items():
+        if isinstance(module, nn.RNNBase):
+            continue  # its flat list of weights is brought up to date at every forward pass
+        for tensor in tensors_in_attributes(module, modules):
+            if id(tensor) in names:
+                held.setdefault(names[id(tensor)], f"module '{path}' ({type(module).__name__})")
+    return held
+
+
+def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) -> Any:
+    """Return a function so that it calls the copy where it called the model, as an uncompiled one; else the value.
+
+    A deep copy takes functions as they are, and with a forward that was replaced by a closure (by `torch.compile`, by
+    autocast, by hand) the original would go on to run in the copy.
+
+    Args:
+        value: what an attribute or a closure holds.
+        memo: the copies of the modules, by the id of the original.
+        within: the ids of the functions that this one is in the closure of.
+    """
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    compiled = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
+    if compiled is not None:
+        return _rebound(compiled, memo, within)
+    if isinstance(value, types.MethodType):
+        parts = (value.__func__, value.__self__)
+        function, owner = _rebound(value.__func__, memo, within), memo.get(id(value.__self__), value.__self__)
+        return value if (function, owner) == parts else types.MethodType(function, owner)
+    if isinstance(value, functools.partial):
+        inner = [value.func, *value.args]
+        function, *args = (_rebound(part, memo, within) for part in inner)
+        same = all(new is old for new, old in zip([function, *args], inner, strict=True))
+        return value if same else functools.partial(function, *args, **value.keywords)
+    if not isinstance(value, types.FunctionType) or not value.__closure__ or id(value) in within:
+        return value
+    contents = [_content(cell) for cell in value.__closure__]
+    rebound = [_rebound(content, memo, (*within, id(value))) for content in contents]
+    if all(new is old for new, old in zip(rebound, contents, strict=True)):
+        return value
+    cells = tuple(types.CellType(content) for content in rebound)
+    function = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    function.__kwdefaults__ = value.__kwdefaults__
+    function.__dict__.update(vars(value))
+    return function
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    rebound = _rebound(value, memo)
+    return copy.deepcopy(value, memo) if rebound is value else rebound
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
 def _fill(new: nn.Module, module: nn.Module, name: str, memo: dict[int, Any]) -> None:
     attributes = {}
-    for key, value in vars(module).items():
+    for key, value in _attributes(module).items():
         try:
             # A compiled forward is bound to the original; the copy runs uncompiled.
-            attributes[key] = None if key == "_compiled_call_impl" else copy.deepcopy(value, memo)
+            attributes[key] = None if key == "_compiled_call_impl" else _copied(value, memo)
         except Exception as error:
             raise TypeError(
                 f"cannot make a view of the model: attribute '{key}' of module '{name or type(module).__name__}' "
@@ -386,7 +501,7 @@ def plain(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: if an attribute of a module cannot be copied.
     """
-    copied = set_eval(copy_structure(model))
+    copied = set_eval(copy_structure(model, replace=_renormalised(model)))
     computed: dict[int, Tensor] = {}
     parametrized = [module for module in copied.modules() if is_parametrized(module)]
     for module in parametrized:
@@ -395,6 +510,21 @@ def plain(model: nn.Module) -> nn.Module:
                 computed[id(held)] = _computed(module, attribute)
             take_off(module, attribute, computed[id(held)])
     return copied
+
+
+def _renormalised(model: nn.Module) -> dict[int, Tensor]:
+    """Return own copies of the weights that a forward pass itself changes: those of embeddings with `max_norm`."""
+    weights = [
+        module._parameters["weight"]
+        for _, module in all_modules(bare(model))
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if module._parameters.get("weight") is not None
+    ]
+    return {
+        id(weight): nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        for weight in weights
+        if weight is not None
+    }
 
 
 def _computed(module: nn.Module, attribute: str) -> Tensor:

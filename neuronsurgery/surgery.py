@@ -22,9 +22,9 @@ from neuronsurgery.structure import (
     TENSOR_ORDER,
     Buffers,
     NamedTensor,
-    all_modules,
     bare,
     copy_structure,
+    held_elsewhere,
     named_tensors,
     own_class,
     parametrizations,
@@ -44,7 +44,7 @@ SHARED = (
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One edit of one layer, ready to run: its indices and constants are on the device of the weight."""
+    """One edit of one layer, ready to run: its indices and constants are on the device that the weight had."""
 
     edit: Edit
     indices: Tensor
@@ -69,8 +69,11 @@ class LayerPlan:
         """Return the edited weight: the same shape, dtype and strides, all other rows bit for bit as they were."""
         rows = self.layer.rows(weight)
         for step in self.steps:
-            new = step.edit.rows(self.layer, step.indices, self.layer.weight(rows), step.constants)
-            rows = rows.index_copy(0, step.indices, new)
+            # A deep copy of a view may have gone to another device, and no module holds these to take them along.
+            indices = step.indices.to(weight.device)
+            constants = None if step.constants is None else step.constants.to(weight.device)
+            new = step.edit.rows(self.layer, indices, self.layer.weight(rows), constants)
+            rows = rows.index_copy(0, indices, new)
         edited = self.layer.weight(rows)
         if edited.stride() != weight.stride() and 0 not in weight.stride():
             # Kernels, and so the last bits of their results, are chosen by the strides.
@@ -179,7 +182,7 @@ again, or use bake for an independent copy
     if buffers not in ("own", "shared"):
         raise ValueError(f"buffers must be 'own' or 'shared', not {buffers!r}")
     plans = plan(edit, model)
-    _refuse_unreachable(model, plans)
+    refuse_unreachable(plans, held_elsewhere(model))
     view = copy_structure(model, buffers=buffers)
     tensors = named_tensors(view)
     for name, layer_plan in plans.items():
@@ -244,8 +247,9 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TypeError: if `edit` is not an edit.
-        ValueError: if the edit does not fit the model (lists every mismatch), or an edited tensor is parametrized or in
-            a module that has several names: `functional_call` would overwrite the caller's weights.
+        ValueError: if the edit does not fit the model (lists every mismatch), an edited tensor is also held by a plain
+            attribute, or is parametrized or in a module that has several names: `functional_call` would overwrite the
+            caller's weights.
 
     Example:
         >>> from neuronsurgery import find_layout, select, zero_out
@@ -256,6 +260,7 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
         True
     """
     plans = plan(edit, model)
+    refuse_unreachable(plans, held_elsewhere(model))
     tensors = named_tensors(model)
     wrong = [name for name in plans if tensors[name].parametrized]
     if wrong:
@@ -302,22 +307,22 @@ def _parametrize(tensor: NamedTensor, edited: EditedRows) -> None:
         delattr(made_by_torch, attribute)
 
 
-def _refuse_unreachable(model: nn.Module, plans: Mapping[str, LayerPlan]) -> None:
-    """Raise if a touched parameter is also held by a plain attribute, whose use an edit would not reach."""
-    tensors = named_tensors(model)
-    touched = {id(tensors[name].parameter): name for name in plans}
-    # Wrappers inside the model are left out: DDP lists the parameters, but the view runs without it.
-    named = {module: path.removesuffix(".") for path, module in all_modules(bare(model))}
-    modules = {id(module): None for module in named}
-    for module, path in named.items():
-        if isinstance(module, nn.RNNBase):
-            continue  # its flat list of weights is brought up to date at every forward pass
-        for held in tensors_in_attributes(module, modules):
-            if id(held) in touched:
-                raise ValueError(
-                    f"{touched[id(held)]} is also held by a plain attribute of module '{path}' "
-                    f"({type(module).__name__}), where an edit of the view would not reach it: use bake, which does"
-                )
+def refuse_unreachable(plans: Mapping[str, LayerPlan], held: Mapping[str, str]) -> None:
+    """Raise if an edited parameter is also held by a plain attribute, whose use an edit would not reach.
+
+    Args:
+        plans: what is edited, by the first name in the model.
+        held: see `structure.held_elsewhere`.
+
+    Raises:
+        ValueError: if there is one; names it and the module.
+    """
+    for name in plans:
+        if name in held:
+            raise ValueError(
+                f"{name} is also held by a plain attribute of {held[name]}, where an edit of the view would not reach "
+                f"it: use bake, which does"
+            )
 
 
 class _Refusal:

@@ -29,8 +29,8 @@ from neuronsurgery.evaluation import (
     refuse_default_metric,
 )
 from neuronsurgery.gradients import exchange
-from neuronsurgery.structure import named_tensors, one_numerical_path, plain
-from neuronsurgery.surgery import LayerPlan, plan
+from neuronsurgery.structure import held_elsewhere, named_tensors, one_numerical_path, plain
+from neuronsurgery.surgery import LayerPlan, plan, refuse_unreachable
 from neuronsurgery.types import (
     Group,
     Loaders,
@@ -42,6 +42,7 @@ from neuronsurgery.types import (
     group_members,
     iterate_groups,
     model_device,
+    named_loaders,
 )
 
 BASELINE = compose()
@@ -261,6 +262,10 @@ def sweep(
     """
     if not isinstance(edits, Mapping):
         raise TypeError(f"edits are a mapping label -> edit, not a {type(edits).__name__}: write {{'name': edit}}")
+    wrong = [f"'{label}': {type(edit).__name__}" for label, edit in edits.items() if not isinstance(edit, Edit)]
+    if wrong:
+        raise TypeError(f"edits are what zero_out, scale and the like return, not {', '.join(wrong[:5])}")
+    loaders = named_loaders(loaders)
     refuse_default_metric(model, metric)
     run = _Run({BASELINE, *edits.values()}, metric)
     error = None
@@ -286,11 +291,14 @@ class _Run:
     def plan(self, model: nn.Module, edits: Mapping[str, Edit]) -> None:
         self.runner = plain(model)
         weights = {name: tensor.parameter for name, tensor in named_tensors(self.runner).items()}
+        held = held_elsewhere(self.runner)
         self.edited: dict[Edit, Mapping[str, Tensor]] = {BASELINE: {}}
         for label, edit in edits.items():
             if edit not in self.edited:
                 try:
-                    self.edited[edit] = _Edited(plan(edit, self.runner), weights)
+                    plans = plan(edit, self.runner)
+                    refuse_unreachable(plans, held)
+                    self.edited[edit] = _Edited(plans, weights)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"edit '{label}': {error}") from error
 
@@ -407,7 +415,7 @@ def paired_p_value(before: np.ndarray, after: np.ndarray) -> float:
     if spread == 0:
         return 0.0
     t = float(difference.mean()) / (spread / math.sqrt(len(difference)))
-    return 2 * (1 - student_cdf(abs(t), len(difference) - 1))
+    return max(0.0, 2 * (1 - student_cdf(abs(t), len(difference) - 1)))  # to about 1e-15: rounding could pass 0
 
 
 def student_cdf(t: float, degrees: int) -> float:

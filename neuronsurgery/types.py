@@ -76,7 +76,8 @@ class Batch:
                 f"Batch takes a tuple of positional and a mapping of keyword arguments of the model, not "
                 f"{type(self.args).__name__} and {type(self.kwargs).__name__}: write Batch((inputs,), {{}}, targets)"
             )
-        targets = torch.as_tensor(self.targets)
+        # Not moved to a default device that the caller may have set.
+        targets = self.targets if isinstance(self.targets, Tensor) else torch.as_tensor(self.targets, device="cpu")
         if targets.dim() == 0:
             raise ValueError("targets are one per example, shape (n, ...), not a single number: stack them")
         object.__setattr__(self, "targets", targets)
@@ -124,6 +125,25 @@ def group_names(groups: Any) -> tuple[Group, ...]:
     if wrong:
         raise TypeError(f"groups are integers or strings, not {', '.join(wrong)}: convert them, e.g. groups.long()")
     return names
+
+
+def named_loaders(loaders: Loaders) -> Loaders:
+    """Return a mapping of loaders with its keys as groups, those of numpy and torch made Python's; others as they are.
+
+    Raises:
+        TypeError: if a key is no integer or string.
+        ValueError: if two keys come to one name.
+    """
+    if not isinstance(loaders, Mapping):
+        return loaders
+    keys = list(loaders)
+    try:
+        names = group_names(keys)
+    except TypeError as error:
+        raise TypeError(f"the mapping of loaders: {error}") from error
+    if len(set(names)) < len(names):
+        raise ValueError(f"two loaders of the mapping have one name: {', '.join(map(repr, names))}")
+    return dict(zip(names, loaders.values(), strict=True))
 
 
 def ordered_groups(groups: Iterable[Group]) -> list[Group]:
@@ -245,7 +265,11 @@ def iterate_groups(
 ) -> Iterator[tuple[Sequence[Group], Batch]]:
     """Yield (group of each example, batch) of a mapping of loaders or of one loader of mixed batches."""
     if not isinstance(loaders, Mapping):
+        grouped = None
         for batch in iterate(loaders, device=device, unpack=unpack, progress=progress, edits=edits):
+            if grouped is not None and grouped != (batch.groups is not None):
+                raise ValueError("some batches carry groups and some do not: give every batch its groups, or none")
+            grouped = batch.groups is not None
             yield batch.groups or ["all"] * len(batch), batch
         return
     for name, loader in loaders.items():
@@ -280,6 +304,20 @@ def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor)
     if isinstance(value, Mapping):
         return {key: map_tensors(item, function, kind) for key, item in value.items()}
     return value
+
+
+def run_apart(model: nn.Module, batch: Batch) -> Any:
+    """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside."""
+    devices: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cuda":
+            devices.add(tensor.device.index)
+        return tensor.detach().clone()
+
+    args, kwargs = map_tensors(batch.args, own), map_tensors(batch.kwargs, own)
+    with torch.random.fork_rng(devices=sorted(devices)):
+        return model(*args, **kwargs)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

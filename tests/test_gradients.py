@@ -325,12 +325,16 @@ class Unused(nn.Module):
         return self.used(x)
 
 
-def test_a_parameter_without_gradient_scores_zero() -> None:
+def test_a_parameter_without_gradient_scores_zero_with_a_warning() -> None:
     data = [(torch.randn(4, 2), torch.randint(3, (4,)))]
-    found = ns.group_grad_norms(Unused(), data).by_layer()
+    with pytest.warns(
+        UserWarning, match=r"no gradient reached 1 of 2 scored layers, whose scores are 0: unused\.weight"
+    ):
+        found = ns.group_grad_norms(Unused(), data).by_layer()
     assert found["used.weight"].all()
     assert not found["unused.weight"].any()
-    assert not ns.group_grad_norms(Unused(), data, where="unused.*").values.any()
+    with pytest.warns(UserWarning, match="no gradient reached 1 of 1"):
+        assert not ns.group_grad_norms(Unused(), data, where="unused.*").values.any()
 
 
 class Checkpointed(nn.Module):

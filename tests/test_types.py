@@ -243,7 +243,10 @@ def test_groups_of_loaders_come_from_the_mapping_or_the_batches() -> None:
         return [list(g) for g, _ in iterate_groups(loaders, device=None, unpack=None, progress=None)]
 
     assert groups({"b": [(X, Y, G)], "a": [(X, Y)]}) == [["b"] * 3, ["a"] * 3]
-    assert groups([(X, Y, G), (X, Y)]) == [[5, 0, 5], ["all"] * 3]
+    assert groups([(X, Y, G)]) == [[5, 0, 5]]
+    assert groups([(X, Y)]) == [["all"] * 3]
+    with pytest.raises(ValueError, match="some batches carry groups and some do not: give every batch its groups, or"):
+        groups([(X, Y, G), (X, Y)])
 
 
 # --- what models return ---------------------------------------------------------------------------------------------
