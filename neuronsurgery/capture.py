@@ -86,7 +86,9 @@ class Inputs:
         return self.kind, tuple((tensor.shape, _strides(tensor)) for tensor in self.tensors)
 
     def refuse_objects(self) -> None:
-        """Raise where an input is neither a tensor nor a plain value, so that it cannot be told from another one."""
+        """Raise where an input is neither a dense tensor nor a plain value, and cannot be told from another one."""
+        if any(tensor.layout != torch.strided for tensor in self.tensors):
+            raise CaptureError("an input is a sparse tensor")
         plain = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
         odd = sorted(
             {type(leaf).__name__ for leaf in self.others if leaf is not _TENSOR and not isinstance(leaf, plain)}

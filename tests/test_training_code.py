@@ -323,6 +323,23 @@ def test_a_lazy_model_is_refused_before_it_is_initialised_by_halves(act: Callabl
     everything(model)
 
 
+def test_a_sparse_input_is_passed_on_as_it_is() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.body(x) + adjacency.to_dense().sum()  # type: ignore[no-any-return]
+
+    model = Graph()
+    data = [ns.Batch((X, torch.eye(3).to_sparse()), {}, Y, G)]
+    dense = [ns.Batch((X, torch.eye(3)), {}, Y, G)]
+    with pytest.warns(UserWarning, match="forward of its own.*: an input is a sparse tensor"):
+        found = everything(model, data)
+    assert_same(found, everything(model, dense))
+
+
 # --- groups, defaults and precision ---------------------------------------------------------------------------------
 
 
