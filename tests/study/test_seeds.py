@@ -13,6 +13,7 @@ import pytest
 from neuronsurgery.study.cli import summary_of_seeds
 from neuronsurgery.study.seeds import combine
 from study.test_report import report_of
+from study.test_report_schema import PAGE, keys_of
 from study.test_report_stages import DASH, arm, fragility, memorising, memorization, one_run, seeds_of, stage_two
 
 TABLES = ("memorization", "memorization_difference", "memorization_relation")
@@ -136,6 +137,14 @@ def test_results_of_a_version_without_shares_of_right_answers_are_still_combined
         del row["right_when_seen"], row["right_when_not_seen"]
     for row in combine(runs)["memorization"]["groups"]:
         assert set(row) == {"group", "impossible", "mean"} and row["impossible"] == 0
+
+
+def test_every_key_of_memorisation_is_explained() -> None:
+    of_one, of_seeds = PAGE.read_text().split("## Several seeds")
+    runs = memorising_seeds(0.1, None)
+    for text, found in ((of_one, runs[0]), (of_one + of_seeds, combine(runs)), (of_seeds, {"memorization": 0})):
+        named = set(re.findall(r"`([^`\n]+)`", text))
+        assert sorted(set(keys_of({"memorization": found["memorization"]})) - named) == []
 
 
 def test_memorisation_over_seeds_has_a_chapter(tmp_path: Path) -> None:
