@@ -302,18 +302,61 @@ def _group_trajectories(found: _Found) -> list[tuple[str, str, str]]:
 
 
 def _arms_table(found: _Found) -> str:
-    """Return what every arm is, and which labels its training takes."""
+    """Return what every arm is, which labels its training takes and, of one run, the settings that it was given."""
+    header = ["method", "kind", "what is done", "training labels"]
     rows = [
         [escape(arm["name"]), FAMILIES[arm["family"]], escape(arm["text"]), escape(arm["labels"])] for arm in found.arms
     ]
-    return words_table(["method", "kind", "what is done", "training labels"], rows)
+    if not found.over_seeds:  # where they may differ
+        header.append("settings")
+        rows = [
+            [*row, f"<small>{escape(_settings_words(arm['settings']))}</small>"]
+            for row, arm in zip(rows, found.arms, strict=True)
+        ]
+    return words_table(header, rows)
+
+
+GIVEN: Final[Mapping[str, str]] = {
+    "epoch": "T = {}",
+    "errors": "{} images wrong",
+    "upsampling": "{} more copies of each",
+    "criterion": "criterion {}",
+    "fraction": "fraction {:g}",
+    "temperature": "temperature {:g}",
+    "weight": "weight {:g}",
+    "statistics": "{} statistics",
+    "step_size": "step size {:.2g}",
+    "C": "C = {:g}",
+    "refits": "{} refits",
+}
+"""The settings of a method that the table shows, in this order; its recipe goes before them."""
+
+
+def _settings_words(settings: Results) -> str:
+    """Return what a method was given, in short; a dash where that is nothing."""
+    said = [_recipe_words(settings["recipe"])] if "recipe" in settings else []
+    unused = {"fraction"} if settings.get("criterion") == "none" else set()
+    said += [words.format(settings[key]) for key, words in GIVEN.items() if key in settings and key not in unused]
+    if "first_stage" in settings:
+        said.append(f"first stage: {_recipe_words(settings['first_stage'])}")
+    return "; ".join(said) or "\N{EN DASH}"
+
+
+def _recipe_words(recipe: Results) -> str:
+    decay = f", weight decay {recipe['weight_decay']:g}" if recipe["weight_decay"] else ""
+    return (
+        f"{times(recipe['epochs'], 'epoch')}, {recipe['optimizer']} at {recipe['learning_rate']:g}{decay}, batches of "
+        f"{recipe['batch_size']}"
+    )
 
 
 def _remarks(found: _Found) -> list[str]:
     stage, counts = found.stage, found.run["counts"]
+    twice = any(arm["name"].startswith("JTT") for arm in found.arms)
     said = [
         f"The paper's arms and their controls train on for {times(stage['fine_tuning_epochs'], 'epoch')} from ERM; the "
-        f"methods that begin from the first weights train for {stage['comparison_epochs']}.",
+        f"methods that begin from the first weights train for {times(stage['comparison_epochs'], 'epoch')}"
+        + ("; JTT, whose epochs have copies, makes as many steps in fewer." if twice else "."),
         "Plain: over the test images as they are; balanced: the mean of the groups; train-weighted: the groups in the "
         "proportions of the training images.",
     ]
