@@ -267,8 +267,9 @@ def _attributes(module: nn.Module) -> Mapping[str, Any]:
     """
     # The class that torch gives a parametrized module refuses to be pickled.
     kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
-    pickled = getattr(kind, "__getstate__", None)
-    if pickled in (None, getattr(object, "__getstate__", None)) or kind.__setstate__ is not nn.Module.__setstate__:
+    pickled, restored = getattr(kind, "__getstate__", None), getattr(kind, "__setstate__", None)
+    default = getattr(object, "__getstate__", None)
+    if pickled is None or pickled is default or restored is not nn.Module.__setstate__:
         return vars(module)
     state = pickled(module)
     registered = ("_parameters", "_buffers", "_modules")
