@@ -478,9 +478,13 @@ def _start(folder: RunFolder, judge: _Judge, setting: Setting) -> Row:
 def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, hardware: Hardware, progress: bool) -> Row:
     path = folder.path / "stage-2" / arm.slug
 
+    def say(text: str) -> None:
+        if progress:
+            sys.stderr.write(text)
+            sys.stderr.flush()  # the line goes on once the arm is made
+
     def run() -> Row:
         started = time.perf_counter()
-        say: Callable[[str], object] = sys.stderr.write if progress else len
         say(f"Stage 2, {arm.name}: ")
         try:
             how = arm.make()
