@@ -370,13 +370,19 @@ def _first_stage(setting: Setting, source: SplitSource, method: str, early: int,
     Such a stage is trained once for all early epochs, by empirical risk minimisation on the method's images, and of its
     checkpoints only theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch is what
     a shorter training ends with.
+
+    Raises:
+        RuntimeError: where `train` raises a ValueError, which of an arm would be taken for a finding about the data.
     """
     recipe = setting.first_stage(method)
     if recipe is None:
         return setting.checkpoint(early)
     name = f"{method} first stage" + (f", {HELD_OUT_TOO}" if source is setting.joined else "")
     folder, start = setting.folder / "stage-2" / _slug(name), setting.checkpoint(0)
-    train(start, source, folder, recipe=recipe, seed=setting.seed, hardware=hardware)
+    try:
+        train(start, source, folder, recipe=recipe, seed=setting.seed, hardware=hardware)
+    except ValueError as error:
+        raise RuntimeError(f"the first stage of {method} could not be trained: {error}") from error
     for epoch in set(checkpoint_epochs(folder)).difference(setting.early):
         checkpoint_path(folder, epoch).unlink()
     return load_checkpoint(start, folder, early)

@@ -415,6 +415,11 @@ def test_a_first_stage_is_trained_once_and_taken_up(
     arms["JTT, T = 2"].make()
     arms["JTT, T = 1"].make()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
+    other = replace(changed, comparisons={"JTT": replace(OWN, learning_rate=0.1)})
+    with pytest.raises(
+        RuntimeError, match=r"the first stage of JTT could not be trained: .* holds another run; recipe"
+    ):
+        make_arms(other)[len(FINE_TUNED)].make()  # no finding about the data, as a ValueError would be
 
 
 def recipe_in(folder: Path) -> dict[str, Any]:
