@@ -192,7 +192,7 @@ class Setting:
     def first_stage(self, method: str) -> Recipe | None:
         """The recipe of the first stage that a method trains for itself; None where it goes by the ERM run."""
         own = self.comparisons.get(method)
-        return own and replace(own, epochs=max(self.early))
+        return None if own is None else replace(own, epochs=max(self.early))
 
 
 def make_arms(setting: Setting, hardware: Hardware | None = None) -> list[Arm]:
