@@ -249,7 +249,7 @@ def kept_outcomes(
             f"memorization_scores with this folder trains what is missing"
         )
     outcomes = torch.stack([_load(run, model, kept).double() for model in range(models)])
-    member = torch.zeros(outcomes.shape, dtype=torch.bool)
+    member = torch.zeros(outcomes.shape, dtype=torch.bool, device="cpu")
     for model in range(models):
         member[model, torch.from_numpy(run.subset(model))] = True
     return outcomes, member

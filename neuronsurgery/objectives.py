@@ -126,7 +126,7 @@ def contrastive_pruning_loss(
     _require("logits", judged, "floating-point", {"B": len(dense), "C": None}, "one row of classes per example")
     _require("targets", targets, "integer", {"B": len(dense)}, "one class index per example")
     _require_number("weight", weight)
-    return nt_xent(dense, pruned, temperature) + weight * _SUPERVISED[supervised](_wide(judged), targets)
+    return nt_xent(dense, pruned, temperature) + weight * _SUPERVISED[supervised](widened(judged), targets)
 
 
 def _squared_error(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -197,12 +197,12 @@ def group_dro(
     _require_number("adjustment", adjustment)
     if counts is None and adjustment > 0:
         raise ValueError("an adjustment needs counts=, the number of training examples of each group")
-    means = _group_means(_wide(losses), groups.long(), len(weights))
+    means = _group_means(widened(losses), groups.long(), len(weights))
     gains = means.detach()
     if counts is not None:
         _require("counts", counts, "real", {"G": len(weights)}, "one number per group")
         gains = gains + torch.where(counts > 0, adjustment / counts.clamp(min=1).to(gains.dtype).sqrt(), 0.0)
-    logarithms = _wide(weights.detach()).log() + step_size * gains
+    logarithms = widened(weights.detach()).log() + step_size * gains
     updated = (logarithms - logarithms.logsumexp(dim=0)).exp()
     return (updated * means).sum(), updated
 
@@ -301,7 +301,8 @@ def jtt_weights(errors: Tensor, upsampling: int) -> Tensor:
 # Numbers
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -311,7 +312,7 @@ def _cosines(rows: Tensor) -> Tensor:
     Each row is divided by its largest entry first, so that no square overflows or vanishes. A cosine does not depend on
     that factor, so it may count as a constant: the gradient is that of the cosine all the same.
     """
-    rows = _wide(rows)
+    rows = widened(rows)
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
     empty = largest <= NOTHING  # False for NaN, which must come through
     scaled = torch.where(empty, 0.0, rows / torch.where(empty, 1.0, largest))

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import neuronsurgery as ns
 from neuronsurgery.evaluation import accuracy
 from neuronsurgery.neurons import Where
-from neuronsurgery.objectives import _wide, contrastive_pruning_loss, group_dro, supervised_contrastive
+from neuronsurgery.objectives import contrastive_pruning_loss, group_dro, supervised_contrastive, widened
 from neuronsurgery.structure import bare, one_numerical_path, plain
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
@@ -202,8 +202,8 @@ class ContrastivePruning:
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are the logits of model and twin, (B, classes) each."""
-        logits = _wide(outputs[0])
-        dense, pruned = logits.softmax(dim=1), _wide(outputs[1]).softmax(dim=1)
+        logits = widened(outputs[0])
+        dense, pruned = logits.softmax(dim=1), widened(outputs[1]).softmax(dim=1)
         judged = logits if self.supervised == "cross_entropy" else dense
         loss = contrastive_pruning_loss(
             dense,
@@ -283,7 +283,7 @@ class GroupDro:
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`."""
         loss, weights = group_dro(
-            functional.cross_entropy(_wide(outputs[0]), targets, reduction="none"),
+            functional.cross_entropy(widened(outputs[0]), targets, reduction="none"),
             groups,
             state["weights"].to(groups.device),
             step_size=self.step_size,
@@ -468,8 +468,8 @@ class CorrectNContrast:
         """See `Method`; outputs are logits and features, `groups` are the predictions of the first stage."""
         logits, features = outputs
         positives, negatives = contrastive_pairs(targets, groups)
-        contrast = supervised_contrastive(_wide(features), positives, negatives, self.temperature)
-        supervised = functional.cross_entropy(_wide(logits), targets)
+        contrast = supervised_contrastive(widened(features), positives, negatives, self.temperature)
+        supervised = functional.cross_entropy(widened(logits), targets)
         return self.weight * contrast + (1 - self.weight) * supervised, state
 
 
