@@ -18,7 +18,6 @@ import neuronsurgery as ns
 from neuronsurgery.study import data
 from neuronsurgery.study import stage_two as module
 from neuronsurgery.study.cli import _published, main
-from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.last_layer import REFITS, Features, Tuned, dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
     FINE_TUNING,
@@ -33,7 +32,6 @@ from neuronsurgery.study.methods import (
     unaugmented,
 )
 from neuronsurgery.study.models import DEFAULTS, build_model
-from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.readers import joined_source
 from neuronsurgery.study.report.stage_two import _settings_words
 from neuronsurgery.study.run import RunFolder, Settings, made_files
@@ -47,7 +45,6 @@ from neuronsurgery.study.training import (
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
-    read_trajectory,
     train,
 )
 from neuronsurgery.types import Loader
@@ -66,13 +63,9 @@ def dataset() -> data.DataSet:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: data.DataSet, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(dataset: data.DataSet, erm: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A network trained for ten epochs, so that the early ones are the first and the second."""
-    pytest.importorskip("sklearn.linear_model")  # its import draws from Python's random state, once
-    path = tmp_path_factory.mktemp("erm")
-    model = train(small_resnet(0), dataset.train, path, recipe=RECIPE)
-    checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
-    return Trained(model, checkpoints, read_trajectory(path), studied({"head.weight", "head.bias"}))
+    return erm(dataset, tmp_path_factory.mktemp("erm"), RECIPE)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")

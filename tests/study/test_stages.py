@@ -16,7 +16,6 @@ from neuronsurgery.study import data
 from neuronsurgery.study import stage_two as module
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.last_layer import extract_features, last_logits
-from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.seeds import combine, compare
 from neuronsurgery.study.stage_fragility import (
@@ -53,13 +52,9 @@ def dataset() -> data.DataSet:
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: data.DataSet, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(dataset: data.DataSet, erm: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A network trained for three epochs."""
-    pytest.importorskip("sklearn.linear_model")  # its import draws from Python's random state, once
-    path = tmp_path_factory.mktemp("erm")
-    model = train(small_resnet(0), dataset.train, path, recipe=RECIPE)
-    checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
-    return Trained(model, checkpoints, read_trajectory(path), studied({"head.weight", "head.bias"}))
+    return erm(dataset, tmp_path_factory.mktemp("erm"), RECIPE)  # type: ignore[no-any-return]
 
 
 def setting_of(dataset: data.DataSet, trained: Trained) -> Setting:
