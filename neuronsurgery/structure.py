@@ -515,17 +515,12 @@ def plain(model: nn.Module) -> nn.Module:
 
 def _renormalised(model: nn.Module) -> dict[int, Tensor]:
     """Return own copies of the weights that a forward pass itself changes: those of embeddings with `max_norm`."""
-    weights = [
-        module._parameters["weight"]
-        for _, module in all_modules(bare(model))
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        if module._parameters.get("weight") is not None
-    ]
-    return {
-        id(weight): nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        for weight in weights
-        if weight is not None
-    }
+    own: dict[int, Tensor] = {}
+    for _, module in all_modules(bare(model)):
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and weight is not None:
+            own[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    return own
 
 
 def _computed(module: nn.Module, attribute: str) -> Tensor:
