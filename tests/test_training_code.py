@@ -369,9 +369,8 @@ def test_other_names_of_groups_are_refused(key: object) -> None:
 @pytest.fixture
 def other_defaults() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    with torch.device("meta"):
+        yield
     torch.set_default_dtype(torch.float32)
 
 
