@@ -439,7 +439,7 @@ def test_a_deep_copy_of_a_view_runs_on_another_device() -> None:
 
 def test_a_folder_that_cannot_be_one_is_found_before_any_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="file"):
         ns.memorization_scores(
             lambda indices: pytest.fail("trained"), 4, models=12, share=0.5, seed=0, folder=tmp_path / "file"
         )
