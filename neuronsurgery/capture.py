@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronsurgery.structure import one_numerical_path, walk_modules
-from neuronsurgery.types import Predict, default_predict
+from neuronsurgery.types import Predict, default_predict, random_state_kept
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -497,7 +497,7 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
     ]
     # AUTO, not DYNAMIC: a size that the model's code makes a constant is no error, the check finds it.
     shapes = [dict.fromkeys(sorted(d), Dim.AUTO) for d in dims]
-    with _quiet(), torch.random.fork_rng(devices=_cuda_devices(tensors)):
+    with _quiet(), random_state_kept(tensors):
         try:
             program: ExportedProgram = torch.export.export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
             return program
@@ -528,10 +528,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
-    return sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
 
 
 def _first_line(error: Exception) -> str:
@@ -784,7 +780,7 @@ class CheckedForward:
             # Each edited model is a model of its own: what it changes in its buffers stays with it.
             changed = self._changed_buffers.setdefault(label, {})
             # Here, not in `_eager`: that a model draws must show where its graph is checked.
-            with torch.random.fork_rng(devices=_cuda_devices(inputs.tensors)):
+            with random_state_kept(inputs.tensors):
                 logits = self._eager(inputs, edits[label], changed)
             yield label, logits
 
@@ -820,7 +816,7 @@ class CheckedForward:
         known = self._trusted.get(signature)
         if known is not None and not self._reads_values:
             return known
-        with torch.random.fork_rng(devices=_cuda_devices(inputs.tensors)):
+        with random_state_kept(inputs.tensors):
             changed: dict[str, Tensor] = {}
             with _Reads() as reads:
                 expected = self._eager(inputs, {}, changed)

@@ -34,6 +34,7 @@ from neuronsurgery.types import (
     Unpack,
     extract_logits,
     group_members,
+    grouped_alike,
     is_token_classification,
     iterate,
     join,
@@ -503,11 +504,8 @@ def _regroup(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
     """
     waiting: dict[tuple[Group, Any], Batch] = {}
     groups: set[Group] = set()
-    full, grouped = 0, None
-    for batch in batches:
-        if grouped is not None and grouped != (batch.groups is not None):
-            raise ValueError("some batches carry groups and some do not: give every batch its groups, or none")
-        grouped = batch.groups is not None
+    full = 0
+    for batch in grouped_alike(batches):
         full = max(full, len(batch))
         members = group_members(batch.groups or ["all"] * len(batch))
         groups |= set(members)

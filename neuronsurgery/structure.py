@@ -372,9 +372,9 @@ def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) 
     if compiled is not None:
         return _rebound(compiled, memo, within)
     if isinstance(value, types.MethodType):
-        parts = (value.__func__, value.__self__)
         function, owner = _rebound(value.__func__, memo, within), memo.get(id(value.__self__), value.__self__)
-        return value if (function, owner) == parts else types.MethodType(function, owner)
+        same = function is value.__func__ and owner is value.__self__
+        return value if same else types.MethodType(function, owner)
     if isinstance(value, functools.partial):
         inner = [value.func, *value.args]
         function, *args = (_rebound(part, memo, within) for part in inner)

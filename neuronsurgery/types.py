@@ -6,6 +6,7 @@ A loader is any iterable of batches that can be iterated again. What it yields i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -265,17 +266,27 @@ def iterate_groups(
 ) -> Iterator[tuple[Sequence[Group], Batch]]:
     """Yield (group of each example, batch) of a mapping of loaders or of one loader of mixed batches."""
     if not isinstance(loaders, Mapping):
-        grouped = None
-        for batch in iterate(loaders, device=device, unpack=unpack, progress=progress, edits=edits):
-            if grouped is not None and grouped != (batch.groups is not None):
-                raise ValueError("some batches carry groups and some do not: give every batch its groups, or none")
-            grouped = batch.groups is not None
+        for batch in grouped_alike(iterate(loaders, device=device, unpack=unpack, progress=progress, edits=edits)):
             yield batch.groups or ["all"] * len(batch), batch
         return
     for name, loader in loaders.items():
         label = None if progress is None else f"{progress} of {name}"
         for batch in iterate(loader, device=device, unpack=unpack, progress=label, edits=edits):
             yield [name] * len(batch), batch
+
+
+def grouped_alike(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a mixed stream as they are.
+
+    Raises:
+        ValueError: if some carry groups and some do not.
+    """
+    grouped = None
+    for batch in batches:
+        if grouped is not None and grouped != (batch.groups is not None):
+            raise ValueError("some batches carry groups and some do not: give every batch its groups, or none")
+        grouped = batch.groups is not None
+        yield batch
 
 
 def model_device(model: nn.Module) -> torch.device | None:
@@ -308,16 +319,21 @@ def map_tensors(value: Any, function: Callable[[Any], Any], kind: type = Tensor)
 
 def run_apart(model: nn.Module, batch: Batch) -> Any:
     """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside."""
-    devices: set[int] = set()
+    copies: list[Tensor] = []
 
     def own(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cuda":
-            devices.add(tensor.device.index)
-        return tensor.detach().clone()
+        copies.append(tensor.detach().clone())
+        return copies[-1]
 
     args, kwargs = map_tensors(batch.args, own), map_tensors(batch.kwargs, own)
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with random_state_kept(copies):
         return model(*args, **kwargs)
+
+
+def random_state_kept(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Return a context that gives the random state of the CPU and of the tensors' GPUs back as it was."""
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -110,6 +110,14 @@ def test_a_replaced_forward_never_runs_the_model_itself(replace: Callable[[nn.Mo
     assert_unchanged(before, model, DATA)
 
 
+def test_a_bound_method_of_a_buffer_follows_the_buffer() -> None:
+    model = Normed()
+    model.peek = model.body[1].running_var.norm
+    view = ns.apply(cut(model), model)
+    view.body[1].running_var.zero_()
+    assert (view.peek().item(), model.peek().item()) == (0.0, pytest.approx(6**0.5))
+
+
 # --- what a module holds beside its parameters ----------------------------------------------------------------------
 
 

@@ -200,8 +200,9 @@ def compare(differences: Sequence[float]) -> dict[str, Any]:
 
 # Fragility
 
-RETRAINED = "inferred by knockout"
-KNOCKOUT = "knockout"
+KNOCKOUT: Final = "knockout"
+RETRAINED: Final = "inferred by knockout"
+"""The score, and the way to retrain the last layer, that the others are held against."""
 
 
 def _fragility(by_seed: Mapping[int, Results]) -> dict[str, Any]:

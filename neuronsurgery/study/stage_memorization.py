@@ -66,10 +66,10 @@ def stage_memorization(
     """Return who of the training images is memorised, as the entry "memorization" of `results.json`.
 
     Its keys: "models", "share", "epochs"; "groups", of each the mean score and the two shares of right answers that it
-    is the difference of; "minority_difference", by how much the
-    minority of a class scores above the rest of it, averaged over the minorities and for each alone; "points", the
-    scores by group, thinned; "relation", Spearman's correlation of the score with what a cut of the trained model does
-    to the image. A number that cannot be given is None, and the row says why as "impossible".
+    is the difference of; "minority_difference", by how much the minority of a class scores above the rest of it,
+    averaged over the minorities and for each alone; "points", the scores by group, thinned; "relation", Spearman's
+    correlation of the score with what a cut of the trained model does to the image. A number that cannot be given is
+    None, and the row says why as "impossible".
 
     Args:
         folder: the run folder; what it holds is not done again, nor is a model that was trained before a kill.

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Final
 
 from neuronsurgery.study import figures
 from neuronsurgery.study.figures import Picture, Series, number, signed
@@ -17,10 +16,7 @@ from neuronsurgery.study.report.page import folded
 from neuronsurgery.study.report.section import Results, Section
 from neuronsurgery.study.report.tables import group_headers, html_table, level_cell
 from neuronsurgery.study.report.wording import listed, percent, times
-
-KNOCKOUT: Final = "knockout"
-RETRAINED: Final = "inferred by knockout"
-"""The score, and the way to retrain the last layer, that the others are held against."""
+from neuronsurgery.study.seeds import KNOCKOUT, RETRAINED
 
 
 @dataclass(frozen=True)
