@@ -40,18 +40,38 @@ TYPES = (
     "Predict",
     "Unpack",
     "Where",
+    "Patterns",
     "Indices",
     "Per",
     "Checkpoint",
     "Buffers",
+    "Fit",
+    "Score",
     "Artifact",
-    "Constants",
 )
 autodoc_type_aliases = {name: name for name in TYPES}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
+
+
+def lay_out_tables(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Turn the tables of docstrings, which are written as in Markdown, into tables of reStructuredText."""
+    laid_out: list[str] = []
+    for line in lines:
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)[|]", line.strip())[1:-1]]
+        if not line.lstrip().startswith("| ") and not line.lstrip().startswith("|--"):
+            laid_out.append(line)
+        elif set(line.strip()) <= set("|-: "):
+            continue
+        else:
+            margin = line[: len(line) - len(line.lstrip())]
+            if not laid_out or not laid_out[-1].startswith(f"{margin}     "):
+                laid_out += [f"{margin}.. list-table::", f"{margin}   :header-rows: 1", ""]
+            first, *others = cells
+            laid_out += [f"{margin}   * - {first}", *(f"{margin}     - {cell}" for cell in others)]
+    lines[:] = laid_out
 
 
 def escape(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -63,6 +83,12 @@ def escape(app: object, what: str, name: str, obj: object, options: object, line
                 piece if position % 4 == 2 else re.sub(r"([|]|[*](?=\w))", r"\\\1", piece)
                 for position, piece in enumerate(pieces)
             )
+
+
+def keep_colons(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep what stands before a colon from being read as a type, as napoleon does with attributes."""
+    if what in ("attribute", "data", "property") and lines and ":" in lines[0]:
+        lines[0] = f": {lines[0]}"  # an empty type
 
 
 def name_aliases(
@@ -81,7 +107,9 @@ def strip_examples(app: object, doctree: nodes.document) -> None:
 
 
 def setup(app: Any) -> None:
-    """Connect the hooks; the first one before napoleon, which has priority 500."""
+    """Connect the hooks; those of docstrings before napoleon, which has priority 500."""
+    app.connect("autodoc-process-docstring", lay_out_tables, priority=300)
     app.connect("autodoc-process-docstring", escape, priority=400)
+    app.connect("autodoc-process-docstring", keep_colons, priority=450)
     app.connect("autodoc-process-signature", name_aliases)
     app.connect("doctree-read", strip_examples)

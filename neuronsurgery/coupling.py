@@ -6,36 +6,25 @@ entries belong to a neuron is read off the captured graph of the forward pass, n
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from neuronsurgery.capture import Graph, capture
-from neuronsurgery.neurons import LayerNeurons, Layout, Neurons, find_layout
-from neuronsurgery.structure import plain
-from neuronsurgery.types import Predict, Unpack, default_predict, model_device, move, unpack_batch
-
-CONVOLUTIONS = {f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3)} | {"convolution"}
-WEIGHTED = CONVOLUTIONS | {"linear", "addmm", "matmul", "mm", "bmm", "bilinear", "scaled_dot_product_attention"}
-NORMS = {
-    "batch_norm": (1, 2),
-    "instance_norm": (1, 2),
-    "group_norm": (2, 3),
-    "layer_norm": (2, 3),
-    "rms_norm": (2, None),
-}
-"""Normalisations and where their arguments have the scale and the shift."""
-
-ACTIVATIONS = {"relu", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "relu6", "hardtanh", "hardswish"}
-ELEMENTWISE = ACTIVATIONS | {"hardsigmoid", "mish", "sigmoid", "tanh", "softplus", "neg", "abs", "exp", "pow", "square"}
-ELEMENTWISE |= {"dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "to", "type_as"}
-ELEMENTWISE |= {"_to_copy", "clamp", "clamp_min", "clamp_max", "sqrt", "lift_fresh", "mul", "div"}
-"""Operators that keep every entry where it is; `mul` and `div` only by a number."""
-
-JOINS = {"add", "sub", "cat", "stack"}
+from neuronsurgery.batches import Unpack, move, unpack_batch
+from neuronsurgery.copies import make_runner
+from neuronsurgery.discovery import layout_of, refuse_unfit
+from neuronsurgery.errors import inline, warn
+from neuronsurgery.forward import default_predict
+from neuronsurgery.graph.export import capture
+from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, JOINS, NORMS, WEIGHTED, argument, operator_name
+from neuronsurgery.graph.replay import Graph
+from neuronsurgery.layers import Layer
+from neuronsurgery.layouts import Layout
+from neuronsurgery.neurons import Neuron, Neurons
+from neuronsurgery.surveys import survey
+from neuronsurgery.types import Predict
 
 
 def coupled(
@@ -68,36 +57,42 @@ def coupled(
 
     Raises:
         CaptureError: if the forward pass cannot be captured; says why.
-        ValueError: if the neurons do not fit the model.
+        ValueError: if the neurons do not fit the model, or are no output channels but cut by a pattern of one's own.
 
     Example:
         >>> import torch
-        >>> from neuronsurgery import apply, select, zero_out
+        >>> from neuronsurgery import find_layout, select
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
         >>> batch = (torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
         >>> _ = model(batch[0])
         >>> coupled(select(find_layout(model), {"0.weight": 2}), model, batch)
         4 neurons in 4 layers: 0.weight[2], 0.bias[2], 1.weight[2], 1.bias[2]
     """
-    runner = plain(model)
-    unpacked = unpack_batch(batch, unpack)
-    device = model_device(runner)
-    if device is not None:
-        unpacked = move(unpacked, device)
+    surveyed = survey(model)
+    runner = make_runner(surveyed)
+    unpacked = move(unpack_batch(batch, unpack), runner.device)
+    _refuse_other_patterns(neurons)
     graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
-    layout = find_layout(runner, extra="*")
-    layout.flat(neurons)  # raises with every mismatch
-    found = _Found(graph, layout)
-    for part in neurons.parts:
-        found.couple(layout[part.layer.parameter].parameter, part)
-    if found.loud:
-        shown = ", ".join(found.loud[:8]) + (f" and {len(found.loud) - 8} more" if len(found.loud) > 8 else "")
-        warnings.warn(
-            f"the units of {shown} are joined with others before anything normalises them: only the bias was added, "
-            f"and a later normalisation will not leave them silent",
-            stacklevel=2,
+    refuse_unfit(list(neurons.by_layer()), surveyed, runner.parameters, "the neurons do not fit the model")
+    found = _Found(graph, layout_of(surveyed, runner.parameters, extra="*"))
+    names = surveyed.first_names(layer.parameter for layer in neurons.by_layer())
+    for layer, indices in neurons.by_layer().items():
+        found.couple(names[layer.parameter], layer, indices)
+    if found.standing:
+        warn(
+            f"the units of {inline(found.standing, 8)} are joined with others before anything normalises them: only "
+            f"the bias was added, and a later normalisation will not leave them silent"
         )
-    return neurons | Neurons(found.parts)
+    return neurons | found.neurons
+
+
+def _refuse_other_patterns(neurons: Neurons) -> None:
+    other = [layer for layer in neurons.by_layer() if not layer.has_default_pattern]
+    if other:
+        raise ValueError(
+            f"what belongs to a neuron is known of output channels only, not of {inline(map(repr, other))}: select "
+            f"rows of the default layout"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,59 +104,49 @@ class _Norm:
 
 
 class _Found:
-    """What has been found to belong to some neurons."""
+    """What has been found to belong to some neurons, and those whose unit is left standing."""
 
     def __init__(self, graph: Graph, layout: Layout) -> None:
         self.graph = graph
         self.layout = layout
-        self.parts: list[LayerNeurons] = []
-        self.loud: list[str] = []
+        self.neurons = Neurons()
+        self.standing: list[str] = []
 
-    def couple(self, name: str, part: LayerNeurons) -> None:
+    def couple(self, name: str, layer: Layer, indices: tuple[int, ...]) -> None:
         """Add what belongs to the chosen neurons of one layer."""
-        quiet = True
+        silent = True
         for node in (user for held in self.graph.parameters[name] for user in held.users):
             bias, channel = _unit(node, self.graph.parameters[name])
             if channel is None:
-                quiet = False
+                silent = False
                 continue
-            self._add(bias, part.indices)
+            self._add(bias, indices)
             for norm in _followers(node, channel):
                 if norm is None:
-                    quiet = False
+                    silent = False
                     continue
-                self._add(norm.scale, part.indices)
-                self._add(norm.shift, part.indices)
-        if not quiet:
-            self.loud.extend(f"{part.layer.parameter}[{index}]" for index in part.indices)
+                self._add(norm.scale, indices)
+                self._add(norm.shift, indices)
+        if not silent:
+            self.standing += [str(Neuron(layer, index)) for index in indices]
 
     def _add(self, node: fx.Node | None, indices: tuple[int, ...]) -> None:
         name = None if node is None else self.graph.parameter(node)
         if name is not None:
-            self.parts.append(LayerNeurons(self.layout[name], indices, self.layout.starts[name]))
-
-
-def _operator(node: fx.Node) -> str:
-    """Return the name of a node's operator without namespace, overload and the mark of a write in place."""
-    name = str(node.target).split(".")
-    return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
+            self.neurons |= Neurons({self.layout[name]: indices})
 
 
 def _dims(node: fx.Node) -> int:
     return len(Graph.shape(node) or ())
 
 
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def _unit(node: fx.Node, held: tuple[fx.Node, ...]) -> tuple[fx.Node | None, int | None]:
     """Return (bias, channel axis) of an operator that reads a weight as its weight; (None, None) for any other."""
-    operator = _operator(node)
+    operator = operator_name(node)
     if operator in CONVOLUTIONS and node.args[1] in held:
-        return _node(_argument(node, 2, "bias")), 1
+        return _node(argument(node, 2, "bias")), 1
     if operator == "linear" and node.args[1] in held:
-        return _node(_argument(node, 2, "bias")), _dims(node) - 1
+        return _node(argument(node, 2, "bias")), _dims(node) - 1
     if operator == "addmm" and node.args[2] in held:
         return _node(node.args[0]), _dims(node) - 1
     return None, None
@@ -174,7 +159,7 @@ def _node(value: Any) -> fx.Node | None:
 def _followers(node: fx.Node, channel: int) -> Iterator[_Norm | None]:
     """Yield the norms that read a unit's output alone, and None where it is joined with others before a norm."""
     for user in node.users:
-        operator = _operator(user)
+        operator = operator_name(user)
         if operator in NORMS:
             yield _affine(user, node, channel)
         elif operator in WEIGHTED:
@@ -190,7 +175,7 @@ def _followers(node: fx.Node, channel: int) -> Iterator[_Norm | None]:
 def _moved(node: fx.Node, channel: int) -> int:
     """Return where a permutation puts an axis."""
     dims = _dims(node)
-    if _operator(node) == "permute":
+    if operator_name(node) == "permute":
         order: Any = node.args[1]
         return [axis % dims for axis in order].index(channel)
     axes: Any = node.args[1:3]
@@ -201,10 +186,10 @@ def _moved(node: fx.Node, channel: int) -> int:
 
 def _affine(norm: fx.Node, source: fx.Node, channel: int) -> _Norm | None:
     """Return the affine entries of a norm if it treats axis `channel` of `source` entry for entry, else None."""
-    operator = _operator(norm)
+    operator = operator_name(norm)
     at_scale, at_shift = NORMS[operator]
-    scale = _node(_argument(norm, at_scale, "weight"))
-    shift = None if at_shift is None else _node(_argument(norm, at_shift, "bias"))
+    scale = _node(argument(norm, at_scale, "weight"))
+    shift = None if at_shift is None else _node(argument(norm, at_shift, "bias"))
     if operator in ("layer_norm", "rms_norm"):
         shape: Any = norm.args[1]
         fits = len(shape) == 1 and channel == _dims(source) - 1
@@ -220,7 +205,7 @@ def _reaches_norm(node: fx.Node) -> bool:
     queue, seen = [node], {node}
     while queue:
         current = queue.pop()
-        operator = _operator(current)
+        operator = operator_name(current)
         if operator in NORMS:
             return True
         if operator not in WEIGHTED:

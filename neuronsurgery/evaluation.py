@@ -11,63 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neuronsurgery.gradients import exchange, refuse_unknown_classes
-from neuronsurgery.structure import bare, one_numerical_path, plain
-from neuronsurgery.types import (
-    IGNORED_TOKEN,
-    Group,
-    Loaders,
-    Metric,
-    Predict,
-    Unpack,
-    extract_logits,
-    group_members,
-    is_token_classification,
-    iterate_groups,
-    model_device,
-    named_loaders,
-    ordered_groups,
-    refuse_shifted_labels,
-    run_apart,
-)
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return 1 for each example that is classified right and 0 otherwise, float32, shape (n,): the default metric.
-
-    An example with a NaN among its logits is wrong.
-
-    Args:
-        logits: shape (n, classes, ...), of two or more classes; or (n, tokens, classes) with targets (n, tokens).
-        targets: class indices, int, shape (n, ...), the share being over the tokens or pixels whose label is not -100
-            (0 where there is none); or probabilities of the shape of the logits, whose largest counts.
-
-    Raises:
-        ValueError: if the shapes do not fit, or a label is not one of the classes.
-
-    Example:
-        >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
-        tensor([1., 0.])
-    """
-    axis = 2 if is_token_classification(logits, targets) else 1
-    wanted = targets
-    if targets.is_floating_point() and targets.shape == logits.shape and logits.dim() > 1:
-        wanted = targets.argmax(1)
-    without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if logits.dim() < 2 or logits.shape[axis] < 2 or wanted.is_floating_point() or wanted.shape != without_classes:
-        raise ValueError(
-            f"accuracy needs logits (example, class, ...) of two or more classes and class indices (int) without the "
-            f"class dimension, or probabilities with it, not {logits.dtype} of shape {tuple(logits.shape)} and "
-            f"{targets.dtype} of shape {tuple(targets.shape)}: convert the targets, or pass metric="
-        )
-    if wanted is targets:
-        refuse_unknown_classes(targets, logits.shape[axis])
-    # The largest of logits with a NaN would be the NaN itself, or the first of them.
-    right = (logits.argmax(axis) == wanted) & ~logits.isnan().any(axis)
-    if right.dim() == 1:
-        return right.float()
-    counted = wanted != IGNORED_TOKEN
-    return (right & counted).flatten(1).sum(1).float() / counted.flatten(1).sum(1).clamp(min=1)
+from neuronsurgery.batches import Unpack, group_members, named_loaders, ordered_groups
+from neuronsurgery.copies import make_runner
+from neuronsurgery.distributed import exchange, without_mha_fastpath
+from neuronsurgery.errors import EXHAUSTED, listed
+from neuronsurgery.forward import extract_logits, isolated_forward
+from neuronsurgery.loaders import iterate_groups
+from neuronsurgery.losses import accuracy, example_values, refuse_default_metric
+from neuronsurgery.surveys import survey
+from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,37 +91,9 @@ class GroupMetrics:
 
     def __repr__(self) -> str:
         rows = list(zip(self.groups, self.values, self.counts, strict=True))
-        lines = [f"  {group}: {value:.4f} ({count} examples)" for group, value, count in rows[:14]]
-        if len(rows) > 14:
-            lines.append(f"  ... {len(rows) - 14} more groups")
+        lines = listed((f"{group}: {value:.4f} ({count} examples)" for group, value, count in rows), 14)
         said = f"worst {self.worst:.4f}, average {self.average:.4f}, balanced {self.balanced:.4f}"
-        return "\n".join([f"GroupMetrics of {len(rows)} groups: {said}", *lines])
-
-
-def refuse_default_metric(model: nn.Module, *metrics: Metric) -> None:
-    """Raise if `accuracy` is among the metrics of a causal language model.
-
-    Raises:
-        ValueError: if it is.
-    """
-    if accuracy in metrics:
-        refuse_shifted_labels(bare(model), "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
-
-
-def example_values(metric: Metric, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the metric of each example, float64, shape (n,), on the CPU.
-
-    Raises:
-        ValueError: if `metric` gives something else than one number per example.
-    """
-    values = metric(logits, targets)
-    if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise ValueError(
-            f"metric must return one value per example, shape ({len(targets)},), not {found}: average over anything "
-            f"but the examples"
-        )
-    return values.detach().double().cpu()
+        return f"GroupMetrics of {len(rows)} groups: {said}\n{lines}"
 
 
 class Tally:
@@ -208,8 +132,7 @@ class Tally:
         empty = [group for group, count in totals.items() if count == 0]
         if empty or not groups:
             raise ValueError(
-                f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. An "
-                f"iterator or generator is exhausted after one pass; give a list or a DataLoader"
+                f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. {EXHAUSTED}"
             )
         means = tuple(sum(sums.get(group, 0.0) for _, sums, _ in shares) / totals[group] for group in groups)
         return GroupMetrics(tuple(groups), means, tuple(totals.values()))
@@ -291,12 +214,13 @@ def evaluate(
     named = named_loaders(loaders)
     error = None
     try:
-        refuse_default_metric(model, *metrics.values())
-        runner = plain(model)
-        with torch.no_grad(), one_numerical_path():
+        surveyed = survey(model)
+        refuse_default_metric(surveyed.model, *metrics.values())
+        runner = make_runner(surveyed)
+        with torch.no_grad(), without_mha_fastpath():
             label = "evaluation" if progress else None
-            for groups, batch in iterate_groups(named, device=model_device(runner), unpack=unpack, progress=label):
-                logits = extract_logits(run_apart(runner, batch), predict, len(batch))
+            for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):
+                logits = extract_logits(isolated_forward(runner.model, batch), predict, len(batch))
                 for key, function in metrics.items():
                     tallies[key].add(groups, example_values(function, logits, batch.targets))
     except Exception as raised:

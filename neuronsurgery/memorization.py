@@ -8,16 +8,15 @@ file, and does the statistics.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -25,13 +24,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from neuronsurgery.artifacts import KEY, write_atomically
-from neuronsurgery.neurons import random_bits
-from neuronsurgery.scores import checked_seed
-from neuronsurgery.types import Group, group_members, group_names, ordered_groups
-
-Fit: TypeAlias = Callable[[Tensor], Tensor]
-"""The indices to train on, int64, ascending -> how right the model is on every example, shape (n_examples,)."""
+from neuronsurgery.batches import group_members, group_names, ordered_groups
+from neuronsurgery.digests import digest
+from neuronsurgery.draws import checked_seed, random_bits
+from neuronsurgery.errors import listed
+from neuronsurgery.files import KEY, write_atomically
+from neuronsurgery.types import Fit, Group
 
 SEARCHED = 10**8
 """How many numbers are drawn at most to say how many models are needed."""
@@ -112,18 +110,18 @@ class MemorizationScores:
 
     def __repr__(self) -> str:
         size = round(self.share * len(self))
-        lines = [
+        said = (
             f"MemorizationScores of {len(self)} examples: mean {float(self.values.mean()):.4f}; {self.models} models, "
-            f"each of {size} examples (share {self.share:g}, seed {self.seed})",
-            *(f"  at least {bound:g}: {int((self.values >= bound).sum())} examples" for bound in (0.25, 0.5, 0.75)),
-            f"  {'example':>9}  {'score':>7}  {'standard error':>14}  {'seen':>5}  {'unseen':>6}",
-        ]
-        for example in torch.argsort(self.values, descending=True, stable=True)[:10].tolist():
-            lines.append(
-                f"  {example:>9}  {self.values[example]:>7.4f}  {self.standard_errors[example]:>14.4f}"
-                f"  {self.seen[example]:>5}  {self.unseen[example]:>6}"
-            )
-        return "\n".join([*lines, *(["  ..."] if len(self) > 10 else [])])
+            f"each of {size} examples (share {self.share:g}, seed {self.seed})"
+        )
+        bounds = [f"at least {bound:g}: {int((self.values >= bound).sum())} examples" for bound in (0.25, 0.5, 0.75)]
+        rows = (
+            f"{example:>9}  {self.values[example]:>7.4f}  {self.standard_errors[example]:>14.4f}  "
+            f"{self.seen[example]:>5}  {self.unseen[example]:>6}"
+            for example in torch.argsort(self.values, descending=True, stable=True).tolist()
+        )
+        head = f"{'example':>9}  {'score':>7}  {'standard error':>14}  {'seen':>5}  {'unseen':>6}"
+        return "\n".join([said, listed([*bounds, head]), listed(rows)])
 
 
 def memorization_scores(
@@ -131,8 +129,8 @@ def memorization_scores(
     n_examples: int,
     models: int,
     share: float,
-    seed: int,
     *,
+    seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> MemorizationScores:
@@ -220,7 +218,7 @@ def memorization_scores(
 
 
 def kept_outcomes(
-    folder: str | os.PathLike[str], n_examples: int, models: int, share: float, seed: int
+    folder: str | os.PathLike[str], n_examples: int, models: int, share: float, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return what the models that `memorization_scores` kept in a folder came to, and what each was trained on.
 
@@ -288,8 +286,8 @@ class _Run:
 
     def header(self, model: int) -> dict[str, Any]:
         """Return what the file of a model says of the run, as JSON values."""
-        digest = hashlib.sha256(self.subset(model).astype("<i8").tobytes()).hexdigest()
-        return {"examples": self.n_examples, "share": self.share, "seed": self.seed, "model": model, "subset": digest}
+        subset = digest(self.subset(model).astype("<i8").tobytes())
+        return {"examples": self.n_examples, "share": self.share, "seed": self.seed, "model": model, "subset": subset}
 
 
 def _checked(fit: Fit, n_examples: int, models: int, share: float, seed: int) -> tuple[int, float, int]:
@@ -368,13 +366,9 @@ def _path(model: int, folder: Path) -> Path:
 
 
 def _keep(run: _Run, model: int, outcomes: Tensor, folder: Path) -> None:
-    header = {"kind": "outcomes", **run.header(model), "sha256": _digest(outcomes)}
+    header = {"kind": "outcomes", **run.header(model), "sha256": digest(outcomes)}
     data = safetensors.torch.save({"outcomes": outcomes.contiguous()}, metadata={KEY: json.dumps(header)})
     write_atomically(_path(model, folder), data)
-
-
-def _digest(outcomes: Tensor) -> str:
-    return hashlib.sha256(outcomes.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _is_kept(run: _Run, model: int, folder: Path) -> bool:
@@ -402,6 +396,6 @@ def _load(run: _Run, model: int, folder: Path) -> Tensor:
     if other:
         differing = "; ".join(f"{key}: expected {wanted[key]}, found {found.get(key)}" for key in other)
         raise ValueError(f"{path} is of another run; {differing}: choose another folder or empty this one")
-    if found.get("sha256") != _digest(outcomes):
+    if found.get("sha256") != digest(outcomes):
         raise ValueError(f"{path} was altered or damaged after it was written, its digest does not match: {again}")
     return _checked_outcomes(outcomes, model, run.n_examples)

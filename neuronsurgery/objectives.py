@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuronsurgery.precision import widened
+
 NOTHING = 1e-30
 """A row whose largest entry is no larger has no direction: the gradient of one would come near the end of float32."""
 
@@ -65,7 +67,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
     cosines = _cosines(torch.cat([a, b]))  # (2B, 2B)
     itself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     partners = torch.arange(len(cosines), device=cosines.device).roll(len(a))
-    return _cross_entropy((cosines / temperature).masked_fill(itself, -math.inf), partners)
+    return _log_loss((cosines / temperature).masked_fill(itself, -math.inf), partners)
 
 
 def contrastive_pruning_loss(
@@ -134,12 +136,12 @@ def _squared_error(probabilities: Tensor, targets: Tensor) -> Tensor:
     return (probabilities - one_hot).square().sum(dim=1).mean()
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _log_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean of -log softmax(logits)[target]; the subtraction first keeps the digits of a small loss."""
     return (logits - logits.gather(1, targets.long()[:, None])).logsumexp(dim=1).mean()
 
 
-_SUPERVISED = {"mse": _squared_error, "cross_entropy": _cross_entropy}
+_SUPERVISED = {"mse": _squared_error, "cross_entropy": _log_loss}
 
 
 # Losses of the methods it is compared with
@@ -299,11 +301,6 @@ def jtt_weights(errors: Tensor, upsampling: int) -> Tensor:
 
 
 # Numbers
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or as it is where it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _cosines(rows: Tensor) -> Tensor:

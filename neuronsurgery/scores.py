@@ -1,24 +1,28 @@
-"""Scores of neurons, and how to choose by them.
+"""Scores: one number per group and neuron, and what is chosen from them.
 
-A `Scores` has one row of numbers per group, one number per neuron of a layout. Sets of neurons are chosen from it by
-`topk` and `top_fraction`; controls are drawn by `sample`.
+Scores are plain data. Where they come from is the business of `magnitudes` (here) and of `gradients`; sets of neurons
+are chosen from them by `topk` and `top_fraction`; controls are drawn by `sample`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuronsurgery.neurons import Layer, Layout, Neurons, Where, find_layout, layer_tensors, random_bits
-from neuronsurgery.structure import plain
-from neuronsurgery.types import Group
-
-Per: TypeAlias = Literal["model", "layer"]
+from neuronsurgery.copies import readable
+from neuronsurgery.discovery import given_layout
+from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
+from neuronsurgery.errors import counted, listed
+from neuronsurgery.layers import Layer
+from neuronsurgery.layouts import Layout
+from neuronsurgery.neurons import Neurons
+from neuronsurgery.surveys import Survey, survey
+from neuronsurgery.types import Group, Per, Where
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,53 +82,41 @@ class Scores:
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
 
-    def by_layer(self) -> dict[str, Tensor]:
+    def by_layer(self) -> dict[Layer, Tensor]:
         """Return each layer's scores, shape (G, count)."""
         counts = [layer.count for layer in self.layout]
-        return dict(zip(self.layout.starts, torch.split(self.values, counts, dim=1), strict=True))
+        return dict(zip(self.layout, torch.split(self.values, counts, dim=1), strict=True))
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one row per group and neuron, for any data frame."""
+        columns = ("group", "parameter", "pattern", "index", "criterion", "value")
         return [
-            {"group": group, "parameter": layer.parameter, "index": index, "criterion": self.criterion, "value": value}
+            dict(zip(columns, (group, layer.parameter, layer.pattern, index, self.criterion, value), strict=True))
             for group, row in zip(self.groups, self.values.tolist(), strict=True)
-            for layer in self.layout
-            for index, value in enumerate(row[self.layout.starts[layer.parameter] :][: layer.count])
+            for layer, start in self.layout.starts.items()
+            for index, value in enumerate(row[start : start + layer.count])
         ]
 
     def __repr__(self) -> str:
-        lines = [f"Scores: {self.criterion} of {self.layout.count} neurons in {len(self.layout)} layers"]
-        for group, count, row in list(zip(self.groups, self.counts, self.values, strict=True))[:16]:
+        lines = []
+        for group, count, row in zip(self.groups, self.counts, self.values, strict=True):
             largest = self.layout.neuron(int(row.argmax()))
             examples = f" ({count} examples)" if count else ""
-            lines.append(f"  {group}{examples}: largest {row.max():.4g} at {largest}, median {row.median():.4g}")
-        if len(self.groups) > 16:
-            lines.append(f"  ... {len(self.groups) - 16} more groups")
-        return "\n".join(lines)
+            lines.append(f"{group}{examples}: largest {row.max():.4g} at {largest}, median {row.median():.4g}")
+        said = f"Scores: {self.criterion} of {self.layout.count} neurons in {len(self.layout)} layers"
+        return f"{said}\n{listed(lines, 16)}" if lines else said
 
 
-def row_norms(layer: Layer, tensor: Tensor) -> Tensor:
-    """Return the Euclidean norm of each neuron's slice of a tensor, shape (count,), in float32 or wider.
-
-    Rows are scaled by their largest entry first: gradients of a confident model are so small that their squares
-    vanish in float32, and with them the ranking.
-    """
-    rows = layer.rows(tensor.detach()).reshape(layer.count, -1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    largest = rows.abs().amax(dim=1)
-    safe = torch.where(largest > 0, largest, torch.ones_like(largest))
-    lengths: Tensor = torch.linalg.vector_norm(rows / safe[:, None], dim=1)
-    return lengths * safe
+# Computing
 
 
 def norms(tensors: Mapping[str, Tensor | None], layout: Layout) -> Tensor:
     """Return the norm of every neuron of a layout, float32, shape (M,), on the CPU; 0 where a tensor is None."""
     values = torch.zeros(layout.count, dtype=torch.float32, device="cpu")
-    for layer in layout:
+    for layer, start in layout.starts.items():
         tensor = tensors[layer.parameter]
         if tensor is not None:
-            start = layout.starts[layer.parameter]
-            values[start : start + layer.count] = row_norms(layer, tensor).float().cpu()
+            values[start : start + layer.count] = layer.norms(tensor.detach()).float().cpu()
     return values
 
 
@@ -137,24 +129,28 @@ def refuse_non_finite(values: Tensor, layout: Layout, what: str) -> None:
     if torch.isfinite(values).all():
         return
     wrong = []
-    for layer in layout:
-        start = layout.starts[layer.parameter]
+    for layer, start in layout.starts.items():
         number = int((~torch.isfinite(values[start : start + layer.count])).sum())
         if number:
-            wrong.append(f"  {layer.parameter}: {number} of {layer.count} neurons")
-    more = [f"  ... and {len(wrong) - 10} more layers"] if len(wrong) > 10 else []
+            wrong.append(f"{layer.parameter}: {number} of {layer.count} neurons")
     raise ValueError(
-        f"{what} NaN or infinite in {len(wrong)} layers:\n"
-        + "\n".join([*wrong[:10], *more])
-        + "\nFind the example or the step of training that made it so, or leave these layers out with where="
+        f"{what} NaN or infinite in {len(wrong)} layers:\n{listed(wrong)}\nFind the example or the step of training "
+        f"that made it so, or leave these layers out with where="
     )
 
 
-def magnitudes(model: nn.Module, where: Where | None = None, extra: str | Sequence[str] | None = None) -> Scores:
+def magnitudes(
+    model: nn.Module,
+    *,
+    layout: Layout | None = None,
+    where: Where | None = None,
+    extra: str | Sequence[str] | None = None,
+) -> Scores:
     """Return the magnitude of every neuron, ||z_i||_2, as the scores of one group named "all".
 
     Args:
         model: any module; not changed.
+        layout: the layers to score, see `find_layout`; `where` and `extra` are the short way to one.
         where: which layers, see `find_layout`.
         extra: layers to add, see `find_layout`.
 
@@ -163,7 +159,8 @@ def magnitudes(model: nn.Module, where: Where | None = None, extra: str | Sequen
 
     Raises:
         KeyError: if a glob matches nothing.
-        ValueError: if there is no layer, or a weight is NaN or infinite; names the layers.
+        ValueError: if there is no layer, the layout does not fit the model, or a weight is NaN or infinite; names the
+            layers.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -175,10 +172,23 @@ def magnitudes(model: nn.Module, where: Where | None = None, extra: str | Sequen
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    layout = find_layout(model, where, extra)
-    values = norms(layer_tensors(plain(model), layout), layout)
-    refuse_non_finite(values, layout, "the model's weights are")
-    return Scores(values[None], ("all",), (0,), layout, "magnitude")
+    surveyed = survey(model)
+    values = readable(surveyed)
+    layout = given_layout(surveyed, values, layout, where, extra)
+    lengths = norms(by_layout(values, layout, surveyed), layout)
+    refuse_non_finite(lengths, layout, "the model's weights are")
+    return Scores(lengths[None], ("all",), (0,), layout, "magnitude")
+
+
+def by_layout(values: Mapping[str, Tensor], layout: Layout, surveyed: Survey) -> dict[str, Tensor]:
+    """Return the values of a layout's layers by the names that the layout uses, which may be others of a tied tensor.
+
+    Args:
+        values: tensors by their first names.
+        layout: the layers, all of them in the model.
+        surveyed: the model.
+    """
+    return {name: values[known] for name, known in surveyed.first_names(layer.parameter for layer in layout).items()}
 
 
 # Choosing
@@ -240,20 +250,24 @@ def top_fraction(scores: Scores, fraction: float, per: Per = "model") -> Neurons
 def _largest(scores: Scores, share: Callable[[int], int], per: Per) -> Neurons:
     if per not in ("model", "layer"):
         raise ValueError(f"per must be 'model' or 'layer', not {per!r}")
-    total = scores.layout.count
-    spans = [(0, total)]
-    if per == "layer":
-        spans = [(scores.layout.starts[layer.parameter], layer.count) for layer in scores.layout]
+    layout = scores.layout
+    if per == "model" and len(layout.kinds) > 1:
+        found = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in layout.kinds.items())
+        raise ValueError(
+            f"the layout mixes neurons of several kinds: {found}. The largest of all would be those of the largest "
+            f"kind: choose per='layer', or score one kind at a time"
+        )
+    spans = [(start, layer.count) for layer, start in layout.starts.items()] if per == "layer" else [(0, layout.count)]
     chosen: set[int] = set()
     for row in scores.values:
         for start, count in spans:
             # A stable sort, since torch.topk says nothing of ties.
             order = row[start : start + count].sort(descending=True, stable=True).indices
             chosen.update((order[: share(count)] + start).tolist())
-    return scores.layout.neurons(chosen)
+    return layout.neurons(chosen)
 
 
-def sample(population: Layout | Neurons, k: int, seed: int, exclude: Neurons | None = None) -> Neurons:
+def sample(population: Layout | Neurons, k: int, *, seed: int = 0, exclude: Neurons | None = None) -> Neurons:
     """Return k neurons drawn at random without replacement: the control group.
 
     The draw depends on the seed and the neurons' names alone; of one population and seed, a smaller sample is a part of
@@ -272,7 +286,7 @@ def sample(population: Layout | Neurons, k: int, seed: int, exclude: Neurons | N
     Example:
         >>> from neuronsurgery import find_layout
         >>> layout = find_layout(nn.Linear(4, 100))
-        >>> few, many = sample(layout, 3, seed=0), sample(layout, 9, seed=0)
+        >>> few, many = sample(layout, 3), sample(layout, 9)
         >>> len(few & many)
         3
     """
@@ -285,26 +299,11 @@ def sample(population: Layout | Neurons, k: int, seed: int, exclude: Neurons | N
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(left):
         raise ValueError(f"k must be an integer from 1 to the {len(left)} neurons there are to draw from, not {k!r}")
     # Every neuron has a random number of its own; the k smallest are drawn.
-    ticket = np.concatenate(
-        [
-            random_bits(f"sample\0{seed}\0{part.layer.parameter}", part.layer.count)[list(part.indices)]
-            for part in left.parts
-        ]
-    )
-    drawn = np.zeros(len(left), dtype=bool)
-    drawn[np.argsort(ticket, kind="stable")[:k]] = True
-    return left.where(drawn)
-
-
-def checked_seed(seed: int) -> int:
-    """Return the seed.
-
-    Raises:
-        ValueError: if it is not an integer of at least 0.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, not {seed!r}")
-    return int(seed)
+    tickets = [
+        random_bits(f"sample\0{seed}\0{layer.key}", layer.count)[list(indices)]
+        for layer, indices in left.by_layer().items()
+    ]
+    return left.where(smallest_tickets(np.concatenate(tickets), int(k)))
 
 
 def ranks(scores: Scores, of: Neurons) -> Tensor:
@@ -367,6 +366,8 @@ def contrast(scores: Scores, of: Group, against: Group) -> Scores:
 def overlap(a: Neurons, b: Neurons) -> float:
     """Return the Jaccard index |a & b| / |a | b| of two sets of neurons; 1 for two empty ones.
 
+    Where the two cut one parameter in several ways (heads and rows), entries are counted in place of neurons.
+
     Example:
         >>> from neuronsurgery import find_layout, select
         >>> layout = find_layout(nn.Linear(2, 4))
@@ -376,5 +377,15 @@ def overlap(a: Neurons, b: Neurons) -> float:
     Source:
         Jaccard, 1901.
     """
-    united = len(a | b)
+    both = a | b
+    if any(len(layers) > 1 for layers in both.by_parameter().values()):
+        ours, theirs, united = (_entries(neurons) for neurons in (a, b, both))
+        return (ours + theirs - united) / united
+    united = len(both)
     return len(a & b) / united if united else 1.0
+
+
+def _entries(neurons: Neurons) -> int:
+    """Return how many entries some neurons cover."""
+    shapes = {layer.parameter: layer.shape for layer in neurons.by_layer()}
+    return sum(int(mask.expand(shapes[name]).sum()) for name, mask in neurons.masks().items())

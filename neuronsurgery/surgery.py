@@ -1,37 +1,27 @@
 """The only stateful edge: views of a model under an edit, and edits baked into a copy.
 
-`plan` checks an edit against a model once, with every error there is; a `LayerPlan` is then one pure function of a
-weight. The parametrization of a view, `bake`, `edited_parameters` and the sweep all call that same function, so they
-agree bit for bit.
+`plan` checks an edit against a model; the parametrization of a view, `bake`, `edited_parameters` and the sweep all call
+what it returns, one pure function of the model's tensors, so they agree bit for bit.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from typing_extensions import override
 
-from neuronsurgery.edits import Edit, Rewind, leaves
-from neuronsurgery.neurons import Layer, touched_layout
-from neuronsurgery.structure import (
-    TENSOR_ORDER,
-    Buffers,
-    NamedTensor,
-    bare,
-    copy_structure,
-    held_elsewhere,
-    named_tensors,
-    own_class,
-    parametrizations,
-    plain,
-    take_off,
-    tensors_in_attributes,
-)
+from neuronsurgery.copies import copy_structure, make_runner
+from neuronsurgery.edits import Edit
+from neuronsurgery.objects import tensors_in_attributes
+from neuronsurgery.parametrized import TENSOR_ORDER, own_class, parametrizations, take_off
+from neuronsurgery.plans import Plan, TensorPlan, plan
+from neuronsurgery.surveys import Survey, SurveyedTensor, Use, held_elsewhere, survey
+from neuronsurgery.types import Buffers
 
 SHARED = (
     "this view shares its weights with the model it was made from: convert the model and apply again, or use bake for "
@@ -39,102 +29,32 @@ SHARED = (
 )
 
 
-# Plans: edits checked against a model
+def keeping_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -> Tensor:
+    """Return an edited tensor that says, where no gradient is recorded, whether the weight would get one.
 
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One edit of one layer, ready to run: its indices and constants are on the device that the weight had."""
-
-    edit: Edit
-    indices: Tensor
-    constants: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPlan:
-    """What an edit does to one layer: a pure function of its weight.
-
-    Attributes:
-        layer: the layer as the model has it.
-        steps: the edits from left to right.
-        trainable: whether the weight is computed by a parametrization from a parameter that requires a gradient.
+    matmul folds its batch, and so changes the last bits, where this flag is set, also without a graph.
     """
-
-    layer: Layer
-    steps: tuple[Step, ...]
-    trainable: bool
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the edited weight: the same shape, dtype and strides, all other rows bit for bit as they were."""
-        rows = self.layer.rows(weight)
-        for step in self.steps:
-            # A deep copy of a view may have gone to another device, and no module holds these to take them along.
-            indices = step.indices.to(weight.device)
-            constants = None if step.constants is None else step.constants.to(weight.device)
-            new = step.edit.rows(self.layer, indices, self.layer.weight(rows), constants)
-            rows = rows.index_copy(0, indices, new)
-        edited = self.layer.weight(rows)
-        if edited.stride() != weight.stride() and 0 not in weight.stride():
-            # Kernels, and so the last bits of their results, are chosen by the strides.
-            strided = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
-            edited = strided.copy_(edited)
-        if not torch.is_grad_enabled() and (weight.requires_grad or self.trainable):
-            # matmul folds its batch, and so changes the last bits, where this flag is set, also without a graph.
-            return nn.Parameter(edited)
-        return edited
-
-
-@torch.inference_mode(mode=False)  # what it makes outlives the caller's mode
-def plan(edit: Edit, model: nn.Module) -> dict[str, LayerPlan]:
-    """Return what an edit does to each layer of a model that it touches, by the layer's first name in the model.
-
-    Draws are made and checkpoints read here, once.
-
-    Raises:
-        TypeError: if `edit` is not an edit or `model` not a module.
-        ValueError: if the edit does not fit the model; lists every mismatch.
-    """
-    parts = leaves(edit)
-    layout = touched_layout(model, edit.neurons)
-    tensors = named_tensors(model)
-    steps: dict[str, list[Step]] = {}
-    for leaf in parts:
-        loaded = leaf.load() if isinstance(leaf, Rewind) else leaf
-        for part in leaf.neurons.parts:
-            name = layout[part.layer.parameter].parameter
-            constants = loaded.constants(part)
-            device = tensors[name].parameter.device
-            steps.setdefault(name, []).append(
-                Step(
-                    loaded,
-                    torch.tensor(part.indices, device=device),
-                    None if constants is None else constants.to(device),
-                )
-            )
-    plans = {}
-    for layer in layout:
-        tensor = tensors[layer.parameter]
-        plans[layer.parameter] = LayerPlan(
-            layer, tuple(steps[layer.parameter]), tensor.parametrized and tensor.trainable
-        )
-    return plans
+    if not torch.is_grad_enabled() and (weight.requires_grad or trainable):
+        return nn.Parameter(edited)
+    return edited
 
 
 class EditedRows(nn.Module):
     """The parametrization of a view: the edited weight as a function of the shared one."""
 
-    def __init__(self, layer_plan: LayerPlan) -> None:
+    def __init__(self, tensor_plan: TensorPlan) -> None:
         super().__init__()
-        self.plan = layer_plan
+        self.plan = tensor_plan
 
+    @override
     def forward(self, weight: Tensor) -> Tensor:
         """Return the edited weight."""
-        return self.plan(weight)
+        return keeping_flag(self.plan(weight), weight, trainable=self.plan.trainable)
 
+    @override
     def extra_repr(self) -> str:
         """Return the edits in words."""
-        return ", ".join(repr(step.edit) for step in self.plan.steps)
+        return ", ".join(repr(edit) for edit, _ in self.plan.steps)
 
 
 # The three ways to apply
@@ -181,16 +101,18 @@ again, or use bake for an independent copy
     """
     if buffers not in ("own", "shared"):
         raise ValueError(f"buffers must be 'own' or 'shared', not {buffers!r}")
-    plans = plan(edit, model)
-    refuse_unreachable(plans, held_elsewhere(model))
-    view = copy_structure(model, buffers=buffers)
-    tensors = named_tensors(view)
-    for name, layer_plan in plans.items():
-        _parametrize(tensors[name], EditedRows(layer_plan))
-    for module in view.modules():
+    surveyed = survey(model)
+    planned = plan(edit, surveyed)
+    refuse_unreachable(planned, held_elsewhere(surveyed))
+    copied = copy_structure(surveyed, buffers=buffers)
+    for name, tensor_plan in planned.tensors.items():
+        tensor = surveyed.tensors[name]
+        uses = [use._replace(module=copied.modules[use.module]) for use in tensor.uses]
+        _parametrize(uses, EditedRows(tensor_plan), tensor.parametrized)
+    for module in copied.model.modules():
         for method in ("_apply", "load_state_dict", "_load_from_state_dict"):
             module.__dict__[method] = _Refusal(module, method)
-    return view
+    return copied.model
 
 
 @torch.inference_mode(mode=False)  # its weights outlive the caller's mode
@@ -215,28 +137,31 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
         >>> torch.equal(baked.weight, 2 * model.weight), list(baked.state_dict())
         (True, ['weight', 'bias'])
     """
-    plans = plan(edit, model)
-    tensors = named_tensors(model)
-    readable = named_tensors(plain(model))
+    surveyed = survey(model)
+    planned = plan(edit, surveyed).tensors
+    computed = make_runner(surveyed).parameters
     values = {}
-    for name, tensor in tensors.items():
-        if name in plans or _is_view_of(tensor):
-            weight = readable[name].parameter.detach()
-            edited = plans[name](weight) if name in plans else weight.clone()
-            values[name] = nn.Parameter(edited, requires_grad=readable[name].parameter.requires_grad)
-    replace = {id(parameter): _own(parameter) for parameter in _every_parameter(model)}
-    replace |= {id(tensors[name].parameter): value for name, value in values.items() if not tensors[name].parametrized}
-    baked = copy_structure(model, replace=replace)
-    for name, tensor in named_tensors(baked).items():
-        if tensor.parametrized and name in values:
-            for module, attribute in tensor.uses:
-                take_off(module, attribute, values[name])
-    for module in baked.modules():
+    for name, tensor in surveyed.tensors.items():
+        if name in planned or _is_view_of(tensor):
+            weight = computed[name].detach()
+            edited = planned[name](weight) if name in planned else weight.clone()
+            values[name] = nn.Parameter(edited, requires_grad=computed[name].requires_grad)
+    replace = _own_parameters(surveyed)
+    for name, value in values.items():
+        if not surveyed.tensors[name].parametrized:
+            for parameter in surveyed.tensors[name].parameters:
+                replace[id(parameter)] = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
+    copied = copy_structure(surveyed, replace=replace)
+    for name, value in values.items():
+        if surveyed.tensors[name].parametrized:
+            for module, attribute, _ in surveyed.tensors[name].uses:
+                take_off(copied.modules[module], attribute, value)
+    for module in copied.model.modules():
         _release(module)
-    return baked
+    return copied.model
 
 
-def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
+def edited_parameters(edit: Edit, model: nn.Module, params: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the edited tensors alone, by their names in the bare model, for `torch.func.functional_call`.
 
     They are functions of the model's parameters: gradients flow through them.
@@ -244,9 +169,13 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
     Args:
         edit: what to do.
         model: any module; give `functional_call` the bare one.
+        params: the tensors to edit in place of the model's own, by name; then the result is that of
+            `plan(edit, model)(params)`, by the names that `params` has for them, and nothing of the model is read but
+            its structure. Differentiate with respect to these.
 
     Raises:
         TypeError: if `edit` is not an edit.
+        KeyError: if `params` lack an edited tensor; lists all.
         ValueError: if the edit does not fit the model (lists every mismatch), an edited tensor is also held by a plain
             attribute, or is parametrized or in a module that has several names: `functional_call` would overwrite the
             caller's weights.
@@ -259,44 +188,55 @@ def edited_parameters(edit: Edit, model: nn.Module) -> dict[str, Tensor]:
         >>> torch.equal(output[0], model.bias)
         True
     """
-    plans = plan(edit, model)
-    refuse_unreachable(plans, held_elsewhere(model))
-    tensors = named_tensors(model)
-    wrong = [name for name in plans if tensors[name].parametrized]
+    surveyed = survey(model)
+    planned = plan(edit, surveyed)
+    if params is not None:
+        return planned(params)
+    refuse_unreachable(planned, held_elsewhere(surveyed))
+    tensors = [surveyed.tensors[name] for name in planned.tensors]
+    wrong = [tensor.name for tensor in tensors if tensor.parametrized]
     if wrong:
         raise ValueError(
             f"parametrized tensors cannot be passed to functional_call under their plain names, it would overwrite the "
             f"model's weights: {', '.join(wrong)}; bake the edit first, bake(edit, model)"
         )
     # functional_call swaps such a tensor once for each name, and puts the edited one back in the end.
-    wrong = [name for name in plans if 1 + len(tensors[name].aliases) > len(tensors[name].uses)]
+    wrong = [tensor.name for tensor in tensors if 1 + len(tensor.aliases) > len(tensor.uses)]
     if wrong:
         raise ValueError(
             f"functional_call would overwrite the tensors of a module that is in the model under several names: "
             f"{', '.join(wrong)}; bake the edit, bake(edit, model), or use a view, apply(edit, model)"
         )
-    return {name: layer_plan(tensors[name].parameter) for name, layer_plan in plans.items()}
+    edited = {}
+    for tensor in tensors:
+        value = keeping_flag(planned.tensors[tensor.name](tensor.parameter), tensor.parameter)
+        # functional_call ties the places of one parameter by itself, but not parameters that share one memory.
+        pairs = zip(reversed(tensor.parameters), reversed(tensor.uses), strict=True)
+        places = {id(parameter): use.path for parameter, use in pairs}
+        edited.update(dict.fromkeys(reversed(places.values()), value))
+    return edited
 
 
 # The edge
 
 
-def _parametrize(tensor: NamedTensor, edited: EditedRows) -> None:
+def _parametrize(uses: list[Use], edited: EditedRows, parametrized: bool) -> None:
     """Put an edit on every use of one tensor of a copy, the uses sharing one list of parametrizations."""
-    module, attribute = tensor.uses[0]
-    if tensor.parametrized:
+    module, attribute, _ = uses[0]
+    if parametrized:
         register_parametrization(module, attribute, edited, unsafe=True)
         return
-    shared = tensor.parameter
+    shared = module._parameters[attribute]
+    assert shared is not None  # None entries are never named
     held = None
-    for module, attribute in tensor.uses:
+    for module, attribute, _ in uses:
         # torch calls set_ on the parameter it registers on, which breaks a pending backward pass and DDP's hooks.
         # So it is given an empty stand-in, and the shared parameter takes that one's place afterwards.
         module._parameters[attribute] = nn.Parameter(torch.empty(0, dtype=shared.dtype, device=shared.device))
         register_parametrization(module, attribute, edited, unsafe=True)
         if held is None:
             held = parametrizations(module)[attribute]
-            held._parameters["original"] = shared  # type: ignore[assignment]  # a Parameter, since it is not computed
+            held._parameters["original"] = shared
             held.training = module.training
         every: nn.Module = module._modules["parametrizations"]  # type: ignore[assignment]  # just registered
         every._modules[attribute] = held
@@ -307,17 +247,17 @@ def _parametrize(tensor: NamedTensor, edited: EditedRows) -> None:
         delattr(made_by_torch, attribute)
 
 
-def refuse_unreachable(plans: Mapping[str, LayerPlan], held: Mapping[str, str]) -> None:
+def refuse_unreachable(planned: Plan, held: Mapping[str, str]) -> None:
     """Raise if an edited parameter is also held by a plain attribute, whose use an edit would not reach.
 
     Args:
-        plans: what is edited, by the first name in the model.
-        held: see `structure.held_elsewhere`.
+        planned: what is edited.
+        held: see `surveys.held_elsewhere`.
 
     Raises:
         ValueError: if there is one; names it and the module.
     """
-    for name in plans:
+    for name in planned.tensors:
         if name in held:
             raise ValueError(
                 f"{name} is also held by a plain attribute of {held[name]}, where an edit of the view would not reach "
@@ -349,22 +289,29 @@ class _Refusal:
         return self if copied is None else _Refusal(copied, self.method, shared=False)
 
 
-def _is_view_of(tensor: NamedTensor) -> bool:
+def _is_view_of(tensor: SurveyedTensor) -> bool:
     """Return whether the tensor is computed by an edit of a view."""
-    module, attribute = tensor.uses[0]
-    return tensor.parametrized and any(isinstance(step, EditedRows) for step in parametrizations(module)[attribute])
+    use = tensor.uses[0]
+    return tensor.parametrized and any(
+        isinstance(step, EditedRows) for step in parametrizations(use.module)[use.attribute]
+    )
 
 
-def _every_parameter(model: nn.Module) -> list[nn.Parameter]:
-    """Return the model's parameters and those that its modules' plain attributes hold."""
-    modules = list(bare(model).modules())
+def _own_parameters(surveyed: Survey) -> dict[int, Tensor]:
+    """Return a copy of each of the model's parameters, by its id; those that share one memory go on sharing one."""
+    modules = surveyed.modules
     known = {id(module): None for module in modules}
     held = [tensor for module in modules for tensor in tensors_in_attributes(module, known)]
-    return [*model.parameters(), *(tensor for tensor in held if isinstance(tensor, nn.Parameter))]
-
-
-def _own(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    tied = [tensor.parameters for tensor in surveyed.tensors.values()]
+    single = [(tensor,) for tensor in (*surveyed.model.parameters(), *held) if isinstance(tensor, nn.Parameter)]
+    own: dict[int, Tensor] = {}
+    for parameters in (*tied, *single):
+        values = [own[id(parameter)] for parameter in parameters if id(parameter) in own]
+        value = values[0].detach() if values else parameters[0].detach().clone()
+        for parameter in parameters:
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    return own
 
 
 def _release(module: nn.Module) -> None:

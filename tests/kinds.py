@@ -13,7 +13,7 @@ import numpy as np
 import reference
 import torch
 from torch import Tensor, nn
-from zoo import CASES, Case
+from zoo import CASES, Case, Rows
 
 import neuronsurgery as ns
 
@@ -116,10 +116,24 @@ def few(layout: ns.Layout) -> ns.Neurons:
     return ns.select(layout, {layer.parameter: sorted({0, layer.count // 2, layer.count - 1}) for layer in layout})
 
 
+def layer_of(name: str, rows: Rows) -> ns.Layer:
+    """The layer that the zoo describes."""
+    if rows.groups > 1:
+        shape = (rows.groups * rows.row_shape[0], rows.count // rows.groups, *rows.row_shape[1:])
+        return ns.Layer(name, "(g i) n ... -> (g n) i ...", {"g": rows.groups}, shape)
+    pattern = "i n ... -> n i ..." if rows.axis else "n ... -> n ..."
+    return ns.Layer(name, pattern, {}, (*rows.row_shape[: rows.axis], rows.count, *rows.row_shape[rows.axis :]))
+
+
+def named(by_layer: Mapping[ns.Layer, Any]) -> dict[str, Any]:
+    """What is kept by layer, by the names of the parameters."""
+    return {layer.parameter: value for layer, value in by_layer.items()}
+
+
 def sites(case: Case, neurons: ns.Neurons, then: Mapping[str, Tensor]) -> list[Site]:
     return [
         Site(name, case.layers[name].axis, case.layers[name].groups, indices, then[name])
-        for name, indices in neurons.by_layer().items()
+        for name, indices in named(neurons.by_layer()).items()
     ]
 
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,15 @@ import neuronsurgery
 
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
-    *("types", "structure", "neurons", "scores", "gradients", "edits", "surgery", "evaluation", "capture"),
-    *("sweep", "coupling", "fragility", "objectives", "artifacts", "memorization", "study"),
+    *("types", "errors", "digests", "draws", "precision", "distributed", "paired", "objects", "parametrized"),
+    *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
+    *("layers", "neurons", "layouts", "discovery", "scores", "gradients", "hard"),
+    *("edits", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "sweeps", "fragile"),
+    *("files", "memorization", "study"),
 ]
+GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "export", "trust", "residual"]
+LINES = 450
+"""A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}
 FOREIGN = {"sklearn", "torchvision", "timm", "transformers", "matplotlib", "scipy", "pandas", "PIL", "pytest"}
 PUBLIC = [name for name in neuronsurgery.__all__ if name != "Group"]
@@ -40,10 +47,16 @@ def imports(source: str) -> Iterator[str]:
 
 
 def wrong_ways(name: str, source: str) -> list[str]:
-    """The imports of a module of ours that do not come before it in `ORDER`."""
-    ours = [module.split(".")[1] for module in imports(source) if module.startswith("neuronsurgery.")]
-    before = ORDER[: ORDER.index(name)]
-    return [other for other in ours if other not in before]
+    """The imports of a module of ours that do not come before it in `ORDER`, within `graph` in `GRAPH_ORDER`."""
+    ours = [module.split(".")[1:] for module in imports(source) if module.startswith("neuronsurgery.")]
+    room, _, part = name.partition(".")
+    before = ORDER[: ORDER.index(room)]
+    within = GRAPH_ORDER[: GRAPH_ORDER.index(part)] if part else []
+    return [
+        ".".join(other)
+        for other in ours
+        if other[0] not in before and not (part and other[1:2] in [[w] for w in within])
+    ]
 
 
 def foreign(source: str) -> list[str]:
@@ -51,14 +64,46 @@ def foreign(source: str) -> list[str]:
     return [module for module in imports(source) if module.split(".")[0] not in allowed]
 
 
-CORE_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+CORE_FILES = sorted(path for folder in ("", "graph") for path in (PACKAGE / folder).glob("[!_]*.py"))
 core_file = pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.name)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 @core_file
 def test_imports_run_one_way(path: Path) -> None:
-    assert path.stem in ORDER, f"{path.name} has no place in the order of imports"
-    assert wrong_ways(path.stem, path.read_text()) == []
+    room, _, part = name_of(path).partition(".")
+    assert part in GRAPH_ORDER if part else room in ORDER, f"{path.name} has no place in the order of imports"
+    assert wrong_ways(name_of(path), path.read_text()) == []
+
+
+@core_file
+def test_a_file_is_one_idea(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LINES
+
+
+def test_functions_fit_on_a_screen() -> None:
+    lengths = sorted(length for path in CORE_FILES for length in function_lengths(path.read_text()))
+    assert lengths[len(lengths) * 9 // 10] <= 20
+
+
+def function_lengths(source: str) -> Iterator[int]:
+    """The lines of every function, its docstring aside."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body:
+                assert node.end_lineno is not None
+                yield node.end_lineno - body[0].lineno + 1
+
+
+@core_file
+def test_no_module_is_called_like_what_it_exports(path: Path) -> None:
+    module = importlib.import_module(f"neuronsurgery.{name_of(path)}")
+    assert not hasattr(module, path.stem) or inspect.getmodule(getattr(module, path.stem)) is not module
+    assert path.stem not in neuronsurgery.__all__ or inspect.ismodule(getattr(neuronsurgery, path.stem))
 
 
 @core_file
@@ -68,12 +113,16 @@ def test_the_core_imports_nothing_else(path: Path) -> None:
 
 def test_the_tests_above_can_fail() -> None:
     assert wrong_ways("neurons", "from neuronsurgery.surgery import apply") == ["surgery"]
+    assert wrong_ways("graph.replay", "from neuronsurgery.graph.trust import CheckedForward") == ["graph.trust"]
+    assert wrong_ways("graph.trust", "from neuronsurgery.graph.replay import Graph") == []
+    assert wrong_ways("graph.trust", "from neuronsurgery.sweeps import sweep") == ["sweeps"]
+    assert list(function_lengths('def f():\n    """Doc."""\n    a = 1\n    return a\n')) == [2]
     assert wrong_ways("neurons", "def f():\n    import neuronsurgery.scores") == ["scores"]
     assert wrong_ways("neurons", "from . import edits") == ["edits"]
     assert wrong_ways("neurons", "from .edits import zero_out") == ["edits"]
     assert wrong_ways("neurons", "from neuronsurgery import study") == ["study"]
     assert wrong_ways("neurons", "from neuronsurgery.neurons import Layer") == ["neurons"]
-    assert wrong_ways("neurons", "from neuronsurgery.structure import bare\nimport torch") == []
+    assert wrong_ways("neurons", "from neuronsurgery.layers import Layer\nimport torch") == []
     assert foreign("def f():\n    from sklearn.datasets import load_digits") == ["sklearn.datasets"]
     assert foreign("import torch.nn, json, numpy as np, einops") == []
 
@@ -108,12 +157,55 @@ def test_a_star_import_gives_exactly_the_api() -> None:
 
 
 def test_the_listing_of_the_api_holds_nothing_else() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    docstring, *statements, last = tree.body
+    docstring, *statements, last = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assert isinstance(docstring, ast.Expr) and isinstance(last, ast.Assign)
-    assert all(isinstance(node, ast.ImportFrom) and len(node.names) == 1 for node in statements)
-    assert all(node.names[0].asname == node.names[0].name for node in statements)  # type: ignore[attr-defined]
-    assert {node.names[0].name for node in statements} == set(neuronsurgery.__all__)  # type: ignore[attr-defined]
+    assert ast.literal_eval(last.value) == neuronsurgery.__all__, "one literal list"
+    assert all(isinstance(node, ast.ImportFrom) for node in statements)
+    imported = [alias.asname or alias.name for node in statements for alias in node.names]  # type: ignore[attr-defined]
+    assert sorted(imported) == neuronsurgery.__all__
+
+
+def test_importing_it_does_not_load_what_few_need() -> None:
+    loaded = run("import sys, neuronsurgery; print('torch.export' in sys.modules, 'torch._dynamo' in sys.modules)")
+    alone = run("import sys, torch; print('torch.export' in sys.modules, 'torch._dynamo' in sys.modules)")
+    assert loaded == alone
+
+
+# --- the study is a user --------------------------------------------------------------------------------------------
+
+PAGES = "\n".join(page.read_text() for page in (PACKAGE.parent / "docs" / "api").glob("*.md"))
+
+
+def documented(module: str, name: str) -> bool:
+    """Whether a page of the API documents a name of a module, by its whole name or under the current module."""
+    whole = re.escape(f"neuronsurgery.{module}.{name}") if module else re.escape(f"neuronsurgery.{name}")
+    if re.search(rf":: {whole}\b", PAGES):
+        return True
+    return any(
+        re.search(rf":: {re.escape(name)}\b", part.split("currentmodule::")[0])
+        for part in PAGES.split(f"currentmodule:: neuronsurgery.{module}\n")[1:]
+    )
+
+
+def undocumented(source: str) -> list[str]:
+    """What a file imports of the core that no page of the API documents."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "neuronsurgery":
+            module = str(node.module).partition(".")[2]
+            if module.split(".")[0] != "study":
+                found += [f"{module}.{alias.name}" for alias in node.names if not documented(module, alias.name)]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "study").rglob("*.py")), ids=lambda path: path.name)
+def test_the_study_imports_public_names_only(path: Path) -> None:
+    assert undocumented(path.read_text()) == []
+
+
+def test_the_test_of_public_names_can_fail() -> None:
+    assert undocumented("from neuronsurgery.surveys import survey, unwrap") == ["surveys.survey"]
+    assert undocumented("from neuronsurgery.study.data import synthetic\nimport neuronsurgery as ns") == []
 
 
 def test_no_file_is_called_for_what_it_is_not() -> None:

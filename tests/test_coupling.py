@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from zoo import CASES
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CaptureError
+from neuronsurgery import CaptureError
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -82,7 +83,7 @@ def test_other_units_of_a_batch_norm_are_untouched() -> None:
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     inputs = torch.randn(IMAGES)
     wide = ns.coupled(ns.select(ns.find_layout(model), {"0.weight": 1}), model, (inputs, torch.zeros(3).long()))
-    assert sorted(wide.by_layer()) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert sorted(named(wide.by_layer())) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     after = output_of(ns.apply(ns.zero_out(wide), model), "1", inputs)
     assert torch.equal(after[:, [0, 2, 3]], output_of(model, "1", inputs)[:, [0, 2, 3]])
 
@@ -107,7 +108,7 @@ def test_a_residual_is_warned_of_and_gets_its_bias() -> None:
     neurons = ns.select(ns.find_layout(model), {"branch.weight": (0, 2)})
     with pytest.warns(UserWarning, match=r"the units of branch.weight\[0\], branch.weight\[2\] are joined with others"):
         wide = ns.coupled(neurons, model, batch)
-    assert wide.by_layer() == {"branch.weight": (0, 2), "branch.bias": (0, 2)}
+    assert named(wide.by_layer()) == {"branch.weight": (0, 2), "branch.bias": (0, 2)}
     assert torch.count_nonzero(output_of(ns.apply(ns.zero_out(wide), model), "branch", batch[0])[:, [0, 2]]) == 0
 
 
@@ -129,7 +130,7 @@ def test_mixed_channels_are_warned_of() -> None:
     neurons = ns.select(ns.find_layout(model), {"conv.weight": 0})
     with pytest.warns(UserWarning, match=r"the units of conv.weight\[0\]"):
         wide = ns.coupled(neurons, model, (torch.randn(2, 3, 8, 8), torch.zeros(2).long()))
-    assert wide.by_layer() == {"conv.weight": (0,), "conv.bias": (0,)}
+    assert named(wide.by_layer()) == {"conv.weight": (0,), "conv.bias": (0,)}
 
 
 def test_a_norm_that_is_used_twice_is_left_alone() -> None:
@@ -147,7 +148,7 @@ def test_a_norm_that_is_used_twice_is_left_alone() -> None:
         wide = ns.coupled(
             ns.select(ns.find_layout(model), {"a.weight": 1}), model, (torch.randn(2, 3), torch.zeros(2).long())
         )
-    assert sorted(wide.by_layer()) == ["a.bias", "a.weight"]
+    assert sorted(named(wide.by_layer())) == ["a.bias", "a.weight"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_norm_that_is_used_twice_is_left_alone() -> None:
 def test_on_real_architectures(name: str, layer: str, found: set[str]) -> None:
     model = CASES[name].build()
     wide = ns.coupled(ns.select(ns.find_layout(model), {layer: 1}), model, CASES[name].batches()[0])
-    assert set(wide.by_layer()) == {layer, *found}
+    assert set(named(wide.by_layer())) == {layer, *found}
 
 
 @pytest.mark.parametrize("name", ["mlp", "residual", "bert", "weight_norm", "tied"])

@@ -83,7 +83,7 @@ NEURON_ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "flat numbers of another model": (
         lambda: ns.find_layout(OTHER).flat(NEURONS),
         ValueError,
-        "the neurons do not fit the model, 2 mismatched",
+        "the neurons do not fit the layout, 2 mismatched",
     ),
 }
 
@@ -227,9 +227,9 @@ def test_an_edit_for_another_model_lists_every_mismatch(way: Callable[[Any, Any]
     before = snapshot(other)
     message = (
         r"the neurons do not fit the model, 3 mismatched:\n"
-        r"  b1\.weight: expected 8 neurons of \(6, 3, 3\) along axis 0, the model has 8 of \(6, 3, 3\) along axis 1\n"
+        r"  b1\.weight: expected shape \(8, 6, 3, 3\), the model has \(6, 8, 3, 3\)\n"
         r"  down\.weight: not in the model; nearest are .*\n"
-        r"  fc\.weight: expected 3 neurons of \(8,\) along axis 0, the model has 2 of \(8,\) along axis 0\n"
+        r"  fc\.weight: expected shape \(3, 8\), the model has \(2, 8\)\n"
         r"They were made for another model"
     )
     with pytest.raises(ValueError, match=message):
@@ -241,14 +241,17 @@ def test_an_edit_for_another_model_lists_every_mismatch(way: Callable[[Any, Any]
 @every_way
 def test_other_shapes_of_a_row_and_groups_do_not_fit(way: Callable[[Any, Any], object]) -> None:
     grouped = ns.find_layout(nn.ConvTranspose1d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match=r"weight: expected 4 neurons of \(2, 3\) .*, the model has 4 of \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(4, 2, 3\), the model has \(4, 4, 3\)"):
         way(ns.zero_out(ns.select(grouped, {"weight": 0})), nn.ConvTranspose1d(4, 4, 3))
 
 
 @every_way
 def test_two_edits_of_two_models_do_not_compose(way: Callable[[Any, Any], object]) -> None:
     other = ns.zero_out(ns.select(ns.find_layout(other_model()), {"fc.weight": 0}))
-    with pytest.raises(ValueError, match=r"come from different models:\n  fc\.weight: 3 neurons of 8 .*2 neurons of 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"do not fit the model, 1 mismatched:\n  fc\.weight: expected shape \(2, 8\), the model has \(3, 8\)",
+    ):
         way(ns.compose(ns.zero_out(NEURONS), other), MODEL)
 
 
@@ -341,7 +344,7 @@ def test_parameters_that_cannot_be_edited_share_one_refusal(
         with pytest.raises(ValueError, match=message):
             act(model)
     others = ns.find_layout(model, where="0.*")
-    assert list(others.starts) == ["0.weight"]
+    assert [layer.parameter for layer in others] == ["0.weight"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from zoo import CASES, FAST, Case, every_case
 
 import neuronsurgery as ns
+from neuronsurgery.batches import Examples, join, unpack_batch
 from neuronsurgery.evaluation import GroupMetrics
-from neuronsurgery.types import join, take, unpack_batch
 
 METRICS = GroupMetrics(("landbird", "waterbird", 3), (0.9, 0.5, 0.7), (30, 10, 60))
 
@@ -256,7 +256,7 @@ def test_repr_has_at_most_20_lines(groups: int) -> None:
     assert len(text.splitlines()) <= 20
     assert text.splitlines()[0] == f"GroupMetrics of {groups} groups: worst 0.2500, average 0.2500, balanced 0.2500"
     assert text.splitlines()[1] == "  0: 0.2500 (4 examples)"
-    assert (f"... {groups - 14} more groups" in text) == (groups > 14)
+    assert (f"... and {groups - 14} more" in text) == (groups > 14)
 
 
 def test_sums_are_wide() -> None:
@@ -271,9 +271,10 @@ def test_accuracy_of_one_batch_is_that_of_its_examples() -> None:
     case = CASES["mlp"]
     model, (first, *_) = case.build(), case.batches()
     batch = unpack_batch(first)
-    examples = [take(batch, [i]) for i in range(len(batch))]
+    parts = [Examples.of(batch).take([i]) for i in range(len(batch))]
+    examples = [part.batch() for part in parts]
     random.shuffle(examples)
-    assert ns.evaluate(model, [join(examples)]) == ns.evaluate(model, [first]) == ns.evaluate(model, examples)
+    assert ns.evaluate(model, [join(parts).batch()]) == ns.evaluate(model, [first]) == ns.evaluate(model, examples)
     assert F.cross_entropy(model.eval()(batch.args[0]), batch.targets).item() == pytest.approx(
         ns.evaluate(model, [first], metric=ns.cross_entropy).average, rel=1e-6
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +22,8 @@ from zoo import CASES, FAST, Case, every_case, fast_case
 
 import neuronsurgery as ns
 from neuronsurgery import gradients
+from neuronsurgery.batches import Examples, join, map_tensors, unpack_batch
 from neuronsurgery.scores import Scores
-from neuronsurgery.types import join, map_tensors, take, unpack_batch
 
 SEED = 1  # with seed 0 a ReLU of resnext stands within rounding of its kink
 ROUNDING = 1e-5  # of the largest norm of a layer, in float32
@@ -39,8 +40,8 @@ def expected(name: str) -> Expected:
 def assert_norms(found: Scores, right: Expected, tolerance: float = ROUNDING) -> None:
     assert found.groups == tuple(right)
     for group, layers in right.items():
-        assert list(layers) == list(found.layout.starts)
-        for name, values in found[group].by_layer().items():
+        assert list(layers) == [layer.parameter for layer in found.layout]
+        for name, values in named(found[group].by_layer()).items():
             error = (values[0].double() - layers[name]).abs().max()
             assert error <= tolerance * layers[name].max(), f"group {group}, {name}: {error:.2e}"
 
@@ -52,7 +53,11 @@ def score(case: Case, model: nn.Module, loaders: Any, **options: Any) -> Scores:
 def singles(batches: Sequence[Any]) -> list[ns.Batch]:
     """The examples, one a batch."""
     unpacked = [unpack_batch(batch) for batch in batches]
-    return [take(batch, [i]) for batch in unpacked for i in range(len(batch))]
+    return [Examples.of(batch).take([i]).batch() for batch in unpacked for i in range(len(batch))]
+
+
+def joined(examples: Sequence[ns.Batch]) -> ns.Batch:
+    return join([Examples.of(example) for example in examples]).batch()
 
 
 def in_batches(examples: Sequence[ns.Batch], sizes: Sequence[int]) -> list[ns.Batch]:
@@ -60,7 +65,7 @@ def in_batches(examples: Sequence[ns.Batch], sizes: Sequence[int]) -> list[ns.Ba
     batches, start, number = [], 0, 0
     while start < len(examples):
         size = sizes[number % len(sizes)]
-        batches.append(join(examples[start : start + size]))
+        batches.append(joined(examples[start : start + size]))
         start, number = start + size, number + 1
     return batches
 
@@ -286,16 +291,16 @@ def test_only_the_scored_parameters_get_a_gradient() -> None:
 
 def test_where_and_extra_choose_and_leave_the_numbers() -> None:
     model, examples = simple()
-    every = ns.group_grad_norms(model, examples, extra="*.bias").by_layer()
+    every = named(ns.group_grad_norms(model, examples, extra="*.bias").by_layer())
     assert list(every) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    some = ns.group_grad_norms(model, examples, where="2.*").by_layer()
+    some = named(ns.group_grad_norms(model, examples, where="2.*").by_layer())
     torch.testing.assert_close(some, {"2.weight": every["2.weight"]})
 
 
 def test_a_mapping_needs_one_copy_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    zeros = gradients._Differentiator.zeros
-    monkeypatch.setattr(gradients._Differentiator, "zeros", lambda self: made.append(1) or zeros(self))
+    zeros = gradients._zeros
+    monkeypatch.setattr(gradients, "_zeros", lambda objective: made.append(1) or zeros(objective))
     model, examples = simple(groups=4)
     mapped = ns.group_grad_norms(model, by_group(examples, 2))
     assert len(made) == 1
@@ -330,7 +335,7 @@ def test_a_parameter_without_gradient_scores_zero_with_a_warning() -> None:
     with pytest.warns(
         UserWarning, match=r"no gradient reached 1 of 2 scored layers, whose scores are 0: unused\.weight"
     ):
-        found = ns.group_grad_norms(Unused(), data).by_layer()
+        found = named(ns.group_grad_norms(Unused(), data).by_layer())
     assert found["used.weight"].all()
     assert not found["unused.weight"].any()
     with pytest.warns(UserWarning, match="no gradient reached 1 of 1"):
@@ -528,7 +533,7 @@ def test_a_compiled_model_is_scored_as_the_bare_one() -> None:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 def test_norms_of_the_gradients_of_a_training_step(prefix: str) -> None:
     model, examples = simple()
-    batch = join(examples)
+    batch = joined(examples)
     F.cross_entropy(model(batch.args[0]), batch.targets).backward()
     given = {f"{prefix}{name}": parameter.grad for name, parameter in model.named_parameters()}
     found = ns.grad_norms(given, ns.find_layout(model))
@@ -546,7 +551,7 @@ def test_a_part_of_the_model_may_be_called_module() -> None:
 def test_gradients_by_another_name_sparse_or_missing() -> None:
     tied = CASES["shared_parameter"].build()
     given = {"second.weight": torch.ones(5, 5), "fc.weight": None}
-    found = ns.grad_norms(given, ns.find_layout(tied)).by_layer()
+    found = named(ns.grad_norms(given, ns.find_layout(tied)).by_layer())
     torch.testing.assert_close(found["first.weight"], torch.full((1, 5), 5.0).sqrt())
     assert not found["fc.weight"].any()
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
@@ -701,7 +706,7 @@ def test_hard_examples_are_those_of_the_reference_and_a_loader() -> None:
     losses = [value for values in losses_of(case, model, batches) for value in values]
     batch = ns.hard_batch(model, batches, top=3, sample=3)
     examples = singles(batches)
-    right = join([examples[i] for i in reference.topk(losses, 3)])
+    right = joined([examples[i] for i in reference.topk(losses, 3)])
     assert torch.equal(batch.args[0], right.args[0])
     assert torch.equal(batch.targets, right.targets)
     assert ns.group_grad_norms(model, {"hard": [batch]}).counts == (3,)

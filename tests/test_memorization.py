@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 
-import neuronsurgery as ns
 from neuronsurgery import memorization
-from neuronsurgery.memorization import Fit, MemorizationScores, _padded_variance, _Run
-from neuronsurgery.neurons import random_bits
+from neuronsurgery.draws import random_bits
+from neuronsurgery.memorization import MemorizationScores, _padded_variance, _Run, memorization_scores
+from neuronsurgery.types import Fit
 
 CLASSES = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 0])
 
@@ -73,7 +73,7 @@ def same(a: MemorizationScores, b: MemorizationScores) -> bool:
 def test_it_is_the_slow_loop(n: int, models: int, seed: int, share: float) -> None:
     seen = np.bincount(np.concatenate([_Run(n, share, seed).subset(model) for model in range(models)]), minlength=n)
     assume(seen.min() > 0 and seen.max() < models)
-    found = ns.memorization_scores(noisy(n), n, models, share, seed)
+    found = memorization_scores(noisy(n), n, models, share, seed=seed)
     values, errors = reference_scores(noisy(n), n, models, share, seed)
     assert found.values.dtype == found.standard_errors.dtype == torch.float64
     assert found.seen.dtype == found.unseen.dtype == torch.int64
@@ -85,7 +85,7 @@ def test_a_training_that_learns_by_heart_scores_one() -> None:
     def by_heart(indices: Tensor) -> Tensor:
         return torch.zeros(10, dtype=torch.bool).index_fill(0, indices, True)
 
-    scores = ns.memorization_scores(by_heart, 10, 30, 0.7, 0)
+    scores = memorization_scores(by_heart, 10, 30, 0.7, seed=0)
     assert scores.values.tolist() == [1.0] * 10
     assert (scores.seen + scores.unseen == 30).all() and scores.models == 30
     assert int(scores.seen.sum()) == 30 * 7
@@ -94,7 +94,7 @@ def test_a_training_that_learns_by_heart_scores_one() -> None:
 def test_a_training_that_learns_nothing_from_an_example_scores_zero() -> None:
     """The majority class of a training set is 0 whichever examples it has, and the two 1s are never got right."""
     majority: Fit = lambda indices: CLASSES.eq(CLASSES[indices].mode().values)  # noqa: E731  # one line says it
-    assert ns.memorization_scores(majority, 10, 30, 0.7, 0).values.tolist() == [0.0] * 10
+    assert memorization_scores(majority, 10, 30, 0.7, seed=0).values.tolist() == [0.0] * 10
 
 
 def test_the_estimate_is_unbiased() -> None:
@@ -107,7 +107,7 @@ def test_the_estimate_is_unbiased() -> None:
         probability[indices] = inside[indices]
         return noise(f"{indices.tolist()}", n) < probability
 
-    scores = ns.memorization_scores(fit, n, models, 0.7, 0)
+    scores = memorization_scores(fit, n, models, 0.7, seed=0)
     deviations = (scores.values - (inside - outside)) / scores.standard_errors
     assert deviations.abs().max() < 4
     # Independent examples: their mean deviation has a standard error of 1 / sqrt(n), if each one's is right.
@@ -137,7 +137,7 @@ def test_the_padding_fades() -> None:
 
 
 def test_models_that_agree_do_not_claim_certainty() -> None:
-    scores = ns.memorization_scores(lambda indices: torch.ones(4), 4, 20, 0.5, 0)
+    scores = memorization_scores(lambda indices: torch.ones(4), 4, 20, 0.5, seed=0)
     assert scores.values.tolist() == [0.0] * 4
     n1, n0 = int(scores.seen[0]), int(scores.unseen[0])
     by_hand = sum((n + 1 - (n + 1) ** 2 / (n + 2)) / (n + 1) / n for n in (n1, n0))
@@ -147,13 +147,13 @@ def test_models_that_agree_do_not_claim_certainty() -> None:
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, "numpy"])
 def test_outcomes_of_any_kind_that_says_the_same(kind: torch.dtype | str) -> None:
-    wanted = ns.memorization_scores(lambda indices: noise(f"{indices}", 6) < 0.5, 6, 20, 0.5, 0)
+    wanted = memorization_scores(lambda indices: noise(f"{indices}", 6) < 0.5, 6, 20, 0.5, seed=0)
 
     def fit(indices: Tensor) -> Tensor:
         outcomes = noise(f"{indices}", 6) < 0.5
         return outcomes.numpy() if isinstance(kind, str) else outcomes.to(kind)  # type: ignore[return-value]
 
-    assert same(ns.memorization_scores(fit, 6, 20, 0.5, 0), wanted)
+    assert same(memorization_scores(fit, 6, 20, 0.5, seed=0), wanted)
 
 
 # --- the subsets ----------------------------------------------------------------------------------------------------
@@ -201,11 +201,11 @@ def test_a_longer_run_begins_with_the_shorter_one(tmp_path: Path) -> None:
         trained.append(tuple(indices.tolist()))
         return noisy(6)(indices)
 
-    ns.memorization_scores(fit, 6, 20, 0.5, 0, folder=tmp_path)
-    longer = ns.memorization_scores(fit, 6, 30, 0.5, 0, folder=tmp_path)
+    memorization_scores(fit, 6, 20, 0.5, seed=0, folder=tmp_path)
+    longer = memorization_scores(fit, 6, 30, 0.5, seed=0, folder=tmp_path)
     assert len(trained) == 30
     assert trained == [tuple(_Run(6, 0.5, 0).subset(model).tolist()) for model in range(30)]
-    assert same(longer, ns.memorization_scores(fit, 6, 30, 0.5, 0))
+    assert same(longer, memorization_scores(fit, 6, 30, 0.5, seed=0))
 
 
 def test_an_example_that_is_never_seen_or_never_left_out_stops_it_before_training() -> None:
@@ -215,17 +215,17 @@ def test_an_example_that_is_never_seen_or_never_left_out_stops_it_before_trainin
     with pytest.raises(
         ValueError, match=r"of 100 examples, \d+ are in none and \d+ in all of the 3 subsets of 70"
     ) as e:
-        ns.memorization_scores(never, 100, 3, 0.7, 0)
+        memorization_scores(never, 100, 3, 0.7, seed=0)
     needed = int(str(e.value).split("models=")[1].split(",")[0])
-    ns.memorization_scores(noisy(100), 100, needed, 0.7, 0)
+    memorization_scores(noisy(100), 100, needed, 0.7, seed=0)
     with pytest.raises(ValueError, match=f"pass models={needed}, the least that suffices"):
-        ns.memorization_scores(never, 100, needed - 1, 0.7, 0)
+        memorization_scores(never, 100, needed - 1, 0.7, seed=0)
 
 
 def test_the_search_for_enough_models_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memorization, "SEARCHED", 1000)
     with pytest.raises(ValueError, match=r"even 13 models do not suffice for this seed; pass a share nearer to 1/2"):
-        ns.memorization_scores(noisy(100), 100, 2, 0.01, 0)
+        memorization_scores(noisy(100), 100, 2, 0.01, seed=0)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -244,23 +244,23 @@ def test_a_killed_run_ends_in_the_same_bits(kind: torch.dtype, tmp_path: Path) -
         return outcomes < 0.5 if kind == torch.bool else outcomes
 
     left = 24
-    whole = ns.memorization_scores(fit, 8, 24, 0.6, 5)
+    whole = memorization_scores(fit, 8, 24, 0.6, seed=5)
     assert left == 0
     for some in (0, 1, 10):
         left = some
         with pytest.raises(KilledError):
-            ns.memorization_scores(fit, 8, 24, 0.6, 5, folder=tmp_path / "run")
+            memorization_scores(fit, 8, 24, 0.6, seed=5, folder=tmp_path / "run")
     left = 13
-    assert same(ns.memorization_scores(fit, 8, 24, 0.6, 5, folder=tmp_path / "run"), whole)
+    assert same(memorization_scores(fit, 8, 24, 0.6, seed=5, folder=tmp_path / "run"), whole)
     assert left == 0, "each model is trained once"
-    assert same(ns.memorization_scores(fit, 8, 24, 0.6, 5, folder=str(tmp_path / "run")), whole)
+    assert same(memorization_scores(fit, 8, 24, 0.6, seed=5, folder=str(tmp_path / "run")), whole)
     assert sorted(path.name for path in (tmp_path / "run").iterdir())[-1] == "model-00023.safetensors"
 
 
 def test_a_missing_file_is_trained_again(tmp_path: Path) -> None:
-    whole = ns.memorization_scores(noisy(6), 6, 20, 0.5, 0, folder=tmp_path)
+    whole = memorization_scores(noisy(6), 6, 20, 0.5, seed=0, folder=tmp_path)
     (tmp_path / "model-00004.safetensors").unlink()
-    assert same(ns.memorization_scores(noisy(6), 6, 20, 0.5, 0, folder=tmp_path), whole)
+    assert same(memorization_scores(noisy(6), 6, 20, 0.5, seed=0, folder=tmp_path), whole)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_a_missing_file_is_trained_again(tmp_path: Path) -> None:
 )
 def test_the_folder_of_another_run(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     arguments = {"n_examples": 6, "models": 20, "share": 0.5, "seed": 0}
-    ns.memorization_scores(noisy(6), **arguments, folder=tmp_path)  # type: ignore[arg-type]  # a mixed bag of arguments
+    memorization_scores(noisy(6), **arguments, folder=tmp_path)  # type: ignore[arg-type]  # a mixed bag of arguments
     with pytest.raises(ValueError, match=message):
-        ns.memorization_scores(noisy(7), **arguments | changes, folder=tmp_path)  # type: ignore[arg-type]
+        memorization_scores(noisy(7), **arguments | changes, folder=tmp_path)  # type: ignore[arg-type]
 
 
 def truncate(path: Path) -> None:
@@ -313,7 +313,7 @@ def foreign(path: Path) -> None:
 def test_a_damaged_file_is_found_before_any_training(
     damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
-    ns.memorization_scores(noisy(6), 6, 20, 0.5, 0, folder=tmp_path)
+    memorization_scores(noisy(6), 6, 20, 0.5, seed=0, folder=tmp_path)
     (tmp_path / "model-00000.safetensors").unlink()
     damage(tmp_path / "model-00003.safetensors")
 
@@ -321,7 +321,7 @@ def test_a_damaged_file_is_found_before_any_training(
         raise AssertionError("trained")
 
     with pytest.raises(ValueError, match=message):
-        ns.memorization_scores(never, 6, 20, 0.5, 0, folder=tmp_path)
+        memorization_scores(never, 6, 20, 0.5, seed=0, folder=tmp_path)
 
 
 def test_what_was_kept_is_what_the_scores_were_made_of(tmp_path: Path) -> None:
@@ -331,25 +331,25 @@ def test_what_was_kept_is_what_the_scores_were_made_of(tmp_path: Path) -> None:
         subsets.append(indices)
         return noisy(9)(indices)
 
-    scores = ns.memorization_scores(fit, 9, 20, 0.6, 3, folder=tmp_path)
-    outcomes, trained_on = memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 3)
+    scores = memorization_scores(fit, 9, 20, 0.6, seed=3, folder=tmp_path)
+    outcomes, trained_on = memorization.kept_outcomes(tmp_path, 9, 20, 0.6, seed=3)
     assert torch.equal(outcomes, torch.stack([noisy(9)(indices) for indices in subsets]))
     assert [row.nonzero()[:, 0].tolist() for row in trained_on] == [indices.tolist() for indices in subsets]
     sides = [(outcomes * side).sum(0) / side.sum(0) for side in (trained_on, ~trained_on)]
     assert torch.allclose(sides[0] - sides[1], scores.values)
-    first, _ = memorization.kept_outcomes(tmp_path, 9, 5, 0.6, 3)
+    first, _ = memorization.kept_outcomes(tmp_path, 9, 5, 0.6, seed=3)
     assert torch.equal(first, outcomes[:5])
     with pytest.raises(ValueError, match=r"model-00000\.safetensors is of another run; seed: expected 4, found 3"):
-        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 4)
+        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, seed=4)
     for model in (7, 11):
         (tmp_path / f"model-{model:05d}.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 2 of 20 models, the first of them model-00007\.safetensors: "):
-        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, 3)
+        memorization.kept_outcomes(tmp_path, 9, 20, 0.6, seed=3)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ns.memorization_scores(noisy(6), 6, 20, 0.5, 0)
+    memorization_scores(noisy(6), 6, 20, 0.5, seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -372,12 +372,12 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 def test_arguments_out_of_range(changes: dict[str, object], message: str) -> None:
     arguments = {"n_examples": 4, "models": 20, "share": 0.5, "seed": 0} | changes
     with pytest.raises(ValueError, match=message):
-        ns.memorization_scores(noisy(4), **arguments)  # type: ignore[arg-type]  # a mixed bag of arguments
+        memorization_scores(noisy(4), **arguments)  # type: ignore[arg-type]  # a mixed bag of arguments
 
 
 def test_fit_must_be_a_function() -> None:
     with pytest.raises(TypeError, match=r"fit is a function: indices to train on .* not a list"):
-        ns.memorization_scores([0], 4, 20, 0.5, 0)  # type: ignore[arg-type]
+        memorization_scores([0], 4, 20, 0.5, seed=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_what_fit_must_not_return(found: object, error: type[Exception], message
         return found if next(calls) == 2 else torch.ones(4)  # type: ignore[return-value]
 
     with pytest.raises(error, match=message):
-        ns.memorization_scores(fit, 4, 20, 0.5, 0, folder=tmp_path)
+        memorization_scores(fit, 4, 20, 0.5, seed=0, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2, "what is wrong is not kept"
 
 
@@ -441,9 +441,9 @@ def test_records() -> None:
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    ns.memorization_scores(noisy(4), 4, 20, 0.5, 0)
+    memorization_scores(noisy(4), 4, 20, 0.5, seed=0)
     assert capsys.readouterr() == ("", "")
-    ns.memorization_scores(noisy(4), 4, 20, 0.5, 0, progress=True)
+    memorization_scores(noisy(4), 4, 20, 0.5, seed=0, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and err.count("memorization: model ") == 20 and err.endswith("model 20/20, 0 s\n")
 
@@ -458,6 +458,6 @@ def test_it_leaves_no_trace_and_fit_may_spoil_what_it_gets(tmp_path: Path) -> No
 
     model = nn.Linear(1, 1)
     before = snapshot(model)
-    found = ns.memorization_scores(fit, 6, 20, 0.5, 0, folder=tmp_path)
+    found = memorization_scores(fit, 6, 20, 0.5, seed=0, folder=tmp_path)
     assert_unchanged(before, model)  # the random states and switches of the process
-    assert same(found, ns.memorization_scores(lambda i: noisy(6)(i).float(), 6, 20, 0.5, 0))
+    assert same(found, memorization_scores(lambda i: noisy(6)(i).float(), 6, 20, 0.5, seed=0))

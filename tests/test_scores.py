@@ -12,12 +12,12 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import named
 from torch import Tensor, nn
 from zoo import CASES, Case, every_case
 
 import neuronsurgery as ns
-from neuronsurgery.neurons import Layout, Neurons
-from neuronsurgery.scores import Scores, row_norms
+from neuronsurgery import Layout, Neurons, Scores
 
 WIDTHS = (2, 5, 1, 4)  # neurons of the layers of `layout()`
 COUNT = sum(WIDTHS)
@@ -43,7 +43,7 @@ def numbers(chosen: Neurons, of: Layout = LAYOUT) -> list[int]:
 
 def as_layers(row: Sequence[float]) -> dict[str, Tensor]:
     values = torch.tensor(row).split(list(WIDTHS))
-    return dict(zip(LAYOUT.starts, values, strict=True))
+    return dict(zip((layer.parameter for layer in LAYOUT), values, strict=True))
 
 
 # --- topk and top_fraction ------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_topk_of_groups_is_the_union_and_grows_with_k(rows: list[list[float]], k
 
 def test_topk_per_layer_takes_small_layers_whole() -> None:
     chosen = ns.topk(scores(range(COUNT)), 3, per="layer")
-    assert [len(indices) for indices in chosen.by_layer().values()] == [2, 3, 1, 3]
+    assert [len(indices) for indices in named(chosen.by_layer()).values()] == [2, 3, 1, 3]
     assert len(ns.topk(scores(range(COUNT)), 10**9, per="layer")) == COUNT
     assert len(ns.topk(scores(range(COUNT)), np.int64(2))) == 2  # type: ignore[arg-type]
 
@@ -80,7 +80,7 @@ def test_top_fraction_is_topk_of_the_rounded_share(row: list[float], fraction: f
     k = max(1, round(fraction * COUNT))
     assert ns.top_fraction(scores(row), fraction) == ns.topk(scores(row), k)
     per_layer = [reference.topk(v.tolist(), max(1, round(fraction * len(v)))) for v in as_layers(row).values()]
-    found = ns.top_fraction(scores(row), fraction, per="layer").by_layer()
+    found = named(ns.top_fraction(scores(row), fraction, per="layer").by_layer())
     assert [list(indices) for indices in found.values()] == per_layer
 
 
@@ -112,7 +112,7 @@ def test_ranks_follow_the_order_of_the_set_and_refuse_another_model() -> None:
     of = ns.select(smaller, {"0.weight": 1, "3.weight": 0})
     expected = [100 * (LAYOUT.flat(ns.select(LAYOUT, {n.parameter: n.index})).item() + 1) / COUNT for n in of]
     assert ns.ranks(scores(range(COUNT)), of=of).tolist() == [pytest.approx(expected)]
-    with pytest.raises(ValueError, match=r"the neurons do not fit the model, 1 mismatched:\n  9\.weight: not in the"):
+    with pytest.raises(ValueError, match=r"the neurons do not fit the layout, 1 mismatched:\n  9\.weight: not in the"):
         ns.ranks(scores(range(COUNT)), of=ns.select(layout([2] * 10), {"9.weight": 0}))
 
 
@@ -151,10 +151,10 @@ def test_overlap_is_jaccards(a: set[int], b: set[int]) -> None:
 @settled
 @given(seed=st.integers(0, 2**70), k=st.integers(1, COUNT), more=st.integers(0, COUNT))
 def test_a_smaller_sample_is_a_part_of_a_larger(seed: int, k: int, more: int) -> None:
-    few, many = ns.sample(LAYOUT, k, seed), ns.sample(LAYOUT, min(COUNT, k + more), seed)
+    few, many = ns.sample(LAYOUT, k, seed=seed), ns.sample(LAYOUT, min(COUNT, k + more), seed=seed)
     assert len(few) == k
     assert not len(few - many)
-    assert few == ns.sample(LAYOUT, k, seed)
+    assert few == ns.sample(LAYOUT, k, seed=seed)
 
 
 @settled
@@ -165,10 +165,10 @@ def test_what_is_excluded_is_never_drawn_and_the_population_is_never_left(
     left = population - without
     neurons, exclude = LAYOUT.neurons(population), LAYOUT.neurons(without)
     if left:
-        assert set(numbers(ns.sample(neurons, len(left), 3, exclude=exclude))) == left
-        assert set(numbers(ns.sample(neurons, 1, 3, exclude=exclude))) <= left
+        assert set(numbers(ns.sample(neurons, len(left), seed=3, exclude=exclude))) == left
+        assert set(numbers(ns.sample(neurons, 1, seed=3, exclude=exclude))) <= left
     with pytest.raises(ValueError, match=f"k must be an integer from 1 to the {len(left)} neurons there are to draw"):
-        ns.sample(neurons, len(left) + 1, 3, exclude=exclude)
+        ns.sample(neurons, len(left) + 1, seed=3, exclude=exclude)
 
 
 def test_the_draw_depends_on_names_and_seed_alone() -> None:
@@ -184,14 +184,14 @@ def test_the_draw_depends_on_names_and_seed_alone() -> None:
 def test_golden_samples() -> None:
     """The same on every machine and in every version: a published control group stays that group."""
     golden = {0: [2, 6, 8, 10], 1: [1, 4, 8, 10], 2**64: [0, 3, 4, 8]}
-    assert {seed: numbers(ns.sample(LAYOUT, 4, seed)) for seed in golden} == golden
+    assert {seed: numbers(ns.sample(LAYOUT, 4, seed=seed)) for seed in golden} == golden
 
 
 def test_samples_are_uniform() -> None:
     """Each of the 12 neurons in a quarter of 2000 draws of 3: 500, with a standard deviation below 20."""
     counts = [0] * COUNT
     for seed in range(2000):
-        for number in numbers(ns.sample(LAYOUT, 3, seed)):
+        for number in numbers(ns.sample(LAYOUT, 3, seed=seed)):
             counts[number] += 1
     assert sum(counts) == 6000
     assert all(400 < count < 600 for count in counts)
@@ -222,11 +222,12 @@ def test_groups_are_found_by_name_and_never_by_position() -> None:
 
 def test_by_layer_and_records_say_the_same() -> None:
     both = scores(range(COUNT), range(0, -COUNT, -1), names=("a", "b"))
-    split = both.by_layer()
+    split = named(both.by_layer())
     assert [tuple(values.shape) for values in split.values()] == [(2, width) for width in WIDTHS]
     records = both.to_records()
     assert len(records) == 2 * COUNT
-    assert records[3] == {"group": "a", "parameter": "1.weight", "index": 1, "criterion": "made up", "value": 3.0}
+    where = {"parameter": "1.weight", "pattern": "n ... -> n ...", "index": 1}
+    assert records[3] == {"group": "a", **where, "criterion": "made up", "value": 3.0}
     for record in records:
         row = both.groups.index(record["group"])
         assert split[record["parameter"]][row, record["index"]] == record["value"]
@@ -257,7 +258,7 @@ def test_repr_has_at_most_20_lines(groups: int) -> None:
     assert len(text.splitlines()) <= 20
     assert text.splitlines()[0] == "Scores: made up of 12 neurons in 4 layers"
     assert text.splitlines()[1] == "  0: largest 11 at 3.weight[3], median 5"
-    assert (f"... {groups - 16} more groups" in text) == (groups > 16)
+    assert (f"... and {groups - 16} more" in text) == (groups > 16)
 
 
 # --- magnitudes and norms -------------------------------------------------------------------------------------------
@@ -269,14 +270,14 @@ def test_magnitudes_are_the_reference(case: Case) -> None:
     found = ns.magnitudes(model)
     assert (found.groups, found.counts, found.layout.count) == (("all",), (0,), case.neuron_count)
     expected = reference.magnitudes(model, case.axes)
-    for name, values in found.by_layer().items():
+    for name, values in named(found.by_layer()).items():
         torch.testing.assert_close(values[0].double(), expected[name], rtol=1e-6, atol=0)
 
 
 def test_magnitudes_of_some_layers_and_of_biases() -> None:
     model = CASES["mlp"].build()
     assert ns.magnitudes(model, where="0.*").layout.count == 7
-    biases = ns.magnitudes(model, extra="*.bias").by_layer()["2.bias"][0]
+    biases = named(ns.magnitudes(model, extra="*.bias").by_layer())["2.bias"][0]
     torch.testing.assert_close(biases, model[2].bias.detach().abs())  # type: ignore[index,union-attr]
 
 
@@ -285,7 +286,7 @@ def test_magnitudes_of_some_layers_and_of_biases() -> None:
 def test_norms_keep_their_ranking_where_squares_leave_the_range(scale: float, dtype: torch.dtype) -> None:
     layer = ns.find_layout(nn.Linear(2, 4))["weight"]
     rows = scale * torch.tensor([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0], [0.0, 1.0]], dtype=torch.float64)
-    found = row_norms(layer, rows.to(dtype))
+    found = layer.norms(rows.to(dtype))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(found.double() / scale, torch.tensor([5.0, 0, 10, 1]).double(), rtol=1e-2, atol=0)
 

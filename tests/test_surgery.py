@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from kinds import KINDS, built, earlier, few, run, tensor_of
+from kinds import KINDS, built, earlier, few, named, run, tensor_of
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -227,7 +227,7 @@ def test_gradients_reach_the_shared_weights_and_not_the_hidden_rows(case: Case) 
     reference.cross_entropy(run(ns.apply(edit, model), batches[0]), targets).mean().backward()
     for name, gradient in gradients.items():
         site = case.layers[name]
-        hidden = neurons.by_layer()[name]
+        hidden = named(neurons.by_layer())[name]
         expected = reference.zeroed(gradient, site.axis, site.groups, hidden).float()
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -727,10 +727,15 @@ def test_frozen_weights_stay_frozen() -> None:
     model = CASES["mlp_frozen"].build()
     view, baked = ns.apply(cut(model), model), ns.bake(cut(model), model)
     for made in (view, baked):
-        assert [parameter.requires_grad for _, parameter in sorted(named(made).items())] == [False, False, True, True]
+        assert [parameter.requires_grad for _, parameter in sorted(parameters_of(made).items())] == [
+            False,
+            False,
+            True,
+            True,
+        ]
 
 
-def named(model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace("parametrizations.", "").replace(".original", ""): p for name, p in model.named_parameters()}
 
 

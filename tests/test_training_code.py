@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -263,7 +264,7 @@ class Cutting(nn.Module):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_layers_that_no_gradient_reaches_are_named(how: str) -> None:
     with pytest.warns(UserWarning, match=r"no gradient reached 1 of 2 scored layers, .*: first\.weight\. The loss"):
-        found = ns.group_grad_norms(Cutting(how), DATA).by_layer()
+        found = named(ns.group_grad_norms(Cutting(how), DATA).by_layer())
     assert found["first.weight"].max() == 0 < found["last.weight"].min()
     with pytest.warns(UserWarning, match="no gradient reached 2 of 2 scored layers"):
         ns.group_grad_norms(net(), DATA, predict=torch.Tensor.detach)
@@ -399,7 +400,7 @@ def test_the_default_dtype_and_device_of_torch_do_not_matter(other_defaults: Non
     def fit(indices: Tensor) -> Tensor:
         return torch.ones(4, dtype=torch.bool, device="cpu")
 
-    assert ns.memorization_scores(fit, 4, models=12, share=0.5, seed=0).values.tolist() == [0.0] * 4
+    assert ns.memorization.memorization_scores(fit, 4, models=12, share=0.5, seed=0).values.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("halved", ["autocast", "half"])
@@ -448,7 +449,7 @@ def test_a_deep_copy_of_a_view_runs_on_another_device() -> None:
 def test_a_folder_that_cannot_be_one_is_found_before_any_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="file"):
-        ns.memorization_scores(
+        ns.memorization.memorization_scores(
             lambda indices: pytest.fail("trained"), 4, models=12, share=0.5, seed=0, folder=tmp_path / "file"
         )
 

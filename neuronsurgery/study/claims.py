@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from neuronsurgery.sweep import student_quantile
-
 LEVEL: Final = 0.95
 Records = Sequence[Mapping[str, Any]]
 Results = Mapping[str, Any]
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """Return the quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, p))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def rewind_layers(subject: Subject) -> list[Intervention]:
     every = ns.find_layout(subject.model, extra="*")
     for layer in subject.layout:
         prefix = layer.parameter.rpartition(".")[0]
-        own = [name for name in every.starts if name.rpartition(".")[0] == prefix]
+        own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == prefix]
         whole = ns.select(every, dict.fromkeys(own, ...))
         wide = whole | _following_norm(subject, layer, every)
         for distance in distances(subject.epochs):
@@ -223,7 +223,8 @@ def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: not news here
         coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-    return ns.select(every, {name: ... for name in coupled.by_layer() if name != layer.parameter})
+    names = [other.parameter for other in coupled.by_layer() if other != layer]
+    return ns.select(every, dict.fromkeys(names, ...))
 
 
 def random_controls(subject: Subject) -> list[Intervention]:
@@ -259,8 +260,8 @@ def _matched(subject: Subject, neurons: ns.Neurons, kind: str, seed: int) -> ns.
     if kind == "random":
         return ns.sample(subject.layout, len(neurons), seed=seed, exclude=subject.critical)
     drawn = ns.Neurons()
-    for name, indices in neurons.by_layer().items():
-        left = ns.select(subject.layout, {name: ...}) - subject.critical
+    for layer, indices in neurons.by_layer().items():
+        left = ns.select(subject.layout, {layer.parameter: ...}) - subject.critical
         if left:  # a layer of one neuron has none beside the critical one
             drawn |= ns.sample(left, min(len(indices), len(left)), seed=seed)
     return drawn

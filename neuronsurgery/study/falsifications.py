@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.fragility import ROUNDING, SMALLEST_CELL, fence
 from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
 from neuronsurgery.study.run import RunFolder
-from neuronsurgery.study.stage_fragility import SEED, Asked, Examples, Row, ask, judge_scores, mitigate
+from neuronsurgery.study.stage_fragility import ROUNDING, SEED, Asked, Examples, Row, ask, judge_scores, mitigate
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import (
     RECIPES,
@@ -36,6 +36,9 @@ from neuronsurgery.study.training import (
     read_trajectory,
     train,
 )
+
+SMALLEST_CELL: Final = 3
+"""Of a group of fewer examples `infer_groups` says nothing."""
 
 EARLY: Final = 2
 """The epoch whose checkpoint is asked: with two classes, its margins rank as its losses do."""
@@ -147,7 +150,7 @@ def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool)
         "counts": {name: list(split.counts) for name, split in data.splits.items()},
         "accuracy": {name: case.accuracy(name) for name in data.splits},
         "wrong_labels": case.learnt_wrong_labels(),
-        "cuts": {name: list(edit.neurons.by_layer()) for name, edit in cuts.items()},
+        "cuts": {name: [layer.parameter for layer in edit.neurons.by_layer()] for name, edit in cuts.items()},
         "impossible": impossible,
         "detection": {name: case.detect(name) for name in ("train", "held-out") if name in data.splits},
         "mitigation": mitigate(data, trained.model, cuts.get("knockout"), "held-out", seed)
@@ -219,7 +222,8 @@ def fence_flags(scores: Tensor, targets: Tensor) -> Tensor:
     for target in sorted(set(targets.tolist())):
         own = scores[targets == target].double()
         if own.max() - own.min() > ROUNDING * own.abs().max():
-            flags[targets == target] = own > fence(own)
+            low, high = np.quantile(own.numpy(), (0.25, 0.75))
+            flags[targets == target] = own > high + 1.5 * (high - low)
     return flags
 
 

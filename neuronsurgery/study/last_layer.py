@@ -17,23 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuronsurgery.edits import Edit, rewind
-from neuronsurgery.neurons import find_layout, select
-from neuronsurgery.structure import bare, one_numerical_path, plain, walk_modules
+import neuronsurgery as ns
+from neuronsurgery.batches import Unpack, move, unpack_batch
+from neuronsurgery.copies import eval_copy
+from neuronsurgery.distributed import without_mha_fastpath
+from neuronsurgery.forward import extract_logits
+from neuronsurgery.loaders import iterate_groups
 from neuronsurgery.study.data import permutation
-from neuronsurgery.types import (
-    Batch,
-    Group,
-    Loaders,
-    Predict,
-    Unpack,
-    extract_logits,
-    iterate_groups,
-    model_device,
-    move,
-    ordered_groups,
-    unpack_batch,
-)
+from neuronsurgery.types import Group, Loaders, Predict
 
 Penalty: TypeAlias = Literal["l1", "l2"]
 Doubles: TypeAlias = npt.NDArray[np.float64]
@@ -158,16 +149,13 @@ def last_linear(
         ValueError: if the logits are no linear layer's output, or there is no linear layer.
     """
     if batch is None:
-        names = [
-            prefix.removesuffix(".") for prefix, module in walk_modules(bare(model)) if isinstance(module, nn.Linear)
-        ]
+        copied = eval_copy(model)
+        names = [name for name, module in copied.named_modules() if isinstance(module, nn.Linear)]
         if not names:
-            raise ValueError(f"{type(bare(model)).__name__} has no linear layer, so its last layer cannot be retrained")
-        return names[-1]
+            raise ValueError(f"{type(copied).__name__} has no linear layer, so its last layer cannot be retrained")
+        return str(names[-1])
     runner = _Runner(model, predict)
-    unpacked = unpack_batch(batch, unpack)
-    device = model_device(runner.model)
-    runner.run(unpacked if device is None else move(unpacked, device))
+    runner.run(move(unpack_batch(batch, unpack), runner.device))
     return runner.head
 
 
@@ -203,7 +191,7 @@ def extract_features(
     targets: list[Tensor] = []
     names: list[Group] = []
     label = "features" if progress else None
-    for groups, batch in iterate_groups(loaders, device=model_device(runner.model), unpack=unpack, progress=label):
+    for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
         features.append(runner.run(batch))
         targets.append(batch.targets.detach().cpu())
         names.extend(groups)
@@ -217,18 +205,24 @@ def extract_features(
             f"targets must be class indices, one integer per example, not {classes.dtype} of shape "
             f"{tuple(classes.shape)}: convert them"
         )
-    order: Sequence[Group] = list(loaders) if isinstance(loaders, Mapping) else ordered_groups(names)
+    order: Sequence[Group] = list(loaders) if isinstance(loaders, Mapping) else _ascending(names)
     integers = all(isinstance(group, int) for group in order)
     numbers = {group: group if integers else number for number, group in enumerate(order)}
     group_numbers = torch.tensor([numbers[name] for name in names]).long()
     return Features(torch.cat(features), classes.long(), group_numbers, runner.head)
 
 
+def _ascending(groups: Sequence[Group]) -> list[Group]:
+    """The distinct groups, integers before strings."""
+    return sorted(set(groups), key=lambda group: (isinstance(group, str), group))
+
+
 class _Runner:
     """A private copy of a model that notes what its linear layers read and return."""
 
     def __init__(self, model: nn.Module, predict: Predict | None) -> None:
-        self.model = plain(model)
+        self.model = eval_copy(model)
+        self.device = next(self.model.parameters()).device
         self.predict = predict
         self.head = ""
         self.examples = 0
@@ -245,10 +239,10 @@ class _Runner:
 
         return note
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: ns.Batch) -> Tensor:
         """What the last linear layer reads of a batch, (n, D), on the CPU."""
         self.passed, self.examples = {}, len(batch)
-        with torch.no_grad(), one_numerical_path():
+        with torch.no_grad(), without_mha_fastpath():
             logits = extract_logits(self.model(*batch.args, **batch.kwargs), self.predict, len(batch))
             found = [
                 name for name, (inputs, output) in self.passed.items() if self._is_head(name, inputs, output, logits)
@@ -303,7 +297,7 @@ def last_logits(model: nn.Module, features: Tensor, *, head: str | None = None) 
     return functional.linear(features.double(), layer.weight.detach().cpu().double(), bias)
 
 
-def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | None = None) -> Edit:
+def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | None = None) -> ns.Edit:
     """The edit that puts a linear rule in the place of a model's last layer.
 
     `apply(edit, model)` is the retrained model. A rule for two classes has one row w (and one number b), the evidence
@@ -341,8 +335,8 @@ def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | 
     if rows == 2 and len(coef) == 1:
         coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
     weight, bias = (f"{name}.{tensor}".removeprefix(".") for tensor in ("weight", "bias"))
-    neurons = select(find_layout(model, where=weight, extra=bias), {weight: ..., bias: ...})
-    return rewind(neurons, {weight: coef, bias: intercept})
+    neurons = ns.select(ns.find_layout(model, where=weight, extra=bias), {weight: ..., bias: ...})
+    return ns.rewind(neurons, {weight: coef, bias: intercept})
 
 
 def _fits(coef: Tensor, layer: nn.Linear) -> bool:
@@ -353,10 +347,10 @@ def _fits(coef: Tensor, layer: nn.Linear) -> bool:
 
 def _head(model: nn.Module, head: str | None, fits: Callable[[nn.Linear], bool]) -> tuple[str, nn.Linear]:
     """The name and a plain copy, weights shared, of the last layer; without a name, of the only one that fits."""
-    linears = {name: module for name, module in plain(model).named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in eval_copy(model).named_modules() if isinstance(module, nn.Linear)}
     fitting = [name for name, module in linears.items() if fits(module)]
     if head is None and len(fitting) > 1:
-        more = f" and {len(fitting) - 10} more" if len(fitting) > 10 else ""
+        more = f", ... and {len(fitting) - 10} more" if len(fitting) > 10 else ""
         raise ValueError(
             f"several linear layers could be the last one, {', '.join(map(repr, fitting[-10:]))}{more}: pass "
             f"head=features.head, which extract_features finds by running the model"

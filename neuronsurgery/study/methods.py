@@ -24,15 +24,16 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import neuronsurgery as ns
-from neuronsurgery.evaluation import accuracy
-from neuronsurgery.neurons import Where
-from neuronsurgery.objectives import contrastive_pruning_loss, group_dro, supervised_contrastive, widened
-from neuronsurgery.structure import bare, one_numerical_path, plain
+from neuronsurgery.copies import eval_copy
+from neuronsurgery.distributed import without_mha_fastpath
+from neuronsurgery.loaders import iterate
+from neuronsurgery.objectives import group_dro, supervised_contrastive
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
 from neuronsurgery.study.readers import FromDisk, ImageBatches
 from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest, made_once
-from neuronsurgery.types import Loader, iterate, model_device
+from neuronsurgery.surveys import unwrap
+from neuronsurgery.types import Loader, Where
 
 SplitSource: TypeAlias = Embedded | FromDisk
 """A source of training images that can be picked one by one."""
@@ -69,16 +70,15 @@ def error_set(model: nn.Module, loader: Loader) -> Tensor:
     Raises:
         ValueError: if the loader yields no batch.
     """
-    return _over(model, loader, accuracy) == 0
+    return _over(model, loader, ns.accuracy) == 0
 
 
 def _over(model: nn.Module, loader: Loader, judge: Any) -> Tensor:
     """What `judge(logits, targets)` says of each example."""
-    runner = plain(model)
-    device = model_device(runner)
+    runner = eval_copy(model)
     said: list[Tensor] = []
-    with torch.no_grad(), one_numerical_path():
-        for batch in iterate(loader, device=device):
+    with torch.no_grad(), without_mha_fastpath():
+        for batch in iterate(loader, device=_device(runner)):
             said.append(judge(runner(*batch.args, **batch.kwargs), batch.targets).cpu())
     if not said:
         raise ValueError(
@@ -202,10 +202,10 @@ class ContrastivePruning:
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are the logits of model and twin, (B, classes) each."""
-        logits = widened(outputs[0])
-        dense, pruned = logits.softmax(dim=1), widened(outputs[1]).softmax(dim=1)
+        logits = _wide(outputs[0])
+        dense, pruned = logits.softmax(dim=1), _wide(outputs[1]).softmax(dim=1)
         judged = logits if self.supervised == "cross_entropy" else dense
-        loss = contrastive_pruning_loss(
+        loss = ns.contrastive_pruning_loss(
             dense,
             pruned,
             targets,
@@ -283,7 +283,7 @@ class GroupDro:
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`."""
         loss, weights = group_dro(
-            functional.cross_entropy(widened(outputs[0]), targets, reduction="none"),
+            functional.cross_entropy(_wide(outputs[0]), targets, reduction="none"),
             groups,
             state["weights"].to(groups.device),
             step_size=self.step_size,
@@ -468,8 +468,8 @@ class CorrectNContrast:
         """See `Method`; outputs are logits and features, `groups` are the predictions of the first stage."""
         logits, features = outputs
         positives, negatives = contrastive_pairs(targets, groups)
-        contrast = supervised_contrastive(widened(features), positives, negatives, self.temperature)
-        supervised = functional.cross_entropy(widened(logits), targets)
+        contrast = supervised_contrastive(_wide(features), positives, negatives, self.temperature)
+        supervised = functional.cross_entropy(_wide(logits), targets)
         return self.weight * contrast + (1 - self.weight) * supervised, state
 
 
@@ -494,9 +494,18 @@ def refuse_other_heads(model: nn.Module, loader: Loader) -> None:
         model: runs one batch in evaluation mode on a copy, without gradient.
         loader: of batches, of which the first is looked at.
     """
-    runner = plain(model)
+    runner = eval_copy(model)
     with torch.no_grad():
-        logits_and_features(runner, next(iterate(loader, device=model_device(runner))).args[0])
+        logits_and_features(runner, next(iterate(loader, device=_device(runner))).args[0])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
@@ -512,7 +521,7 @@ def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
     def keep_last(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         read[:] = [(inputs[0], output)]
 
-    linear = [module for module in bare(model).modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_hook(keep_last) for module in linear]
     try:
         logits = model(images)
@@ -521,8 +530,8 @@ def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
             handle.remove()
     if not read or read[0][1] is not logits or read[0][0].dim() != 2:
         raise ValueError(
-            f"the logits of {type(bare(model)).__name__} are not what a linear layer makes of one row of features per "
-            f"image: contrast needs a network that ends in torch.nn.Linear"
+            f"the logits of {type(unwrap(model)).__name__} are not what a linear layer makes of one row of features "
+            f"per image: contrast needs a network that ends in torch.nn.Linear"
         )
     return logits, read[0][0]
 

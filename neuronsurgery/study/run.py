@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.artifacts import KEY, write_atomically
+from neuronsurgery.files import write_atomically
 from neuronsurgery.study.training import Recipe
 
 SCHEMA: Final = 1
@@ -454,7 +454,7 @@ def describe_file(path: Path) -> str:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'results.json'}")
     lines = _json_lines(path) if path.suffix == ".json" and path.is_file() else _tensor_lines(path)
-    shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... {len(lines) - LINES + 1} more lines"]
+    shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more"]
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in shown)
 
 
@@ -521,7 +521,7 @@ def _tensor_lines(path: Path) -> list[str]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError):
         return str(ns.load_file(path)).splitlines()
-    if KEY in header:
+    if "neuronsurgery" in header:
         return str(ns.load_file(path)).splitlines()
     numbers = sum(math.prod(shape) for shape in shapes.values())
     title = f"{len(shapes)} tensors, {numbers:,} numbers"

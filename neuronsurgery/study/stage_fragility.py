@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CaptureError
-from neuronsurgery.fragility import ROUNDING
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import permutation
 from neuronsurgery.study.figures.images import Pixels, pixels_of, png
@@ -45,6 +43,9 @@ from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import load_checkpoint
 
 Row: TypeAlias = dict[str, Any]
+
+ROUNDING: Final = 1e-6
+"""A spread that is smaller, relative to the largest value, is what float32 leaves of a constant."""
 
 EARLY: Final = (1, 2, 3, 5, 10)
 """Epochs whose checkpoints are asked, where the run has them."""
@@ -153,7 +154,7 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
     edit, why = None, {}
     try:
         edit = knockout(trained.model, next(iter(next(iter(data.loaders("train").values())))))
-    except (ValueError, CaptureError) as error:
+    except (ValueError, ns.CaptureError) as error:
         why = {"impossible": str(error)}
     splits = [split for split in ("train", "held-out") if split in data.splits]
 
@@ -168,7 +169,7 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
     detection = {split: folder.remember(f"fragility-{split}", functools.partial(detected, split)) for split in splits}
     return {
         **why,
-        "edit": [] if edit is None else [str(name) for name in edit.neurons.by_layer()],
+        "edit": [] if edit is None else [layer.parameter for layer in edit.neurons.by_layer()],
         "detection": {split: found["rows"] for split, found in detection.items()},
         "flagged": {split: found["flagged"] for split, found in detection.items()},
         "damage": {split: found["damage"] for split, found in detection.items()},

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CaptureError
-from neuronsurgery.memorization import Fit, kept_outcomes
+from neuronsurgery.memorization import kept_outcomes
 from neuronsurgery.study import readers
+from neuronsurgery.study.claims import student_quantile
 from neuronsurgery.study.data import Doubles, Integers, raw_bits
 from neuronsurgery.study.experiments import DRAW_SEED, SIZES
 from neuronsurgery.study.figures import signed
@@ -35,7 +35,7 @@ from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import SHOWN, Examples, knockout
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import RECIPES, EpochReport, Hardware, Recipe, checkpoint_path, digest, train
-from neuronsurgery.sweep import student_quantile
+from neuronsurgery.types import Fit
 
 Row: TypeAlias = dict[str, Any]
 
@@ -120,7 +120,7 @@ def _preset(settings: Settings) -> Recipe:
 
 
 def make_fit(data: Any, settings: Settings, recipe: Recipe, hardware: Hardware | None = None) -> Fit:
-    """Return the study's training as a function of the images to train on, for `ns.memorization_scores`.
+    """Return the study's training as a function of the images to train on, for `ns.memorization.memorization_scores`.
 
     Initial weights (of a network from a file: of its head), order and augmentation are drawn anew for every subset:
     memorization is defined over all that is random in a training. Their seed is made from the run's and the subset
@@ -177,7 +177,7 @@ class Ensemble:
         member: bool (models, N), whether it was trained on it.
     """
 
-    scores: ns.MemorizationScores
+    scores: ns.memorization.MemorizationScores
     outcomes: Tensor
     member: Tensor
 
@@ -185,9 +185,11 @@ class Ensemble:
     def trained(
         cls, fit: Fit, count: int, models: int, share: float, seed: int, folder: Path, progress: bool = False
     ) -> Ensemble:
-        """Return the models of `ns.memorization_scores`, trained or read from the folder."""
-        scores = ns.memorization_scores(fit, count, models, share, seed, folder=folder, progress=progress)
-        return cls(scores, *kept_outcomes(folder, count, models, share, seed))
+        """Return the models of `ns.memorization.memorization_scores`, trained or read from the folder."""
+        scores = ns.memorization.memorization_scores(
+            fit, count, models, share, seed=seed, folder=folder, progress=progress
+        )
+        return cls(scores, *kept_outcomes(folder, count, models, share, seed=seed))
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return the mean outcome of each image over the models that saw it and over the others, each (N,)."""
@@ -400,7 +402,7 @@ def _effects(folder: RunFolder, data: Any, trained: Trained, examples: Examples,
 def _knockout(data: Any, trained: Trained) -> dict[str, ns.Edit]:
     try:
         return {"knockout": knockout(trained.model, next(iter(next(iter(data.loaders("train").values())))))}
-    except (ValueError, CaptureError):  # no residual branches: nothing to compare with
+    except (ValueError, ns.CaptureError):  # no residual branches: nothing to compare with
         return {}
 
 

@@ -21,7 +21,6 @@ from typing import Any, Final, Literal, TypeAlias
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CaptureError
 from neuronsurgery.objectives import jtt_weights
 from neuronsurgery.study.last_layer import REFITS, STRENGTHS, dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
@@ -452,7 +451,7 @@ class _Judge:
         try:
             edit = knockout(model, next(iter(next(iter(data.loaders("train").values())))))
             inferred = inferred_loaders(data, unlabelled, infer(model, data, unlabelled, edit))
-        except (ValueError, CaptureError) as error:  # no skip connections, or nobody stands out
+        except (ValueError, ns.CaptureError) as error:  # no skip connections, or nobody stands out
             return cls(data, unlabelled, {}, str(error))
         return cls(data, unlabelled, inferred)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import named
 from torch import nn
 
 import neuronsurgery as ns
@@ -83,7 +84,7 @@ def test_within_layers_every_layer_has_its_turn_and_all_of_it_where_it_has_fewer
     interventions = made("1e", model, loaders, tmp_path)
     assert len(interventions) == 3 * 3 * 3  # k, ways to choose, layers
     for said in interventions:
-        (layer,) = said.edit.neurons.by_layer()
+        (layer,) = named(said.edit.neurons.by_layer())
         assert layer == said.layer
         assert len(said.edit.neurons) == (1 if layer == "2.weight" else said.k)
 
@@ -93,7 +94,7 @@ def test_rewinds_take_weight_and_bias_together_and_the_norm_as_a_variant(
 ) -> None:
     interventions = made("1f", model, loaders, tmp_path)
     assert {said.distance for said in interventions} == {5, 10} == set(distances(10)) < set(DISTANCES)
-    layers = {(said.layer, said.with_norm): set(said.edit.neurons.by_layer()) for said in interventions}
+    layers = {(said.layer, said.with_norm): set(named(said.edit.neurons.by_layer())) for said in interventions}
     assert layers["0.weight", False] == {"0.weight", "0.bias"}
     assert layers["0.weight", True] == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert ("3.weight", True) not in layers  # no norm follows it
@@ -112,7 +113,7 @@ def test_controls_leave_the_critical_neurons_alone_and_pass_over_layers_that_hav
     chosen = {(group if by == "gradient" else "all", k): neurons for by, group, k, neurons in subject.chosen()}
     assert len(matched) == len(chosen) * DRAWS
     for said in matched:
-        assert set(said.edit.neurons.by_layer()) <= set(chosen[said.chosen_for, said.k or 0].by_layer())
+        assert set(named(said.edit.neurons.by_layer())) <= set(named(chosen[said.chosen_for, said.k or 0].by_layer()))
 
 
 def test_draws_are_taken_together_by_group(model: nn.Module, loaders: dict[str, list[Any]], tmp_path: Path) -> None:

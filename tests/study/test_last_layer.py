@@ -17,6 +17,7 @@ import torchvision
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
@@ -312,7 +313,7 @@ def test_logits_of_the_edited_model_are_the_rule(rows: int, apply: Callable[[Any
     edit = retrained(model, coef, intercept)
     edited = apply(edit, model)
     assert_unchanged(before, model, coef, intercept)
-    assert edit.neurons.by_layer() == {"2.weight": tuple(range(rows)), "2.bias": tuple(range(rows))}
+    assert named(edit.neurons.by_layer()) == {"2.weight": tuple(range(rows)), "2.bias": tuple(range(rows))}
     features = extract_features(model, [(x, torch.zeros(6).long())]).features
     with torch.no_grad():
         assert_close(edited(x).double(), features.double() @ coef.T + intercept)

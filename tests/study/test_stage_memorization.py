@@ -113,7 +113,7 @@ def test_the_entry_has_what_it_promises(tmp_path: Path, dataset: data.DataSet, t
 def test_shares_of_right_answers_are_those_of_the_models_and_every_model_is_asked_for_once(
     tmp_path: Path, dataset: data.DataSet, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, runs, calls = ns.memorization_scores, [], []
+    real, runs, calls = ns.memorization.memorization_scores, [], []
     right = torch.from_numpy(uniforms((40,), "right", 0)) < 0.5  # whatever was trained on, and all images seen besides
 
     def counted(*arguments: Any, **options: Any) -> MemorizationScores:
@@ -124,7 +124,7 @@ def test_shares_of_right_answers_are_those_of_the_models_and_every_model_is_aske
         calls.append(indices)
         return right.index_fill(0, indices, True)
 
-    monkeypatch.setattr(ns, "memorization_scores", counted)
+    monkeypatch.setattr(ns.memorization, "memorization_scores", counted)
     monkeypatch.setattr(module, "make_fit", lambda *_: fit)
     row = stage(tmp_path / "run", dataset, trained)
     assert len(runs) == 1 and len(calls) == MODELS

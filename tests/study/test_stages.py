@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 
 import neuronsurgery as ns
@@ -313,7 +314,10 @@ def test_of_a_network_of_one_stage_the_last_quarter_is_cut(dataset: data.DataSet
     batch = next(iter(next(iter(dataset.loaders("train").values()))))
     assert len(ns.residual_branches(model, batch)) == 8
     edit = knockout(model, batch)
-    assert set(edit.neurons.by_layer()) == {"blocks.3.self_attn.out_proj.weight", "blocks.3.linear2.weight"}
+    assert {layer.parameter for layer in edit.neurons.by_layer()} == {
+        "blocks.3.self_attn.out_proj.weight",
+        "blocks.3.linear2.weight",
+    }
     logits = ns.apply(edit, model)(dataset.train.images[:8])
     assert logits.std(0).min() > 1e-4  # something of the image is left
 
@@ -335,7 +339,7 @@ def test_random_neurons_of_equal_damage_do_about_the_damage_of_the_critical_ones
 def test_knockout_zeroes_the_last_stage_alone(dataset: data.DataSet, trained: Trained) -> None:
     batch = next(iter(next(iter(dataset.loaders("train").values()))))
     edit = knockout(trained.model, batch)
-    assert edit.neurons.by_layer() == {"block3.conv2.weight": tuple(range(64))}
+    assert named(edit.neurons.by_layer()) == {"block3.conv2.weight": tuple(range(64))}
 
 
 def test_inferred_groups_are_in_the_order_of_the_loaders(dataset: data.DataSet, trained: Trained) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from zoo import CASES, Case, every_case, fast_case
 
 import neuronsurgery as ns
-from neuronsurgery.sweep import Outcomes, paired_interval, paired_p_value, student_cdf, student_quantile
+from neuronsurgery.paired import paired_interval, paired_p_value, student_cdf, student_quantile
+from neuronsurgery.sweeps import Outcomes
 
 
 def fingerprint(logits: Tensor, targets: Tensor) -> Tensor:
@@ -50,10 +51,7 @@ def every_kind(model: nn.Module, seed: int = 0) -> dict[str, ns.Edit]:
     layout = ns.find_layout(model)
     few = ns.sample(layout, min(3, layout.count), seed=seed)
     many = ns.sample(layout, max(1, layout.count // 4), seed=seed + 1)
-    earlier = {
-        layer.parameter: torch.full(layer.weight(torch.empty(layer.count, *layer.row_shape)).shape, 0.1)
-        for layer in layout
-    }
+    earlier = {layer.parameter: torch.full(layer.shape, 0.1) for layer in layout}
     return {
         "none": ns.compose(),
         "zero": ns.zero_out(few),
@@ -210,7 +208,7 @@ def test_one_edit_of_a_shared_module_does_not_leak_into_the_next() -> None:
     torch.manual_seed(0)
     model = ReadingAndShared()
     layout = ns.find_layout(model)
-    edits = {name: ns.zero_out(ns.select(layout, {name: (0, 1)})) for name in layout.starts}
+    edits = {name: ns.zero_out(ns.select(layout, {name: (0, 1)})) for name in layout.names}
     with pytest.warns(UserWarning, match="each costs a forward of its own"):
         assert_equal_one_by_one(model, edits, noise(4, 4, 3))
 
@@ -229,7 +227,7 @@ def test_reasons_name_a_path_that_changes_with_the_values() -> None:
 
 def test_where_no_edit_changes_anything_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture costs more than the forward passes that it could save: there are none."""
-    monkeypatch.setattr("neuronsurgery.capture.capture", lambda *args, **kwargs: pytest.fail("captured"))
+    monkeypatch.setattr("neuronsurgery.graph.trust.capture", lambda *args, **kwargs: pytest.fail("captured"))
     reading, batches = Reading(), noise(4, 3)
     expected = ns.evaluate(reading, batches, metric=ns.margin)
     for edits in ({}, {"none": ns.compose()}):
@@ -421,10 +419,8 @@ def test_bad_edits_and_metrics() -> None:
 
 
 def test_outcomes_keep_bits_and_numbers() -> None:
-    outcomes = Outcomes()
     parts = [torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.25]), torch.zeros(9)]
-    for part in parts:
-        outcomes.add(part.double())
+    outcomes = Outcomes.joined(Outcomes.of(part.double()) for part in parts)
     assert torch.equal(outcomes.values(), torch.cat(parts).double())
 
 

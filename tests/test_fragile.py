@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from zoo import CASES, CLASSES
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CaptureError
+from neuronsurgery import CaptureError
 
 # --- branches of real architectures ---------------------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ def stages(branches: Sequence[ns.Branch]) -> list[int]:
     return [branch.stage for branch in branches]
 
 
-def named(model: nn.Module, *globs: str) -> list[str]:
+def chosen_by(model: nn.Module, *globs: str) -> list[str]:
     """The parameters that a reader would name, in the order of the model's code."""
     names = [name for name, _ in model.named_parameters()]
     return [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
@@ -119,7 +120,7 @@ def test_branches_of_known_architectures(name: str) -> None:
         model, batch = CASES[name].build(), CASES[name].batches()[0]
     found = ns.residual_branches(model, batch)
     globs, expected = ENDS[name]
-    assert layers(found) == named(model, *globs)
+    assert layers(found) == chosen_by(model, *globs)
     assert stages(found) == expected
 
 
@@ -246,7 +247,7 @@ def test_masks_biases_and_positions_are_no_branches(build: Callable[[], nn.Modul
     mask[1, 5:] = 0
     batch = {"input_ids": torch.randint(3, 30, (2, 8)), "attention_mask": mask, "labels": torch.zeros(2).long()}
     found = ns.residual_branches(model, batch)
-    assert layers(found) == named(model, *globs)
+    assert layers(found) == chosen_by(model, *globs)
     assert set(stages(found)) == {0}
 
 
@@ -522,12 +523,12 @@ def test_zeroing_the_layer_cuts_the_branch_and_nothing_else(name: str) -> None:
     case = CASES[name]
     model, batch = case.build(), case.batches()[0]
     branches = ns.residual_branches(model, batch)
-    before = ns.group_grad_norms(model, [batch]).by_layer()
+    before = named(ns.group_grad_norms(model, [batch]).by_layer())
     first = next(iter(before))
     for layer, inside in INSIDE[name].items():
         assert layer in layers(branches)
         cut = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {layer: ...})), model)
-        after = ns.group_grad_norms(cut, [batch]).by_layer()
+        after = named(ns.group_grad_norms(cut, [batch]).by_layer())
         assert before[inside].max() > 0 and torch.count_nonzero(after[inside]) == 0
         assert after[first].max() > 0
 
@@ -950,7 +951,7 @@ def test_groups_print_as_a_small_table() -> None:
     assert repr(found).splitlines()[1].startswith("  class 3: 4 of 44 fragile (above ")
     many = ns.infer_groups(scores[targets == 3].repeat(30), torch.arange(30).repeat_interleave(44))
     assert len(repr(many).splitlines()) == 20
-    assert repr(many).splitlines()[-1] == "  ... 12 more classes"
+    assert repr(many).splitlines()[-1] == "  ... and 12 more"
 
 
 def test_inputs_are_not_changed() -> None:

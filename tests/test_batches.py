@@ -18,23 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import neuronsurgery as ns
-from neuronsurgery.types import (
-    default_predict,
-    extract_logits,
+from neuronsurgery.batches import (
+    Examples,
     group_members,
     group_names,
-    iterate,
-    iterate_groups,
     join,
     map_tensors,
     move,
     ordered_groups,
-    seal,
     signature,
-    take,
     unpack_batch,
-    unseal,
 )
+from neuronsurgery.forward import default_predict, extract_logits
+from neuronsurgery.loaders import iterate, iterate_groups
 
 Pair = namedtuple("Pair", ["left", "right"])
 X, Y, G = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 2]), torch.tensor([5, 0, 5])
@@ -146,10 +142,10 @@ def test_the_join_of_the_parts_is_the_batch(n: int, rows: int, cuts: list[int]) 
     """Also where a part has as many examples as the table has rows."""
     batch = rich(n, rows)
     edges = [0, *sorted(min(cut, n) for cut in cuts), n]
-    sealed = seal(batch)
-    parts = [take(sealed, range(a, b)) for a, b in pairwise(edges)]
-    assert same(unseal(join(parts)), batch)
-    assert same(unseal(join([take(sealed, [i]) for i in range(n)])), batch)
+    examples = Examples.of(batch)
+    parts = [examples.take(range(a, b)) for a, b in pairwise(edges)]
+    assert same(join(parts).batch(), batch)
+    assert same(join([examples.take([i]) for i in range(n)]).batch(), batch)
 
 
 @settings(deadline=None, max_examples=40)
@@ -157,30 +153,30 @@ def test_the_join_of_the_parts_is_the_batch(n: int, rows: int, cuts: list[int]) 
 def test_taking_in_an_order_and_back_is_the_batch(order: list[int]) -> None:
     batch = rich(5, 3)
     back = [order.index(i) for i in range(5)]
-    assert same(take(take(batch, order), back), batch)
+    assert same(Examples.of(batch).take(order).take(back).batch(), batch)
 
 
 def test_what_is_not_per_example_passes_through() -> None:
     batch = rich(4, 3)
-    part = take(batch, [2, 0])
-    assert part.args[1].right[1] is batch.args[1].right[1]
+    part = Examples.of(batch).take([2, 0]).batch()
+    assert torch.equal(part.args[1].right[1], batch.args[1].right[1])
     assert part.args[1].right[0].tolist() == [2, 0]
     assert type(part.args[1]) is Pair
     assert (part.args[2], part.kwargs["flag"], part.groups) == ("text", True, (2, 0))
 
 
 def test_a_taken_list_is_a_copy_and_a_range_is_a_view() -> None:
-    batch = unpack_batch((X, Y, G))
-    assert take(batch, range(1, 3)).args[0].data_ptr() == X[1:].data_ptr()
-    assert take(batch, [0, 1, 2]).args[0].data_ptr() != X.data_ptr()
+    examples = Examples.of(unpack_batch((X, Y, G)))
+    assert examples.take(range(1, 3)).batch().args[0].data_ptr() == X[1:].data_ptr()
+    assert examples.take([0, 1, 2]).batch().args[0].data_ptr() != X.data_ptr()
 
 
-def test_a_sealed_table_survives_the_reuse_of_its_memory() -> None:
+def test_a_table_of_the_whole_batch_survives_the_reuse_of_its_memory() -> None:
     batch = rich(4, 3)
     table = batch.args[1].right[1]
-    sealed, kept = seal(batch), table.clone()
+    examples, kept = Examples.of(batch), table.clone()
     table.zero_()
-    assert torch.equal(unseal(sealed).args[1].right[1], kept)
+    assert torch.equal(examples.batch().args[1].right[1], kept)
 
 
 def test_batches_share_a_signature_where_they_may_be_joined() -> None:

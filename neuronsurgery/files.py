@@ -7,7 +7,7 @@ damaged or altered file is noticed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import os
 import tempfile
@@ -21,15 +21,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from neuronsurgery.edits import Compose, Edit, RandomInit, RandomNoise, Rewind, Scale, ZeroOut
+from neuronsurgery.digests import digest
+from neuronsurgery.edits import KINDS, Compose, Edit
 from neuronsurgery.evaluation import GroupMetrics
-from neuronsurgery.neurons import Layer, LayerNeurons, Layout, Neurons
+from neuronsurgery.layers import COLUMNS, GROUPED_COLUMNS, ROWS, Layer
+from neuronsurgery.layouts import Layout
+from neuronsurgery.neurons import Neurons
 from neuronsurgery.scores import Scores
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "neuronsurgery"
 
 Artifact: TypeAlias = Neurons | Scores | Edit | GroupMetrics
+"""What there is a file format for."""
 
 
 def save_file(obj: Artifact, path: str | os.PathLike[str]) -> None:
@@ -55,15 +59,15 @@ def save_file(obj: Artifact, path: str | os.PathLike[str]) -> None:
         ...     load_file(f"{folder}/chosen.safetensors") == neurons
         True
     """
-    kind = next((kind for kind in _KINDS if type(obj) is kind.type), None)
+    kind = next((kind for kind in _kinds() if type(obj) is kind.type), None)
     if kind is None:
-        known = ", ".join(kind.name for kind in _KINDS)
+        known = ", ".join(kind.name for kind in _kinds())
         raise TypeError(f"there is no file format for a {type(obj).__name__}; there is one for {known}")
     tensors: dict[str, Tensor] = {}
     content = kind.write(obj, tensors)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"schema": SCHEMA, "kind": kind.name, "content": content}
-    header["sha256"] = _digest(header, tensors)
+    header["sha256"] = _content_digest(header, tensors)
     data = safetensors.torch.save(tensors, metadata={KEY: json.dumps(header)})
     write_atomically(Path(path), data)
 
@@ -71,9 +75,12 @@ def save_file(obj: Artifact, path: str | os.PathLike[str]) -> None:
 def load_file(path: str | os.PathLike[str]) -> Artifact:
     """Return what `save_file` wrote: neurons, scores, an edit or metrics, equal to what was saved.
 
+    Files of all earlier versions are read. Of a rewind that was made from a path the rows are read from that path.
+
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, truncated, altered, foreign or from a newer version.
+        FileNotFoundError: if there is no such file, or a rewind's checkpoint is gone.
+        ValueError: if the file is damaged, truncated, altered, foreign or from a newer version, or a rewind's
+            checkpoint has other rows now.
 
     Example:
         >>> import tempfile
@@ -101,15 +108,15 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
         schema, name = int(header["schema"]), str(header["kind"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r}): save it again") from error
-    kind = next((kind for kind in _KINDS if kind.name == name), None)
+    kind = next((kind for kind in _kinds() if kind.name == name), None)
     if schema > SCHEMA or kind is None:
         raise ValueError(
             f"{path} is of schema {schema}, kind '{name}'; this version reads up to schema {SCHEMA}: update "
             f"neuronsurgery"
         )
-    if header.pop("sha256", None) != _digest(header, tensors):
+    if header.pop("sha256", None) != _content_digest(header, tensors):
         raise ValueError(f"{path} was altered or damaged after it was saved, its digest does not match: save it again")
-    loaded: Artifact = kind.read(header["content"], tensors)
+    loaded: Artifact = kind.read(header["content"], tensors, schema)
     return loaded
 
 
@@ -152,42 +159,51 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         raise
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    said = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    pieces: list[str | Tensor] = [json.dumps(header, sort_keys=True)]
     for name in sorted(tensors):
         tensor = tensors[name]
-        said.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        said.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return said.hexdigest()
+        pieces += [f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0", tensor]
+    return digest(*pieces)
 
 
 # One pair of functions per kind
 
 
 def _write_layer(layer: Layer) -> list[Any]:
-    return [layer.parameter, layer.axis, layer.count, list(layer.row_shape), layer.groups]
+    return [layer.parameter, layer.pattern, dict(layer.sizes), list(layer.shape), layer.position]
 
 
-def _read_layer(said: list[Any]) -> Layer:
+def _read_layer(said: list[Any], schema: int, position: int) -> Layer:
+    """Return a layer; in files of version 0.1 it has an axis in place of a pattern, and no position."""
+    if schema > 1:
+        parameter, pattern, sizes, shape, position = said
+        return Layer(parameter, pattern, sizes, tuple(shape), position)
     parameter, axis, count, row_shape, groups = said
-    return Layer(parameter, axis, count, tuple(row_shape), groups)
+    if groups > 1:
+        shape = (groups * row_shape[0], count // groups, *row_shape[1:])
+        return Layer(parameter, GROUPED_COLUMNS, {"g": groups}, shape, position)
+    return Layer(parameter, COLUMNS if axis else ROWS, {}, (*row_shape[:axis], count, *row_shape[axis:]), position)
 
 
 def _write_layout(layout: Layout) -> dict[str, Any]:
     return {"layers": [_write_layer(layer) for layer in layout], "aliases": layout.aliases, "digest": layout.digest}
 
 
-def _read_layout(said: Mapping[str, Any]) -> Layout:
-    layers = tuple(_read_layer(layer) for layer in said["layers"])
+def _read_layout(said: Mapping[str, Any], schema: int) -> Layout:
+    layers = tuple(_read_layer(layer, schema, position) for position, layer in enumerate(said["layers"]))
     return Layout(layers, tuple((alias, name) for alias, name in said["aliases"]))
 
 
 def _write_neurons(neurons: Neurons, tensors: dict[str, Tensor]) -> list[Any]:
-    return [[_write_layer(part.layer), list(part.indices), part.start] for part in neurons.parts]
+    return [[_write_layer(layer), list(indices)] for layer, indices in neurons.by_layer().items()]
 
 
-def _read_neurons(said: list[Any], tensors: Mapping[str, Tensor]) -> Neurons:
-    return Neurons(LayerNeurons(_read_layer(layer), tuple(indices), start) for layer, indices, start in said)
+def _read_neurons(said: list[Any], tensors: Mapping[str, Tensor], schema: int) -> Neurons:
+    # In files of version 0.1 each layer's first flat number follows its indices.
+    return Neurons(
+        {_read_layer(layer, schema, start[0] if start else 0): tuple(indices) for layer, indices, *start in said}
+    )
 
 
 def _write_scores(scores: Scores, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -200,8 +216,8 @@ def _write_scores(scores: Scores, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _read_scores(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Scores:
-    layout = _read_layout(said["layout"])
+def _read_scores(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Scores:
+    layout = _read_layout(said["layout"], schema)
     return Scores(tensors["values"], tuple(said["groups"]), tuple(said["counts"]), layout, said["criterion"])
 
 
@@ -211,33 +227,30 @@ def _write_metrics(metrics: GroupMetrics, tensors: dict[str, Tensor]) -> dict[st
     return {"groups": metrics.groups, "counts": metrics.counts}
 
 
-def _read_metrics(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupMetrics:
+def _read_metrics(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> GroupMetrics:
     return GroupMetrics(tuple(said["groups"]), tuple(tensors["values"].tolist()), tuple(said["counts"]))
 
 
 def _write_edit(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if isinstance(edit, Compose):
         return {"edits": [{"kind": _kind_of(leaf).name, **_write_edit(leaf, tensors)} for leaf in edit.edits]}
-    said: dict[str, Any] = {"neurons": _write_neurons(edit.neurons, tensors)}
-    if isinstance(edit, Rewind):
-        if edit.path is None:
-            # Named by the digest: a rewind that is composed twice keeps its rows once, as safetensors demands.
-            said["rows"] = [f"rows.{edit.digest}.{number}" for number in range(len(edit.kept or ()))]
-            tensors.update(zip(said["rows"], edit.kept or (), strict=True))
-        return said | {"alpha": edit.alpha, "digest": edit.digest, "path": edit.path}
-    return said | {name: value for name, value in vars(edit).items() if name != "neurons"}
+    values, own = edit.content()
+    said = {"neurons": _write_neurons(edit.neurons, tensors), **values}
+    if own:
+        # Named by their content: rows that are composed twice are kept once, as safetensors demands.
+        said["rows"] = [f"rows.{digest(str(tuple(tensor.shape)), tensor)}" for tensor in own]
+        tensors.update(zip(said["rows"], own, strict=True))
+    return said
 
 
-def _edit_reader(kind: type[Edit]) -> Callable[[Mapping[str, Any], Mapping[str, Tensor]], Edit]:
-    def read(said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
-        if kind is Compose:
-            return Compose(tuple(_named(leaf["kind"]).read(leaf, tensors) for leaf in said["edits"]))
-        fields = {name: value for name, value in said.items() if name not in ("neurons", "rows", "kind")}
-        if "rows" in said:
-            fields["kept"] = tuple(tensors[name] for name in said["rows"])
-        return kind(neurons=_read_neurons(said["neurons"], tensors), **fields)  # type: ignore[call-arg]
+def _read_edit(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int, *, kind: type[Edit]) -> Edit:
+    values = {name: value for name, value in said.items() if name not in ("neurons", "rows", "kind")}
+    rows = tuple(tensors[name] for name in said.get("rows", ()))
+    return kind.restored(_read_neurons(said["neurons"], tensors, schema), values, rows)
 
-    return read
+
+def _read_composed(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Edit:
+    return Compose(tuple(_named(leaf["kind"]).read(leaf, tensors, schema) for leaf in said["edits"]))
 
 
 @dataclass(frozen=True)
@@ -245,30 +258,27 @@ class _Kind:
     name: str
     type: type
     write: Callable[[Any, dict[str, Tensor]], Any]
-    read: Callable[[Any, Mapping[str, Tensor]], Any]
+    read: Callable[[Any, Mapping[str, Tensor], int], Any]
 
 
-_KINDS = (
+_VALUES = (
     _Kind("neurons", Neurons, _write_neurons, _read_neurons),
     _Kind("scores", Scores, _write_scores, _read_scores),
     _Kind("metrics", GroupMetrics, _write_metrics, _read_metrics),
-    *(
-        _Kind(name, kind, _write_edit, _edit_reader(kind))
-        for name, kind in (
-            ("zero_out", ZeroOut),
-            ("scale", Scale),
-            ("random_init", RandomInit),
-            ("random_noise", RandomNoise),
-            ("rewind", Rewind),
-            ("compose", Compose),
-        )
-    ),
+    _Kind("compose", Compose, _write_edit, _read_composed),
 )
 
 
+def _kinds() -> Iterator[_Kind]:
+    """Yield every kind of value that has a file format, the kinds of edit that callers have registered among them."""
+    yield from _VALUES
+    for name, kind in KINDS.items():
+        yield _Kind(name, kind, _write_edit, functools.partial(_read_edit, kind=kind))
+
+
 def _named(name: str) -> _Kind:
-    return next(kind for kind in _KINDS if kind.name == name)
+    return next(kind for kind in _kinds() if kind.name == name)
 
 
 def _kind_of(obj: object) -> _Kind:
-    return next(kind for kind in _KINDS if type(obj) is kind.type)
+    return next(kind for kind in _kinds() if type(obj) is kind.type)

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations, parametrize
 from zoo import CASES, Case, Residual, SharedModule, every_case, fast_case
 
 import neuronsurgery as ns
-from neuronsurgery.structure import bare, copy_structure, named_tensors, plain
+from neuronsurgery.copies import copy_structure, eval_copy
+from neuronsurgery.surveys import survey, unwrap
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
 
@@ -49,13 +50,13 @@ every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @every_case
 def test_tensors_are_named_as_in_a_plain_model(case: Case) -> None:
     model = built(case.name)
-    names = list(named_tensors(model))
-    assert names == [name for name, _ in plain(model).named_parameters()]
+    names = list(survey(model).tensors)
+    assert names == [name for name, _ in eval_copy(model).named_parameters()]
     if not any(parametrize.is_parametrized(module) for module in model.modules()):
         assert names == [name for name, _ in model.named_parameters()]
-        assert all(tensor.parameter is model.get_parameter(name) for name, tensor in named_tensors(model).items())
-    aliases = [alias for tensor in named_tensors(model).values() for alias in tensor.aliases]
-    every = [name for name, _ in plain(model).named_parameters(remove_duplicate=False)]
+        assert all(tensor.parameter is model.get_parameter(name) for name, tensor in survey(model).tensors.items())
+    aliases = [alias for tensor in survey(model).tensors.values() for alias in tensor.aliases]
+    every = [name for name, _ in eval_copy(model).named_parameters(remove_duplicate=False)]
     assert sorted(names + aliases) == sorted(every)
 
 
@@ -64,7 +65,7 @@ def test_tensors_are_named_as_in_a_plain_model(case: Case) -> None:
 def test_a_wrapper_never_shows(wrap: Any) -> None:
     model = Residual().eval()
     wrapped = wrap(model)
-    assert bare(wrapped) is model
+    assert unwrap(wrapped) is model
     assert ns.find_layout(wrapped) == ns.find_layout(model)
     assert ns.find_layout(wrapped, where="fc.*", extra="bn.bias").count == 9
     edit = ns.zero_out(ns.select(ns.find_layout(wrapped), {"fc.weight": 1, "b?.weight": (0, 2)}))
@@ -81,7 +82,7 @@ def test_a_wrapper_never_shows(wrap: Any) -> None:
 def test_a_wrapper_around_a_part_never_shows(wrap: Any) -> None:
     model = CASES["mlp"].build()
     outer = nn.Sequential(wrap(model), nn.Linear(3, 2))
-    assert list(ns.find_layout(outer).starts) == ["0.0.weight", "0.2.weight", "1.weight"]
+    assert [layer.parameter for layer in ns.find_layout(outer)] == ["0.0.weight", "0.2.weight", "1.weight"]
     before = snapshot(outer)
     edit = ns.zero_out(ns.select(ns.find_layout(outer), {"0.0.weight": 1}))
     view = ns.apply(edit, outer)
@@ -103,7 +104,7 @@ def test_a_module_compiled_in_place_runs_uncompiled_in_the_view() -> None:
 def test_a_parametrized_tensor_has_its_plain_name(norm: Any) -> None:
     model = nn.Sequential(norm(nn.Linear(5, 7)), nn.Tanh(), norm(nn.Conv1d(7, 3, 1), "weight"))
     layout = ns.find_layout(model, extra="*.bias")
-    assert set(layout.starts) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert {layer.parameter for layer in layout} == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert layout["2.weight"].row_shape == (7, 1)
     with pytest.raises(KeyError, match=r"no layer matches '\*original\*'; nearest are '0\.weight'"):
         ns.find_layout(model, where="*original*")
@@ -117,15 +118,15 @@ def test_an_old_weight_norm_is_refused_with_the_modern_name(old: str) -> None:
     message = rf"1\.weight_\w+: owned by the old hook-based {name}; use torch\.nn\.utils\.parametrizations\.{old}"
     with pytest.raises(ValueError, match=message):
         ns.find_layout(model)
-    assert list(ns.find_layout(model, where="0.*").starts) == ["0.weight"]
+    assert [layer.parameter for layer in ns.find_layout(model, where="0.*")] == ["0.weight"]
 
 
 def test_shared_tensors_list_their_other_names() -> None:
-    tensors = named_tensors(SharedModule())
+    tensors = survey(SharedModule()).tensors
     assert tensors["first.weight"].aliases == ("second.weight",)
     assert len(tensors["first.weight"].uses) == 1
-    shared = named_tensors(CASES["shared_parameter"].build())
-    assert [attribute for _, attribute in shared["first.weight"].uses] == ["weight", "weight"]
+    shared = survey(CASES["shared_parameter"].build()).tensors
+    assert [attribute for _, attribute, _ in shared["first.weight"].uses] == ["weight", "weight"]
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_a_copy_shares_parameters_owns_buffers_and_leaves_the_model_alone(case: 
     model, batch = case.build(), case.batches()[0]
     run(model, batch)
     before = snapshot(model)
-    copied = copy_structure(model)
+    copied = copy_structure(survey(model)).model
     assert [id(parameter) for parameter in copied.parameters()] == [id(parameter) for parameter in model.parameters()]
     assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert not {id(module) for module in copied.modules()} & {id(module) for module in model.modules()}
@@ -151,7 +152,7 @@ def test_a_copy_shares_parameters_owns_buffers_and_leaves_the_model_alone(case: 
 def test_a_plain_copy_is_in_evaluation_mode_and_computes_the_same(case: Case) -> None:
     model, batch = case.build().train(), case.batches()[0]
     before = snapshot(model)
-    copied = plain(model)
+    copied = eval_copy(model)
     assert_unchanged(before, model)
     assert not any(module.training for module in copied.modules())
     assert not any(parametrize.is_parametrized(module) for module in copied.modules())
@@ -162,17 +163,19 @@ def test_a_plain_copy_of_a_view_has_the_edited_values_in_the_model_s_order() -> 
     for name in ("mlp", "residual", "attention", "weight_norm", "tied"):
         model = built(name)
         view = ns.apply(ns.scale(few(ns.find_layout(model)), 3.0), model)
-        copied, batch = plain(view), CASES[name].batches()[0]
-        assert [name for name, _ in copied.named_parameters()] == [name for name, _ in plain(model).named_parameters()]
+        copied, batch = eval_copy(view), CASES[name].batches()[0]
+        assert [name for name, _ in copied.named_parameters()] == [
+            name for name, _ in eval_copy(model).named_parameters()
+        ]
         assert torch.equal(run(copied, batch), run(view, batch))
 
 
 def test_a_tie_between_parametrized_uses_is_kept() -> None:
     model = built("shared_parameter")
     view = ns.apply(ns.scale(few(ns.find_layout(model)), 3.0), model)
-    copied = plain(view)
+    copied = eval_copy(view)
     assert copied.first.weight is copied.second.weight
-    again = copy_structure(view)
+    again = copy_structure(survey(view)).model
     assert again.first.parametrizations.weight is again.second.parametrizations.weight
     assert len(list(again.parameters())) == len(list(model.parameters()))
 

@@ -1,0 +1,339 @@
+"""What a loader yields: batches, and their examples taken apart and joined again.
+
+What it yields is unpacked in one place, `unpack_batch`, into a `Batch`; everything else in the library sees only that.
+A batch is a tree of tensors in one sense everywhere, that of `map_tensors`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from neuronsurgery.digests import digest
+from neuronsurgery.objects import tensors_within
+from neuronsurgery.types import Group, Loaders
+
+TARGET_KEYS = ("labels", "label", "targets", "y")
+GROUP_KEYS = ("groups", "group", "g")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch: the arguments of one call of the model, with a target and perhaps a group per example.
+
+    Tensors (also nested in tuples, lists and mappings) whose first dimension equals the number of targets are per
+    example; anything else is passed to the model as it is.
+
+    Attributes:
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        targets: one target per example, shape (n, ...).
+        groups: one group per example (n integers or strings), or None.
+
+    Raises:
+        TypeError: if `args` is not a tuple or `kwargs` not a mapping.
+        ValueError: if `targets` has no first dimension or `groups` another length.
+
+    Example:
+        >>> batch = Batch((torch.zeros(2, 3),), {}, torch.tensor([0, 1]), torch.tensor([0, 3]))
+        >>> batch
+        Batch(2 examples, args=[2x3 float32], groups 0 3)
+        >>> batch.groups
+        (0, 3)
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Tensor
+    groups: tuple[Group, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.args, tuple) or not isinstance(self.kwargs, Mapping):
+            raise TypeError(
+                f"Batch takes a tuple of positional and a mapping of keyword arguments of the model, not "
+                f"{type(self.args).__name__} and {type(self.kwargs).__name__}: write Batch((inputs,), {{}}, targets)"
+            )
+        # Not moved to a default device that the caller may have set.
+        targets = self.targets if isinstance(self.targets, Tensor) else torch.as_tensor(self.targets, device="cpu")
+        if targets.dim() == 0:
+            raise ValueError("targets are one per example, shape (n, ...), not a single number: stack them")
+        object.__setattr__(self, "targets", targets)
+        if self.groups is not None:
+            groups = group_names(self.groups)
+            if len(groups) != len(targets):
+                raise ValueError(f"{len(groups)} groups for {len(targets)} targets: give one group per example")
+            object.__setattr__(self, "groups", groups)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        shown = [_describe(value) for value in self.args]
+        text = f"Batch({len(self)} examples, args=[{', '.join(shown)}]"
+        if self.kwargs:
+            text += ", kwargs={" + ", ".join(f"{key}: {_describe(value)}" for key, value in self.kwargs.items()) + "}"
+        if self.groups is not None:
+            text += f", groups {' '.join(map(str, ordered_groups(self.groups)))}"
+        return text + ")"
+
+
+Unpack: TypeAlias = Callable[[Any], Batch]
+"""What a loader yields -> `Batch`."""
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+# Groups
+
+
+def group_names(groups: Any) -> tuple[Group, ...]:
+    """Return the groups of a batch as Python integers or strings, whatever container they came in.
+
+    Raises:
+        TypeError: if a group is neither an integer nor a string.
+    """
+    if isinstance(groups, Tensor | np.ndarray):
+        groups = groups.tolist()
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise TypeError(f"groups are one integer or string per example, not a {type(groups).__name__}")
+    names: tuple[Any, ...] = tuple(g.item() if isinstance(g, Tensor | np.generic) else g for g in groups)
+    wrong = sorted({type(name).__name__ for name in names if not isinstance(name, int | str) or isinstance(name, bool)})
+    if wrong:
+        raise TypeError(f"groups are integers or strings, not {', '.join(wrong)}: convert them, e.g. groups.long()")
+    return names
+
+
+def named_loaders(loaders: Loaders) -> Loaders:
+    """Return a mapping of loaders with its keys as groups, those of numpy and torch made Python's; others as they are.
+
+    Raises:
+        TypeError: if a key is no integer or string.
+        ValueError: if two keys come to one name.
+    """
+    if not isinstance(loaders, Mapping):
+        return loaders
+    keys = list(loaders)
+    try:
+        names = group_names(keys)
+    except TypeError as error:
+        raise TypeError(f"the mapping of loaders: {error}") from error
+    if len(set(names)) < len(names):
+        raise ValueError(f"two loaders of the mapping have one name: {', '.join(map(repr, names))}")
+    return dict(zip(names, loaders.values(), strict=True))
+
+
+def ordered_groups(groups: Iterable[Group]) -> list[Group]:
+    """Return the distinct groups in ascending order, integers before strings."""
+    return sorted(set(groups), key=lambda group: (isinstance(group, str), group))
+
+
+def group_members(groups: Iterable[Group]) -> dict[Group, list[int]]:
+    """Return the positions of each group's examples in a batch, groups in the order of their first example."""
+    members: dict[Group, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    return members
+
+
+# Unpacking
+
+
+def unpack_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
+    """Return what a loader yielded as a `Batch`.
+
+    Understood are a `Batch`; `(inputs, targets)` and `(inputs, targets, groups)`, with `inputs` a tensor, a tuple or
+    list (positional arguments) or a mapping (keyword arguments); and a mapping with `labels` (or `label`, `targets`,
+    `y`), perhaps `groups` (or `group`, `g`), whose other entries are the model's keyword arguments.
+
+    Args:
+        raw: what the loader yielded.
+        unpack: the caller's own function raw -> Batch for any other form.
+
+    Returns:
+        The batch. Containers of `raw` are never changed.
+
+    Raises:
+        TypeError: if the form is unknown or `unpack` returns something else than a Batch.
+        ValueError: if a mapping has no targets or more than one entry that could be.
+    """
+    if unpack is not None:
+        batch = unpack(raw)
+        if not isinstance(batch, Batch):
+            raise TypeError(f"unpack must return a neuronsurgery.Batch, not a {type(batch).__name__}")
+        return batch
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):
+        return _unpack_mapping(raw)
+    if isinstance(raw, tuple | list) and len(raw) in (2, 3):
+        inputs, targets = raw[0], raw[1]
+        groups = raw[2] if len(raw) == 3 else None
+        if isinstance(inputs, Mapping):
+            return Batch((), dict(inputs), targets, groups)
+        return Batch(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, targets, groups)
+    form = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, tuple | list) else "")
+    raise TypeError(
+        f"a loader yielded a {form}; understood are (inputs, targets), (inputs, targets, groups), a mapping with "
+        f"'labels', and neuronsurgery.Batch. For any other form pass unpack=, a function batch -> Batch"
+    )
+
+
+def _unpack_mapping(raw: Mapping[Any, Any]) -> Batch:
+    target_keys = [key for key in TARGET_KEYS if key in raw]
+    group_keys = [key for key in GROUP_KEYS if key in raw]
+    if len(target_keys) != 1 or len(group_keys) > 1:
+        raise ValueError(
+            f"a mapping batch needs exactly one of {TARGET_KEYS} and at most one of {GROUP_KEYS}; this one has the "
+            f"keys {sorted(map(str, raw))}. Rename them, or pass unpack=, a function batch -> Batch"
+        )
+    named = (*target_keys, *group_keys)
+    kwargs = {str(key): value for key, value in raw.items() if key not in named}
+    return Batch((), kwargs, raw[target_keys[0]], raw[group_keys[0]] if group_keys else None)
+
+
+# Batches as trees of tensors
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return a value with every tensor in it replaced by `function(tensor)`; the value itself is not changed.
+
+    Containers are those that torch's pytree knows: tuples (named ones too), lists, dictionaries and what was registered
+    there. Any other object that holds tensors is deep-copied around the new ones, so that it arrives as what it was: a
+    dataclass, a cache, a graph. An object in two places stays one object.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    memo: dict[int, Any] = {}
+
+    def replaced(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        tensors = list(tensors_within([leaf]))
+        if not tensors:
+            return leaf
+        memo.update({id(tensor): function(tensor) for tensor in tensors if id(tensor) not in memo})
+        return copy.deepcopy(leaf, memo)
+
+    return pytree.tree_unflatten([replaced(leaf) for leaf in leaves], structure)
+
+
+def move(batch: Batch, device: torch.device | None) -> Batch:
+    """Return the batch with every tensor on a device (None: where it is); what is there already is not copied."""
+    if device is None:
+        return batch
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), to)
+    return Batch(args, kwargs, to(batch.targets), batch.groups)
+
+
+# Examples taken apart
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """A batch taken apart: which of its tensors are per example stays known, whatever part is taken.
+
+    A part may happen to have as many examples as a tensor of the whole batch has rows; by its shape it could not be
+    told any more.
+
+    Attributes:
+        leaves: what the arguments of the batch hold, in a fixed order; tensors of the whole batch are copies, since a
+            loader may reuse its memory.
+        per_example: which of the leaves are tensors with one entry per example.
+        structure: what puts the leaves back into (args, kwargs).
+        targets: one per example.
+        groups: one per example, or None.
+    """
+
+    leaves: tuple[Any, ...]
+    per_example: tuple[bool, ...]
+    structure: pytree.TreeSpec
+    targets: Tensor
+    groups: tuple[Group, ...] | None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Examples:
+        """Return the examples of a batch."""
+        leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs)))
+        flags = tuple(_is_per_example(leaf, len(batch)) for leaf in leaves)
+        kept = (
+            leaf.clone() if isinstance(leaf, Tensor) and not flag else leaf
+            for leaf, flag in zip(leaves, flags, strict=True)
+        )
+        return cls(tuple(kept), flags, structure, batch.targets, batch.groups)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self) -> Batch:
+        """Return the examples as a batch."""
+        args, kwargs = pytree.tree_unflatten(list(self.leaves), self.structure)
+        return Batch(args, kwargs, self.targets, self.groups)
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """Return some of the examples.
+
+        A contiguous range is a view; anything else is copied, so that a loader may reuse its memory.
+        """
+
+        def pick(tensor: Tensor) -> Tensor:
+            if isinstance(indices, range):
+                return tensor[indices.start : indices.stop]
+            return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+
+        pairs = zip(self.leaves, self.per_example, strict=True)
+        leaves = tuple(pick(leaf) if flag else leaf for leaf, flag in pairs)
+        groups = None if self.groups is None else tuple(self.groups[i] for i in indices)
+        return Examples(leaves, self.per_example, self.structure, pick(self.targets), groups)
+
+
+def _is_per_example(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
+
+
+def join(parts: Sequence[Examples]) -> Examples:
+    """Return examples of one `signature` together, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    head = parts[0]
+    leaves = tuple(
+        torch.cat([part.leaves[i] for part in parts]) if flag else head.leaves[i]
+        for i, flag in enumerate(head.per_example)
+    )
+    groups = None
+    if all(part.groups is not None for part in parts):
+        groups = tuple(group for part in parts for group in part.groups or ())
+    return Examples(leaves, head.per_example, head.structure, torch.cat([part.targets for part in parts]), groups)
+
+
+def signature(batch: Batch) -> Hashable:
+    """Return a key that two batches share exactly when their examples may be joined into one batch.
+
+    It holds the shape without the first dimension, the dtype and the device of what is per example, and the value of
+    everything else.
+    """
+    leaves, structure = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.targets))
+    return repr(structure), tuple(_kind(leaf, len(batch)) for leaf in leaves)
+
+
+def _kind(leaf: Any, count: int) -> Hashable:
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, Hashable) else ("unhashable", id(leaf))
+    if _is_per_example(leaf, count):
+        return ("per example", tuple(leaf.shape[1:]), leaf.dtype, leaf.device)
+    if leaf.layout != torch.strided:
+        return ("sparse", id(leaf))  # its content is not compared
+    return (tuple(leaf.shape), leaf.dtype, leaf.device, digest(leaf))

@@ -1,0 +1,77 @@
+"""One forward pass in isolation, and the logits in what a model returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuronsurgery.batches import Batch, map_tensors
+from neuronsurgery.types import Predict
+
+
+def isolated_forward(model: nn.Module, batch: Batch) -> Any:
+    """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside."""
+    copies: list[Tensor] = []
+
+    def own(tensor: Tensor) -> Tensor:
+        copies.append(tensor.detach().clone())
+        return copies[-1]
+
+    args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), own)
+    with random_state_kept(copies):
+        return model(*args, **kwargs)
+
+
+def random_state_kept(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Return a context that gives the random state of the CPU and of the tensors' GPUs back as it was."""
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)
+
+
+def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tensor:
+    """Return the logits in a model's output, first dimension the example.
+
+    Args:
+        output: what the model returned.
+        predict: the caller's function output -> logits; the default takes the tensor itself, `.logits`, `["logits"]`,
+            or the first of a tuple.
+        examples: the number of examples in the batch.
+
+    Raises:
+        TypeError: if no logits are found.
+        ValueError: if their first dimension is not `examples`.
+    """
+    logits = default_predict(output) if predict is None else predict(output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"predict must return the logits, a tensor, not a {type(logits).__name__}")
+    if logits.dim() == 0 or len(logits) != examples:
+        raise ValueError(
+            f"the model returned logits of shape {tuple(logits.shape)} for {examples} examples; the first dimension "
+            f"must be the example: pass predict=, a function output -> logits"
+        )
+    return logits
+
+
+def default_predict(output: Any) -> Tensor:
+    """Return the tensor itself, `.logits`, `["logits"]`, or the first of a tuple, whichever the output has.
+
+    Raises:
+        TypeError: if it has none of them.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"no logits found in the model's output, a {type(output).__name__}: pass predict=, a function "
+            f"output -> logits"
+        )
+    return logits

@@ -1,0 +1,56 @@
+"""What the operators of a graph do, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from neuronsurgery.graph.writes import OnCopy
+
+CONVOLUTIONS = {f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3)} | {"convolution"}
+
+WEIGHTED = CONVOLUTIONS | {"linear", "addmm", "matmul", "mm", "bmm", "bilinear", "scaled_dot_product_attention"}
+"""Operators that mix the channels of what they read: a layer ends where they begin."""
+
+NORMS = {
+    "batch_norm": (1, 2),
+    "instance_norm": (1, 2),
+    "group_norm": (2, 3),
+    "layer_norm": (2, 3),
+    "rms_norm": (2, None),
+}
+"""Normalisations and where their arguments have the scale and the shift."""
+
+ACTIVATIONS = {"relu", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "relu6", "hardtanh", "hardswish"}
+ELEMENTWISE = ACTIVATIONS | {"hardsigmoid", "mish", "sigmoid", "tanh", "softplus", "neg", "abs", "exp", "pow", "square"}
+ELEMENTWISE |= {"dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "to", "type_as"}
+ELEMENTWISE |= {"_to_copy", "clamp", "clamp_min", "clamp_max", "sqrt", "lift_fresh", "mul", "div"}
+"""Operators that keep every entry where it is; `mul` and `div` only by a number."""
+
+JOINS = {"add", "sub", "cat", "stack"}
+
+SUMS = {"add", "sub", "rsub"}
+"""Operators that do nothing but add their operands up."""
+
+LOOKUPS = WEIGHTED | {"embedding", "embedding_bag", "index", "index_select", "gather"}
+"""Operators that make an activation of token ids and a parameter; adding a table of biases to a mask does not."""
+
+RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
+"""Operators that read several weights, no one of which ends them."""
+
+FILLED = {f"{kind}_like" for kind in ("full", "zeros", "ones", "empty")}
+FILLED |= {f"new_{kind}" for kind in ("full", "zeros", "ones", "empty")}
+"""Operators that read no more of a tensor than its shape."""
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the name of a node's operator without namespace, overload and the mark of a write in place."""
+    target: Any = node.target.operator if isinstance(node.target, OnCopy) else node.target
+    name = str(target).split(".")
+    return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
+
+
+def argument(node: fx.Node, position: int, name: str) -> Any:
+    """Return an argument of a node's operator, given by position or by name; None where it is left out."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)

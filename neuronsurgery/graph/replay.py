@@ -1,0 +1,301 @@
+"""Replay: a captured graph run once without edits, and for each edit what it taints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from neuronsurgery.errors import CaptureError
+from neuronsurgery.graph.inputs import Dims, Inputs
+
+Label = TypeVar("Label", bound=Hashable)
+
+Fetch = Callable[[list[Any]], tuple[list[Any], dict[str, Any]]]
+"""The values by slot -> the arguments of an operator."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A captured forward: the operators between inputs and logits, none of which writes into another one's value.
+
+    Attributes:
+        nodes: the nodes in the order of execution, placeholders first; `node.target` is the operator, `node.users` and
+            `node.all_input_nodes` the neighbours. Whatever does not lead to the logits is left out. A node's slot is
+            its position here.
+        parameters: for each of the model's parameters (its first name) its placeholders; several where the model knows
+            it by several names, none where the forward does not use it.
+        buffers: for each buffer that the forward reads its placeholder.
+        inputs: the placeholders of the inputs' tensors, in order.
+        output: the node of the logits.
+        constants: the values of the other nodes that no operator computes: parameters, buffers, constants.
+        originals: the model's parameters by first name.
+        dims: the dimensions that may vary.
+        slots: the slot of each node.
+        reads: for each slot the slots that its node reads.
+        fetches: for each slot of an operator how to fetch its arguments.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    parameters: Mapping[str, tuple[fx.Node, ...]]
+    buffers: Mapping[str, fx.Node]
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+    constants: Mapping[fx.Node, Any]
+    originals: Mapping[str, nn.Parameter]
+    dims: Dims
+    slots: Mapping[fx.Node, int] = field(init=False, repr=False)
+    reads: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
+    fetches: tuple[Fetch, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        slots = {node: slot for slot, node in enumerate(self.nodes)}
+        # An output that is an input is kept; what is left of dead nodes reads nothing that is known.
+        reads = tuple(tuple(slots[read] for read in node.all_input_nodes) for node in self.nodes)
+        fetches = tuple(_fetch(node, slots) for node in self.nodes)
+        for name, value in (("slots", slots), ("reads", reads), ("fetches", fetches)):
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        used = sum(bool(nodes) for nodes in self.parameters.values())
+        return f"Graph({len(self.nodes)} nodes, {used} of {len(self.parameters)} parameters used)"
+
+    def parameter(self, node: fx.Node) -> str | None:
+        """Return the first name of the parameter that a placeholder stands for, or None for any other node."""
+        return next((name for name, nodes in self.parameters.items() if node in nodes), None)
+
+    def tainted(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Return the slots of the operators that these parameters reach, in the order of execution.
+
+        Raises:
+            KeyError: if a name is not that of a parameter.
+        """
+        wanted = list(names)
+        unknown = sorted(set(wanted) - set(self.parameters))
+        if unknown:
+            raise KeyError(f"not parameters of the captured model: {', '.join(unknown)}")
+        reached = {self.slots[node] for name in wanted for node in self.parameters[name]}
+        operators = []
+        for slot in range(min(reached, default=len(self.nodes)), len(self.nodes)):
+            if not reached.isdisjoint(self.reads[slot]):
+                reached.add(slot)
+                operators.append(slot)
+        return tuple(operators)
+
+    @staticmethod
+    def shape(node: fx.Node) -> tuple[int | None, ...] | None:
+        """Return the shape of a node's value, None for a size that varies; None for what is not a tensor."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+    def run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        """Return an iterator over (label, logits) of every edit: see `Schedule.run`."""
+        return schedule(self, {frozenset(edited) for edited in edits.values()}).run(args, kwargs, edits)
+
+
+# Schedules
+
+
+class Instruction(NamedTuple):
+    """One operator to run: its slot, and the slots whose values are not needed afterwards."""
+
+    slot: int
+    free: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Suffix:
+    """What an edit of some parameters runs anew.
+
+    Attributes:
+        instructions: the tainted operators in order.
+        reads: slots of the unedited run that they (or the caller) read.
+        ready: the last of these.
+        slots: the placeholders' slots of each edited parameter.
+    """
+
+    instructions: tuple[Instruction, ...]
+    reads: frozenset[int]
+    ready: int
+    slots: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of the unedited run, then the suffixes (by their parameters' names) that are ready after it."""
+
+    instructions: tuple[Instruction, ...]
+    suffixes: tuple[frozenset[str], ...]
+    free: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A graph planned for edits of some parameters: what is run when, and forgotten when.
+
+    Attributes:
+        graph: the graph.
+        suffixes: by the names of the edited parameters, what their edits run anew.
+        segments: the unedited run cut where suffixes are ready; it stops after the last of them.
+    """
+
+    graph: Graph
+    suffixes: Mapping[frozenset[str], Suffix]
+    segments: tuple[Segment, ...]
+
+    def run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        """Yield (label, logits) of every edit, as each becomes available.
+
+        What the edits have in common with the unedited run is computed once. Nothing is checked: see `CheckedForward`.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            edits: for each label the edited parameters by their first names, those that the schedule was made for; `{}`
+                is the unedited model. A value is looked up just before it is used and forgotten right after, so a
+                mapping may compute it on demand.
+        """
+        labels: dict[frozenset[str], list[Label]] = {}
+        for label, edited in edits.items():
+            labels.setdefault(frozenset(edited), []).append(label)
+        values = _bind(self.graph, Inputs.of(args, kwargs).tensors)
+        for segment in self.segments:
+            _execute(self.graph, segment.instructions, values)
+            for names in segment.suffixes:
+                for label in labels[names]:
+                    yield label, self._branch(self.suffixes[names], values, edits[label])
+            for slot in segment.free:
+                values[slot] = None
+
+    def _branch(self, suffix: Suffix, values: Sequence[Any], edited: Mapping[str, Tensor]) -> Tensor:
+        own = list(values)
+        for name, slots in suffix.slots.items():
+            value = as_parameter(edited[name], self.graph.originals[name])
+            for slot in slots:
+                own[slot] = value
+        _execute(self.graph, suffix.instructions, own)
+        logits: Tensor = own[self.graph.slots[self.graph.output]]
+        return logits
+
+
+def schedule(graph: Graph, names: Iterable[frozenset[str]]) -> Schedule:
+    """Return the schedule of a graph for edits of these sets of parameters, each by first names.
+
+    Raises:
+        KeyError: if a name is not that of a parameter.
+    """
+    suffixes = {key: _suffix(graph, key) for key in sorted(set(names), key=sorted)}
+    ready: dict[int, list[frozenset[str]]] = {}
+    until: dict[int, int] = {}
+    for key, suffix in suffixes.items():
+        ready.setdefault(suffix.ready, []).append(key)
+        until.update({slot: max(suffix.ready, until.get(slot, 0)) for slot in suffix.reads})
+    base = range(max(ready, default=-1) + 1)
+    last_use = {read: slot for slot in base for read in graph.reads[slot]}
+    held = {slot: stop for slot, stop in until.items() if stop >= last_use.get(slot, 0)}
+    freed: dict[int, list[int]] = {}
+    for slot, stop in held.items():
+        freed.setdefault(stop, []).append(slot)
+    operators = [slot for slot in base if graph.nodes[slot].op == "call_function"]
+    left = list(_instructions(graph, operators, keep=set(held)))[::-1]
+    segments = []
+    for stop in sorted(ready):
+        part = []
+        while left and left[-1].slot <= stop:
+            part.append(left.pop())
+        segments.append(Segment(tuple(part), tuple(ready[stop]), tuple(freed.get(stop, ()))))
+    return Schedule(graph, suffixes, tuple(segments))
+
+
+def _suffix(graph: Graph, names: frozenset[str]) -> Suffix:
+    tainted = graph.tainted(names)
+    output = graph.slots[graph.output]
+    slots = {name: tuple(graph.slots[node] for node in graph.parameters[name]) for name in names}
+    computed = {*tainted, *(slot for own in slots.values() for slot in own)}
+    reads = frozenset({output}.union(*(graph.reads[slot] for slot in tainted)) - computed)
+    return Suffix(_instructions(graph, tainted, keep={output}), reads, max(reads, default=0), slots)
+
+
+def _instructions(graph: Graph, slots: Sequence[int], keep: set[int]) -> tuple[Instruction, ...]:
+    """Return the operators as instructions that forget each value after its last use, but for those to keep."""
+    seen = set(keep)
+    instructions = []
+    for slot in reversed(slots):
+        dead = {*graph.reads[slot], slot} - seen
+        seen |= dead
+        instructions.append(Instruction(slot, tuple(sorted(dead))))
+    return tuple(reversed(instructions))
+
+
+# Running
+
+
+def _bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
+    if len(tensors) != len(graph.inputs):
+        raise CaptureError(f"the graph takes {len(graph.inputs)} tensors, not {len(tensors)}")
+    values: list[Any] = [None] * len(graph.nodes)
+    for node, tensor in zip(graph.inputs, tensors, strict=True):
+        values[graph.slots[node]] = tensor
+    for node, value in graph.constants.items():
+        values[graph.slots[node]] = value
+    return values
+
+
+def _execute(graph: Graph, instructions: Iterable[Instruction], values: list[Any]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for slot, free in instructions:
+            args, kwargs = graph.fetches[slot](values)
+            call: Any = graph.nodes[slot].target
+            values[slot] = call(*args, **kwargs)
+            for dead in free:
+                values[dead] = None
+
+
+def as_parameter(tensor: Tensor, original: Tensor) -> Tensor:
+    """Return the same values, requiring a gradient where the original does.
+
+    Even where no gradient is recorded, matmul chooses its kernel, and so the last bits, by that flag of its operands.
+    """
+    with torch.inference_mode(False):
+        value = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return value.requires_grad_(original.requires_grad)
+
+
+def _fetch(node: fx.Node, slots: Mapping[fx.Node, int]) -> Fetch:
+    """Return a function of the values by slot that gives a node's arguments."""
+    template = list(node.args)
+    direct = [(i, slots[value]) for i, value in enumerate(template) if isinstance(value, fx.Node)]
+    nested = [(i, value) for i, value in enumerate(template) if _has_nodes(value) and not isinstance(value, fx.Node)]
+    named = {name: value for name, value in node.kwargs.items() if _has_nodes(value)}
+    plain = {name: value for name, value in node.kwargs.items() if name not in named}
+
+    def fetch(values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        args = template.copy()
+        for i, slot in direct:
+            args[i] = values[slot]
+        if not nested and not named:
+            return args, plain
+
+        def value(n: fx.Node) -> Any:
+            return values[slots[n]]
+
+        for i, tree in nested:
+            args[i] = fx.map_arg(tree, value)
+        return args, {**plain, **{name: fx.map_arg(tree, value) for name, tree in named.items()}}
+
+    return fetch
+
+
+def _has_nodes(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return bool(found)

@@ -1,0 +1,269 @@
+"""Trust: a captured graph is replayed only where it was checked against the model itself, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from neuronsurgery.copies import Runner
+from neuronsurgery.errors import CaptureError, warn
+from neuronsurgery.forward import default_predict, random_state_kept
+from neuronsurgery.graph.export import capture, evaluating
+from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
+from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, schedule
+from neuronsurgery.types import Predict
+
+PATIENCE = 3
+"""After so many signatures without a graph to trust, no more captures are tried: each takes seconds."""
+
+
+class CheckedForward:
+    """A model's forward for many edits at once, by replay where that was checked and by one forward each elsewhere.
+
+    Promised are the logits of the model's own forward with the edited parameters in place, bit for bit, for a model
+    whose output is a function of its inputs, parameters and buffers. A graph that took another path through the Python
+    of the model than the model itself does is found by the check, if the unedited outputs differ. The paths that can
+    part them are: sizes, which the signature holds; and values that the model reads from its tensors in Python. Export
+    refuses those, unless the model does so only outside an export (Hugging Face skips a mask that is all ones): reads
+    are seen in the first check, and then every batch is checked. What the check cannot find is a path that depends on
+    the values of an *edited* run and is hidden from the export, or on something that is no tensor (a clock, a global).
+
+    Args:
+        runner: the model, as a copy not used by anyone else meanwhile.
+        predict: the model's output -> logits.
+
+    Attributes:
+        fallbacks: for each signature that no graph could be trusted for, the reason.
+        reasons: why any forward pass was not shared; each has been warned of once.
+
+    Example:
+        >>> from neuronsurgery.copies import make_runner
+        >>> from neuronsurgery.surveys import survey
+        >>> model = nn.Linear(2, 2)
+        >>> forward = CheckedForward(make_runner(survey(model)))
+        >>> edits = {"base": {}, "cut": {"weight": torch.zeros(2, 2)}}
+        >>> logits = dict(forward.run((torch.ones(3, 2),), {}, edits))
+        >>> torch.equal(logits["cut"], model.bias.expand(3, 2))
+        True
+    """
+
+    def __init__(self, runner: Runner, predict: Predict = default_predict) -> None:
+        self.fallbacks: dict[Hashable, str] = {}
+        self.reasons: set[str] = set()
+        self._runner = runner
+        self._predict = predict
+        self._places = _places(runner)
+        # By signature of the inputs, the graph that was checked for it; by kind of inputs, the newest graph and the
+        # shapes that were met.
+        self._checked: dict[Hashable, Graph] = {}
+        self._newest: dict[Hashable, Graph] = {}
+        self._shapes: dict[Hashable, list[tuple[torch.Size, ...]]] = {}
+        self._schedules: dict[tuple[Graph, frozenset[frozenset[str]]], Schedule] = {}
+        # Whether the model reads values of its tensors in Python, and by label what its buffers have become.
+        self._reads_values = False
+        self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
+
+    def run(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        """Return an iterator over (label, logits) of every edit, in no particular order.
+
+        Where no graph can be trusted a warning says why, once for each reason.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            edits: for each label the edited parameters by their first names; `{}` is the unedited model. Values are
+                looked up just before use.
+
+        Raises:
+            KeyError: if a name is not that of a parameter.
+        """
+        unknown = sorted({name for edited in edits.values() for name in edited} - set(self._runner.parameters))
+        if unknown:
+            raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
+        graph = self._graph(Inputs.of(args, kwargs))
+        if graph is None:
+            return self.one_by_one(args, kwargs, edits)
+        names = frozenset(frozenset(edited) for edited in edits.values())
+        if (graph, names) not in self._schedules:
+            self._schedules[graph, names] = schedule(graph, names)
+        return self._schedules[graph, names].run(args, kwargs, edits)
+
+    def one_by_one(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        """Yield what `run` gives, by one forward pass for each edit: for where there is nothing to share.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            edits: for each label the edited parameters by their first names, all of them parameters of the model.
+        """
+        inputs = Inputs.of(args, kwargs)
+        for label in edits:
+            # Each edited model is a model of its own: what it changes in its buffers stays with it.
+            changed = self._changed_buffers.setdefault(label, {})
+            # Here, not in `_eager`: that a model draws must show where its graph is checked.
+            with random_state_kept(inputs.tensors):
+                logits = self._eager(inputs, edits[label], changed)
+            yield label, logits
+
+    def _eager(self, inputs: Inputs, edited: Mapping[str, Tensor], changed: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a plain forward.
+
+        Args:
+            inputs: the arguments; copied, since some models write into them.
+            edited: parameters to put in the place of the model's.
+            changed: buffers as earlier batches left them, by name; updated with those that this one changes.
+        """
+        with evaluating():
+            buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
+            weights = {name: as_parameter(edited[name], self._runner.parameters[name]) for name in edited}
+            given = {**weights, **buffers}
+            args, kwargs = inputs.call(as_parameter(tensor.clone(), tensor) for tensor in inputs.tensors)
+            # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
+            placed = {place: given[name] for name in given for place in self._places[name]}
+            logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))
+            given = {name: placed[self._places[name][0]] for name in buffers}
+        for name, tensor in self._runner.model.named_buffers():
+            if not same_bits(given[name], changed.get(name, tensor)):
+                changed[name] = given[name]
+        return logits
+
+    # Which graph, if any
+
+    def _graph(self, inputs: Inputs) -> Graph | None:
+        """Return the graph to trust for these inputs, or None after a warning that says why there is none."""
+        signature = inputs.signature
+        if signature in self.fallbacks:
+            return None
+        known = self._checked.get(signature)
+        if known is not None and not self._reads_values:
+            return known
+        with random_state_kept(inputs.tensors):
+            changed: dict[str, Tensor] = {}
+            with _Reads() as reads:
+                expected = self._eager(inputs, {}, changed)
+            self._reads_values |= reads.seen
+            if known is not None:
+                if _agrees(known, inputs, expected):
+                    return known
+                self._warn("it reads the values of its inputs and took another path for this batch than when captured")
+                return None
+            graph, reason = self._find(inputs, expected, set(changed))
+        if graph is None:
+            self.fallbacks[signature] = reason
+            self._warn(reason)
+        else:
+            self._checked[signature] = graph
+        return graph
+
+    def _find(self, inputs: Inputs, expected: Tensor, changed: set[str]) -> tuple[Graph | None, str]:
+        """Return a graph to trust for these inputs, or None and the reason.
+
+        Args:
+            inputs: the arguments.
+            expected: what the model itself gives.
+            changed: the buffers that it changed meanwhile.
+        """
+        reason = "a replay of its captured graph gives other bits than the model itself"
+        try:
+            inputs.refuse_objects()
+            for graph in self._candidates(inputs):
+                carried = sorted(changed.intersection(graph.buffers))
+                if carried:
+                    return None, f"it carries {', '.join(carried)} from one batch to the next"
+                if _agrees(graph, inputs, expected):
+                    return graph, ""
+        except CaptureError as error:
+            reason = str(error)
+        if not same_bits(self._eager(inputs, {}, {}), expected):
+            reason = "its own output differs from one run to the next"
+        return None, reason
+
+    def _candidates(self, inputs: Inputs) -> Iterator[Graph]:
+        """Yield the graph of earlier inputs of this kind, one of the sizes that were seen to vary, one of these sizes.
+
+        Raises:
+            CaptureError: if the last of them cannot be captured.
+        """
+        kind = inputs.kind
+        shapes = self._shapes.setdefault(kind, [])
+        shapes.append(tuple(tensor.shape for tensor in inputs.tensors))
+        general = self._newest.get(kind)
+        if general is not None:
+            yield general
+        if len(self.fallbacks) >= PATIENCE:
+            return
+        dims = varying(batch_dims(inputs.tensors), shapes)
+        if general is None or dims != general.dims:
+            try:
+                general = self._newest[kind] = self._capture(inputs, dims)
+            except CaptureError:
+                if not any(dims):
+                    raise
+            else:
+                yield general
+        if any(dims):
+            yield self._capture(inputs, tuple(frozenset() for _ in dims))
+
+    def _capture(self, inputs: Inputs, dims: Dims) -> Graph:
+        args, kwargs = inputs.call(inputs.tensors)
+        return capture(self._runner, args, kwargs, self._predict, dims=dims)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            text = f"no part of the model's forward is shared between edits (each costs a forward of its own): {reason}"
+            warn(text)
+
+
+def _places(runner: Runner) -> dict[str, tuple[str, ...]]:
+    """Return for each parameter and buffer, by its first name, one path to every module and attribute that hold it."""
+    places = dict(runner.places)
+    first: dict[int, str] = {}
+    met: set[tuple[int, str]] = set()
+    for prefix, module in runner.model.named_modules(remove_duplicate=False):
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and (id(module), attribute) not in met:
+                met.add((id(module), attribute))
+                path = f"{prefix}.{attribute}".removeprefix(".")
+                name = first.setdefault(id(buffer), path)
+                places[name] = (*places.get(name, ()), path)
+    return places
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
+    """See whether Python reads a value from a tensor (`.item()`, `if mask.all():`)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.seen = False
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def _agrees(graph: Graph, inputs: Inputs, expected: Tensor) -> bool:
+    args, kwargs = inputs.call(inputs.tensors)
+    try:
+        (replayed,) = (logits for _, logits in graph.run(args, kwargs, {"base": {}}))
+    except Exception:  # shapes that a graph was not made for fail in any operator
+        return False
+    return same_bits(replayed, expected)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits; a NaN equals itself, -0.0 is not 0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+        return False
+    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

@@ -1,0 +1,264 @@
+"""Losses and metrics, one value per example, and the rules for the labels that they take."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuronsurgery.precision import widened
+from neuronsurgery.types import Loss, Metric
+
+IGNORED_TOKEN = -100
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each example, shape (n,), float32 or wider: the default loss.
+
+    Args:
+        logits: shape (n, classes, ...); or (n, tokens, classes) with targets (n, tokens).
+        targets: class indices, int, shape (n, ...), the mean being over the tokens or pixels whose label is not -100
+            (0 where there is none); or probabilities, float, of the shape of the logits.
+
+    Raises:
+        ValueError: if a label is not one of the classes, or the shapes do not fit.
+
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor([1.3863, 1.3863])
+    """
+    wide = widened(logits)
+    if targets.is_floating_point():
+        if targets.shape != logits.shape or logits.dim() < 2:
+            raise ValueError(
+                f"float targets are probabilities of the logits' shape {tuple(logits.shape)}, not of shape "
+                f"{tuple(targets.shape)}: give class indices (targets.long()), or pass loss= for a regression"
+            )
+        return _mean_of_each(F.cross_entropy(wide, targets.to(wide.dtype), reduction="none"))
+    tokens = is_token_classification(logits, targets)
+    wide = wide.movedim(-1, 1) if tokens else wide
+    if wide.dim() < 2 or targets.shape != wide.shape[:1] + wide.shape[2:]:
+        raise ValueError(
+            f"class indices for logits of shape {tuple(logits.shape)} (example, class, ...) have shape "
+            f"{tuple(logits.shape[:1] + logits.shape[2:])}, not {tuple(targets.shape)}: reshape them, or pass loss="
+        )
+    return _mean_over_positions(wide, targets)
+
+
+def _mean_of_each(losses: Tensor) -> Tensor:
+    return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
+
+
+def _mean_over_positions(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each example, classes on axis 1, averaged over its tokens or pixels that count."""
+    refuse_unknown_classes(targets, logits.shape[1])
+    losses = F.cross_entropy(logits, targets.long(), reduction="none", ignore_index=IGNORED_TOKEN)
+    if targets.dim() == 1:
+        return losses
+    return losses.flatten(1).sum(1) / (targets != IGNORED_TOKEN).flatten(1).sum(1).clamp(min=1)
+
+
+def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean next-token cross entropy of each sequence, shape (n,): logits at t against the label at t + 1.
+
+    Args:
+        logits: shape (n, tokens, vocabulary).
+        targets: token ids, int, shape (n, tokens); -100 is left out.
+
+    Raises:
+        ValueError: if the shapes do not fit or a label is not in the vocabulary.
+
+    Example:
+        >>> causal_lm_loss(torch.zeros(1, 3, 7), torch.tensor([[2, 5, -100]]))
+        tensor([1.9459])
+    """
+    if logits.dim() != 3 or targets.shape != logits.shape[:2]:
+        raise ValueError(
+            f"causal_lm_loss takes logits (example, token, vocabulary) and token ids (example, token), not shapes "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    wide = widened(logits[:, :-1]).movedim(-1, 1)
+    return _mean_over_positions(wide, targets[:, 1:])
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 for each example that is classified right and 0 otherwise, float32, shape (n,): the default metric.
+
+    An example with a NaN among its logits is wrong.
+
+    Args:
+        logits: shape (n, classes, ...), of two or more classes; or (n, tokens, classes) with targets (n, tokens).
+        targets: class indices, int, shape (n, ...), the share being over the tokens or pixels whose label is not -100
+            (0 where there is none); or probabilities of the shape of the logits, whose largest counts.
+
+    Raises:
+        ValueError: if the shapes do not fit, or a label is not one of the classes.
+
+    Example:
+        >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+        tensor([1., 0.])
+    """
+    axis = 2 if is_token_classification(logits, targets) else 1
+    wanted = targets
+    if targets.is_floating_point() and targets.shape == logits.shape and logits.dim() > 1:
+        wanted = targets.argmax(1)
+    without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if logits.dim() < 2 or logits.shape[axis] < 2 or wanted.is_floating_point() or wanted.shape != without_classes:
+        raise ValueError(
+            f"accuracy needs logits (example, class, ...) of two or more classes and class indices (int) without the "
+            f"class dimension, or probabilities with it, not {logits.dtype} of shape {tuple(logits.shape)} and "
+            f"{targets.dtype} of shape {tuple(targets.shape)}: convert the targets, or pass metric="
+        )
+    if wanted is targets:
+        refuse_unknown_classes(targets, logits.shape[axis])
+    # The largest of logits with a NaN would be the NaN itself, or the first of them.
+    right = (logits.argmax(axis) == wanted) & ~logits.isnan().any(axis)
+    if right.dim() == 1:
+        return right.float()
+    counted = wanted != IGNORED_TOKEN
+    return (right & counted).flatten(1).sum(1).float() / counted.flatten(1).sum(1).clamp(min=1)
+
+
+def margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return by how much each example is right, float32 or wider, shape (n,): a metric for `evaluate` and `sweep`.
+
+    The logit of the true class minus the largest other one: positive where the prediction is right.
+
+    Args:
+        logits: shape (n, classes), of two or more classes.
+        targets: class indices, int, shape (n,).
+
+    Raises:
+        ValueError: if the shapes do not fit, or a label is not one of the classes.
+
+    Example:
+        >>> margin(torch.tensor([[2.0, 0.5], [1.0, 3.0]]), torch.tensor([0, 0]))
+        tensor([ 1.5000, -2.0000])
+    """
+    if logits.dim() != 2 or logits.shape[1] < 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"margin needs logits (example, class) of two or more classes and one class index (int) per example, not "
+            f"{logits.dtype} of shape {tuple(logits.shape)} and {targets.dtype} of shape {tuple(targets.shape)}: for "
+            f"probabilities pass their argmax, for one logit z the two logits (0, z), for tokens a metric of your own"
+        )
+    refuse_unknown_classes(targets, logits.shape[1])
+    wide = widened(logits)
+    true = targets[:, None].long()
+    others = wide.scatter(1, true, float("-inf")).amax(1)
+    return wide.gather(1, true)[:, 0] - others
+
+
+# Labels
+
+
+def is_token_classification(logits: Tensor, targets: Tensor) -> bool:
+    """Return whether the classes are on the last axis: 3-D logits (n, tokens, classes) and targets (n, tokens).
+
+    Where tokens and classes are equally many, both readings fit, and this one is taken.
+    """
+    return logits.dim() == 3 and targets.shape == logits.shape[:2] and not targets.is_floating_point()
+
+
+def refuse_unknown_classes(targets: Tensor, classes: int) -> None:
+    """Raise if a class index is not one of the classes; -100 marks a token or pixel that does not count.
+
+    Raises:
+        ValueError: if there is one; shows some of them.
+    """
+    known = (targets >= 0) & (targets < classes)
+    if targets.dim() > 1:
+        known |= targets == IGNORED_TOKEN
+    if not known.all():
+        wrong = sorted(set(targets[~known].tolist()))[:5]
+        hint = ""
+        if classes == 1:
+            hint = "; for one logit pass loss= with binary_cross_entropy_with_logits(..., reduction='none')"
+        raise ValueError(f"labels must be 0..{classes - 1} for {classes} classes, found {wrong}{hint}")
+
+
+def refuse_shifted_labels(model: nn.Module, default: str, instead: str) -> None:
+    """Raise for a causal language model, whose labels the library never shifts on its own.
+
+    Args:
+        model: the model without wrappers; recognised by its class name, as Hugging Face names them.
+        default: what the caller left at its default.
+        instead: what to pass in its place.
+
+    Raises:
+        ValueError: if the model is a causal language model.
+    """
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(
+            f"{name} is a causal language model: its logits at one position predict the label of the next, and labels "
+            f"are never shifted by {default}. Pass {instead}"
+        )
+
+
+def refuse_default_loss(model: nn.Module, loss: Loss | None) -> None:
+    """Raise if the loss of a causal language model was left at its default.
+
+    Raises:
+        ValueError: if it was.
+    """
+    if loss is None:
+        refuse_shifted_labels(model, "the default loss", "loss=neuronsurgery.causal_lm_loss")
+
+
+def refuse_default_metric(model: nn.Module, *metrics: Metric) -> None:
+    """Raise if `accuracy` is among the metrics of a causal language model.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if accuracy in metrics:
+        refuse_shifted_labels(model, "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
+
+
+# One value per example
+
+
+def example_losses(loss: Loss | None, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each example, shape (n,).
+
+    Raises:
+        ValueError: if `loss` gives something else than one number per example.
+    """
+    losses = (loss or cross_entropy)(logits, targets)
+    if not isinstance(losses, Tensor) or losses.shape != targets.shape[:1]:
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"loss must return one loss per example, shape ({len(targets)},), not {found}: write it with "
+            f'reduction="none" and average over anything but the examples'
+        )
+    return losses
+
+
+def example_values(metric: Metric, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the metric of each example, float64, shape (n,), on the CPU.
+
+    Raises:
+        ValueError: if `metric` gives something else than one number per example.
+    """
+    values = metric(logits, targets)
+    if not isinstance(values, Tensor) or values.shape != targets.shape[:1]:
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"metric must return one value per example, shape ({len(targets)},), not {found}: average over anything "
+            f"but the examples"
+        )
+    return values.detach().double().cpu()
+
+
+def refuse_bad_losses(losses: Tensor, what: str) -> None:
+    """Raise if a loss is NaN or infinite.
+
+    Raises:
+        ValueError: if one is; says of how many examples of what.
+    """
+    wrong = int((~torch.isfinite(losses)).sum())
+    if wrong:
+        raise ValueError(
+            f"the loss of {wrong} of {len(losses)} examples of {what} is NaN or infinite: look for bad inputs, or for "
+            f"a model that has diverged"
+        )

@@ -1,0 +1,83 @@
+"""What objects hold at any depth: those among the inputs of a model, and those in the attributes of its modules."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
+
+
+def tensors_within(values: Iterable[Any], known: Container[int] = ()) -> Iterator[Tensor]:
+    """Yield the tensors that some objects hold at any depth, each once; modules are not entered.
+
+    Args:
+        values: the objects.
+        known: ids of objects that are not entered either.
+    """
+    return (found for found in objects_within(values, (Tensor,), (nn.Module,), known))
+
+
+def objects_within(
+    values: Iterable[Any], wanted: tuple[type, ...], closed: tuple[type, ...] = (), known: Container[int] = ()
+) -> Iterator[Any]:
+    """Yield the objects of some classes that others hold at any depth, each once and without looking inside them.
+
+    Args:
+        values: where to look.
+        wanted: the classes to find.
+        closed: classes that are neither found nor entered.
+        known: ids of objects that are not entered either.
+    """
+    # What a deep copy takes as it is needs no look inside, and classes and functions lead everywhere.
+    atomic = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, weakref.ref)
+    plain = (str, bytes, int, float, complex, bool, type(None))
+    queue = list(values)
+    seen: dict[int, Any] = {}
+    while queue:
+        value = queue.pop()
+        if id(value) in seen or id(value) in known or isinstance(value, plain + atomic + closed):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, wanted):
+            yield value
+        else:
+            queue.extend(gc.get_referents(value))
+
+
+def kept_attributes(module: nn.Module) -> Mapping[str, Any]:
+    """Return the attributes that a copy of a module takes over: those that its class pickles, where it says which.
+
+    A Lightning module leaves its trainer out, which holds the data, the optimiser and the model once more.
+    """
+    # The class that torch gives a parametrized module refuses to be pickled.
+    kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
+    pickled, restored = getattr(kind, "__getstate__", None), getattr(kind, "__setstate__", None)
+    default = getattr(object, "__getstate__", None)
+    if pickled is None or pickled is default or restored is not nn.Module.__setstate__:
+        return vars(module)
+    state = pickled(module)
+    registered = ("_parameters", "_buffers", "_modules")
+    whole = isinstance(state, dict) and all(state.get(key) is vars(module).get(key) for key in registered)
+    return state if whole else vars(module)
+
+
+def held_by_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor | Optimizer]:
+    """Yield the tensors and optimisers that a module's plain attributes hold; objects of a known id are not entered.
+
+    Optimisers hold parameters to update them, not to compute with them: these are not looked for.
+    """
+    registered = ("_parameters", "_buffers", "_modules")
+    attributes = kept_attributes(module).items()
+    values = [value for key, value in attributes if key not in registered and not key.endswith("_hooks")]
+    return objects_within(values, (Tensor, Optimizer), known=known)
+
+
+def tensors_in_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor]:
+    """Yield the tensors that a module's plain attributes hold at any depth; objects of a known id are not entered."""
+    return (held for held in held_by_attributes(module, known) if isinstance(held, Tensor))

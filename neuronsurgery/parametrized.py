@@ -1,0 +1,113 @@
+"""Parametrizations of torch: the tensors that they compute, and how a copy of a module gets or loses one.
+
+The dynamic class that torch gives a parametrized module holds the properties of all its parametrized tensors: a copy
+that kept that class would change the original when a further tensor is parametrized. So every copy gets a class of its
+own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+TENSOR_ORDER = "_neuronsurgery_tensor_order"
+"""Name of the attribute in which a copy remembers the order of a module's tensors, which parametrizing would change."""
+
+
+def tensor_attributes(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters, parametrized ones included, in their original order."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if is_parametrized(module):
+        names += [
+            name
+            for name in parametrizations(module)
+            if any(isinstance(original, nn.Parameter) for original in originals(module, name))
+        ]
+    order = vars(module).get(TENSOR_ORDER, ())
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def parametrizations(module: nn.Module) -> dict[str, ParametrizationList]:
+    """Return the parametrizations of a module's tensors, by the tensor's name."""
+    held = module._modules.get("parametrizations") if is_parametrized(module) else None
+    return {} if held is None else dict(held._modules)  # type: ignore[arg-type]  # torch registers nothing else there
+
+
+def originals(module: nn.Module, attribute: str) -> list[Tensor]:
+    """Return the tensors that a parametrized one is computed from."""
+    held = parametrizations(module)[attribute]
+    names = ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
+    return [getattr(held, name) for name in names]
+
+
+def own_class(module: nn.Module, *, assignable: bool = False) -> None:
+    """Give a parametrized copy a class of its own, whose properties compute the tensor at every access.
+
+    torch's own property would cache under the id of the module it was made for (`parametrize.cached()`), which is
+    another module's, or a dead one's; and its setter would write into the shared parameter.
+
+    Args:
+        module: the copy.
+        assignable: whether assigning the tensor is allowed, as torch does it: for copies that own their weights.
+    """
+    kind = type(module)
+    namespace = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    setter = _assign if assignable else _refuse_assignment
+    for name in parametrizations(module):
+        namespace[name] = property(_named(_compute, name), _named(setter, name))
+    namespace.pop("register_parameter", None)
+    if not assignable:
+        namespace["register_parameter"] = functools.partialmethod(_register_parameter, kind.__bases__[0])
+    metaclass: Callable[..., type[nn.Module]] = type(kind)
+    module.__class__ = metaclass(kind.__name__, kind.__bases__, namespace)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda module, *value: function(name, module, *value)
+
+
+def _compute(name: str, module: nn.Module) -> Tensor:
+    value: Tensor = parametrizations(module)[name]()
+    return value
+
+
+def _assign(name: str, module: nn.Module, value: Tensor) -> None:
+    parametrizations(module)[name].right_inverse(value)
+
+
+def _refuse_assignment(name: str, module: nn.Module, value: object) -> None:
+    raise RuntimeError(
+        f"'{name}' is computed by a parametrization in this view, which shares its weights with the model it was made "
+        f"from; assigning it, or passing it to functional_call under its plain name, would overwrite the original. "
+        f"Use the key 'parametrizations.{name}.original', or bake the edit first"
+    )
+
+
+def _register_parameter(module: nn.Module, base: type[nn.Module], name: str, parameter: nn.Parameter | None) -> None:
+    """Refuse to assign a parameter as a tensor is refused; torch would only say that the attribute exists."""
+    if name in parametrizations(module):
+        _refuse_assignment(name, module, parameter)
+    base.register_parameter(module, name, parameter)
+
+
+def take_off(module: nn.Module, attribute: str, value: Tensor) -> None:
+    """Put `value` in the place of a parametrized tensor of a copy, as the plain parameter (or buffer) it once was."""
+    del module._modules["parametrizations"]._modules[attribute]  # type: ignore[union-attr]
+    if not parametrizations(module):
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
+    else:
+        own_class(module)
+        delattr(type(module), attribute)
+    if isinstance(value, nn.Parameter):
+        module._parameters[attribute] = value
+        order = tensor_attributes(module)
+        module._parameters = {name: module._parameters[name] for name in order if name in module._parameters} | {
+            name: None for name, parameter in module._parameters.items() if parameter is None
+        }
+    else:
+        module.register_buffer(attribute, value)

@@ -1,0 +1,370 @@
+"""One survey of a model: its tensors under all their names, what holds them, what cannot be read.
+
+Everything that looks at a model's structure looks at a `Survey`. It is made once for each call of a public function,
+and changes nothing: a parametrized tensor, a property that is computed at every access by a forward pass which may
+change buffers (spectral norm's power iteration in training mode), is named here and computed in `copies`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
+from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.swa_utils import AveragedModel
+
+from neuronsurgery.errors import listed
+from neuronsurgery.objects import tensors_in_attributes
+from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
+
+HOOKED = {
+    "WeightNorm": "torch.nn.utils.parametrizations.weight_norm",
+    "SpectralNorm": "torch.nn.utils.parametrizations.spectral_norm",
+}
+
+WRAPPERS = (
+    ("_orig_mod", "OptimizedModule", "torch._dynamo.eval_frame"),
+    ("_checkpoint_wrapped_module", "ActivationWrapper", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"),
+)
+"""Where wrappers hold the module that they run, their classes, and the modules that define these."""
+
+ADAPTERS = (
+    ("PeftModel", "peft", "base_model"),
+    ("BaseTuner", "peft.tuners.tuners_utils", "model"),
+    ("BaseTunerLayer", "peft.tuners.tuners_utils", "base_layer"),
+)
+"""Classes of adapters, the modules that define them, and the child that adds nothing to names."""
+
+
+# Wrappers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside wrappers that only run it: of DDP, DataParallel, averaging, compiling, checkpointing.
+
+    Raises:
+        TypeError: if `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is a torch.nn.Module, not a {type(model).__name__}")
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
+        return model.module
+    for child, kind, module in WRAPPERS:
+        if child in model._modules and _is_a(model, kind, module):
+            return model._modules[child]
+    return None
+
+
+def _is_a(value: object, kind: str, module: str) -> bool:
+    """Return whether a value is of a class in a module that costs too much to import, or may not be installed.
+
+    Where there is such a value, somebody has imported the module.
+    """
+    found = getattr(sys.modules.get(module), kind, None)
+    return isinstance(found, type) and isinstance(value, found)
+
+
+def _segment(module: nn.Module, name: str) -> str:
+    """Return what a child adds to the names of its tensors: its own name, or nothing within an adapter."""
+    transparent = any(name == child and _is_a(module, kind, at) for kind, at, child in ADAPTERS)
+    return "" if transparent else f"{name}."
+
+
+# Names of others
+
+
+def same_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str | None]:
+    """Return for each wanted name the one of `names` that is the same but for what wrappers put into it; None if none.
+
+    The very name comes first. Without it, the one name that differs by parts of wrappers only: `module.` of DDP,
+    `_orig_mod.` of a compiled module, `_checkpoint_wrapped_module.`, and `base_model.model.` and `base_layer.` of
+    adapters. A module of the model's own may be called so, too; where two names fit, none is taken.
+    """
+    known = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    by_plain: dict[str, list[str]] = {}
+    found: dict[str, str | None] = {}
+    for name in wanted:
+        if name in known:
+            found[name] = name
+            continue
+        if not by_plain:
+            for other in known:
+                by_plain.setdefault(without_wrappers(other), []).append(other)
+        fitting = by_plain.get(without_wrappers(name), [])
+        found[name] = fitting[0] if len(fitting) == 1 else None
+    return found
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that wrappers and adapters put into it."""
+    name = name.removeprefix("base_model.model.")
+    own = ("module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+    return ".".join(part for part in name.split(".") if part not in own)
+
+
+# The survey
+
+
+class Use(NamedTuple):
+    """A module that holds a tensor, the attribute it holds it by, and one path to it in a copy of the model."""
+
+    module: nn.Module
+    attribute: str
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
+class SurveyedTensor:
+    """A parameter, or the tensor that a parametrization computes, under every name it has in the bare model.
+
+    Attributes:
+        name: the first name in the order of `named_parameters()`.
+        aliases: its other names.
+        uses: what holds it, each module and attribute once. Parameters that lie in the same memory in the same way
+            are one tensor.
+        position: its place among the model's tensors.
+        parametrized: whether it is computed by a parametrization.
+        hooked: the class name of an old weight-norm hook that computes another tensor from this one, or "".
+        overlapped: the name of another tensor that lies in the same memory in another way (a transpose), or "".
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    uses: tuple[Use, ...]
+    position: int
+    parametrized: bool
+    hooked: str
+    overlapped: str
+
+    @property
+    def parameter(self) -> Tensor:
+        """The tensor itself; of a parametrized one its first original, since computing it may change buffers."""
+        use = self.uses[0]
+        if self.parametrized:
+            return originals(use.module, use.attribute)[0]
+        return use.module._parameters[use.attribute]  # type: ignore[return-value]  # None entries are never named
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The parameters that hold it: several where they share one memory."""
+        if self.parametrized:
+            return (self.parameter,)
+        return tuple(use.module._parameters[use.attribute] for use in self.uses)  # type: ignore[misc]  # none is None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it requires a gradient, or one of the tensors that a parametrization computes it from does."""
+        use = self.uses[0]
+        held = originals(use.module, use.attribute) if self.parametrized else [self.parameter]
+        return any(original.requires_grad for original in held)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """A model's structure as it was found; nothing in it is computed later.
+
+    Attributes:
+        model: the model without the wrappers around it.
+        tensors: its tensors by first name, in the order of `named_parameters()`.
+        names: every name of a tensor -> its first name.
+        modules: its modules and their names, parametrizations too, wrappers taken off.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, SurveyedTensor]
+    names: Mapping[str, str]
+    modules: Mapping[nn.Module, str]
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the model's first parameter, or None where it has none."""
+        first = next(self.model.parameters(), None)
+        return None if first is None else first.device
+
+    def first_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the first name of each tensor that some names mean, wrappers' prefixes understood; no unknown ones."""
+        return {name: self.names[known] for name, known in same_names(names, self.names).items() if known is not None}
+
+
+def survey(model: nn.Module | Survey) -> Survey:
+    """Return the survey of a model, or the survey itself where it is given one.
+
+    Wrappers inside the model and the suffixes of parametrizations never show in names; a tensor of a parametrized
+    module is there under its plain name.
+
+    Raises:
+        TypeError: if it is given something else.
+    """
+    if isinstance(model, Survey):
+        return model
+    root = unwrap(model)
+    found = _found(root)
+    overlapped = _overlapped(found)
+    tensors = {}
+    for position, entry in enumerate(found.values()):
+        first = next(iter(entry.uses.values()))
+        tensors[entry.names[0]] = SurveyedTensor(
+            entry.names[0],
+            tuple(entry.names[1:]),
+            tuple(entry.uses.values()),
+            position,
+            is_parametrized(first.module, first.attribute),
+            next(filter(None, map(_old_hook, entry.uses.values())), ""),
+            overlapped.get(entry.names[0], ""),
+        )
+    names = {alias: name for name, tensor in tensors.items() for alias in (name, *tensor.aliases)}
+    modules: dict[nn.Module, str] = {}
+    for prefix, module in _all_modules(root):
+        modules.setdefault(module, prefix.removesuffix("."))
+    return Survey(root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules))
+
+
+class _Found(NamedTuple):
+    """The names and uses of one tensor, as they are met."""
+
+    names: list[str]
+    uses: dict[tuple[int, str], Use]
+
+
+def _found(root: nn.Module) -> dict[Any, _Found]:
+    """Return the names and uses of every tensor, by what makes two tensors one."""
+    found: dict[Any, _Found] = {}
+    taken: set[str] = set()
+    for prefix, path, module in _walk(root):
+        for attribute in tensor_attributes(module):
+            entry = found.setdefault(_identity(module, attribute), _Found([], {}))
+            # Within an adapter two tensors may come to one name; then the later one is named by its whole path.
+            name = f"{prefix}{attribute}" if f"{prefix}{attribute}" not in taken else f"{path}{attribute}"
+            taken.add(name)
+            entry.names.append(name)
+            entry.uses.setdefault((id(module), attribute), Use(module, attribute, f"{path}{attribute}"))
+    return found
+
+
+def _identity(module: nn.Module, attribute: str) -> Any:
+    """Return a key that two tensors share exactly if they are tied: one object, or the same memory in the same way."""
+    if is_parametrized(module, attribute):
+        # A view of a tied weight keeps the tie: its uses share one list of parametrizations.
+        return id(parametrizations(module)[attribute])
+    parameter = module._parameters[attribute]
+    assert parameter is not None  # None entries are never named
+    memory = _memory(parameter)
+    return id(parameter) if memory is None else (*memory, parameter.shape, parameter.stride(), parameter.dtype)
+
+
+def _memory(parameter: Tensor) -> tuple[str, int] | None:
+    """Return where a plain, dense tensor lies; None for any other, and for an empty one."""
+    if type(parameter) not in (nn.Parameter, Tensor) or parameter.is_meta or parameter.layout != torch.strided:
+        return None
+    return (str(parameter.device), parameter.data_ptr()) if parameter.numel() else None
+
+
+def _overlapped(found: Mapping[Any, _Found]) -> dict[str, str]:
+    """Return for each tensor that begins in the memory of another one, but is cut otherwise, the name of that one."""
+    at: dict[Any, list[str]] = {}
+    for key, entry in found.items():
+        if isinstance(key, tuple):
+            at.setdefault(key[:2], []).append(entry.names[0])
+    return {
+        name: next(other for other in names if other != name)
+        for names in at.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _walk(model: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield (prefix of names, prefix of paths, module) for every path to a module, parametrizations left out."""
+    yield name, path, model
+    for key, child in model._modules.items():
+        if child is not None and not (key == "parametrizations" and is_parametrized(model)):
+            yield from _walk(unwrap(child), f"{name}{_segment(model, key)}", f"{path}{key}.")
+
+
+def _all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (prefix, module) for every path to a module, wrappers taken off, parametrizations too."""
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _all_modules(unwrap(child), f"{prefix}{name}.")
+
+
+def _old_hook(use: Use) -> str:
+    """Return the class name of an old weight-norm hook that owns this parameter, or ""."""
+    for hook in use.module._forward_pre_hooks.values():
+        name = type(hook).__name__
+        owned = getattr(hook, "name", None)
+        if name in HOOKED and use.attribute.removesuffix("_g").removesuffix("_v").removesuffix("_orig") == owned:
+            return name
+    return ""
+
+
+# What is refused
+
+
+def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
+    """Raise one error that lists every tensor the library cannot read or edit, with the reason.
+
+    Raises:
+        ValueError: if a tensor is on the meta device, not yet initialised, quantised, sharded, complex, owned by an old
+            weight-norm hook, or in the memory of another one.
+    """
+    wrong = [f"{tensor.name}: {reason}" for tensor in tensors if (reason := _unsupported(tensor))]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n"
+            f"Give a model with plain floating-point parameters on a real device, or leave these out with where="
+        )
+
+
+def _unsupported(tensor: SurveyedTensor) -> str:
+    parameter = tensor.parameter
+    if tensor.hooked:
+        return f"owned by the old hook-based {tensor.hooked}; use {HOOKED[tensor.hooked]} instead"
+    if tensor.overlapped:
+        return (
+            f"in the same memory as {tensor.overlapped}, but cut in another way (a transpose?), where an edit would "
+            f"not reach it; give it memory of its own, or tie the two as one parameter"
+        )
+    if isinstance(parameter, UninitializedTensorMixin):
+        return "not yet initialised (a lazy module); run the model on one batch first"
+    if parameter.is_meta:
+        return "on the meta device, so it has no values; load the weights first"
+    kinds = {kind.__name__ for kind in type(parameter).__mro__}
+    if kinds & {"DTensor", "FlatParameter", "ShardedTensor"}:
+        return "sharded over processes (DTensor or FSDP); gather the full model first"
+    if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"
+    if not parameter.dtype.is_floating_point:
+        return f"of dtype {str(parameter.dtype).removeprefix('torch.')}; only real floating-point weights have neurons"
+    return ""
+
+
+def held_elsewhere(surveyed: Survey) -> dict[str, str]:
+    """Return the parameters that a plain attribute of a module holds too, by name, and the module in words.
+
+    What computes with such an attribute sees neither an edit of a view nor a tensor that `functional_call` puts in the
+    parameter's place.
+    """
+    names = {id(held): name for name, tensor in surveyed.tensors.items() for held in tensor.parameters}
+    modules = {id(module): None for module in surveyed.modules}
+    held: dict[str, str] = {}
+    for module, path in surveyed.modules.items():
+        if isinstance(module, nn.RNNBase):
+            continue  # its flat list of weights is brought up to date at every forward pass
+        for tensor in tensors_in_attributes(module, modules):
+            if id(tensor) in names:
+                held.setdefault(names[id(tensor)], f"module '{path}' ({type(module).__name__})")
+    return held
