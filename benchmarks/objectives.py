@@ -100,14 +100,14 @@ class Case:
         with torch.no_grad():
             held = self.dense()
         pruned = self.pruned()
-        ns.nt_xent(held, pruned).backward()
+        ns.objectives.nt_xent(held, pruned).backward()
         dense = self.dense()
-        (ns.nt_xent(dense, pruned.detach()) + self.supervised(dense)).backward()
+        (ns.objectives.nt_xent(dense, pruned.detach()) + self.supervised(dense)).backward()
 
     def one_half(self) -> None:
         """Not the authors' step: the whole model is a fixed target of the contrastive term."""
         dense = self.dense()
-        (ns.nt_xent(dense.detach(), self.pruned()) + self.supervised(dense)).backward()
+        (ns.objectives.nt_xent(dense.detach(), self.pruned()) + self.supervised(dense)).backward()
 
     def gradient(self, step: Callable[[], None]) -> Tensor:
         """Return the gradient that a step leaves in the parameters, as one vector."""

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torchvision.io import decode_jpeg, encode_jpeg, read_file
 
 import neuronsurgery as ns
-from neuronsurgery.capture import CheckedForward
-from neuronsurgery.structure import plain
+from neuronsurgery.copies import make_runner
+from neuronsurgery.graph.trust import CheckedForward
+from neuronsurgery.surveys import survey
 
 Data = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -121,7 +122,7 @@ def write_files(model: nn.Module, folder: Path, data: Data) -> Data:
 
 def capture_seconds(model: nn.Module, data: Data) -> float:
     """Return the time that the first batch takes more than the second: capture and check."""
-    forward = CheckedForward(plain(model))
+    forward = CheckedForward(make_runner(survey(model)))
     times = []
     for _ in range(2):
         started = time.perf_counter()
@@ -133,12 +134,12 @@ def capture_seconds(model: nn.Module, data: Data) -> float:
 
 def suffix_share(model: nn.Module, edits: dict[str, ns.Edit], data: Data) -> float:
     """Return the floor: the time of all suffixes over that of as many whole forwards, one operator timed at a time."""
-    runner = plain(model)
+    runner = make_runner(survey(model))
     forward = CheckedForward(runner)
     images = data[0][0]
     for _ in forward.run((images,), {}, {"base": {}}):
         pass
-    (graph,) = set(forward._trusted.values())
+    (graph,) = set(forward._checked.values())
     seconds: dict[str, float] = {}
     values: dict[object, object] = dict(graph.constants)
     values.update(zip(graph.inputs, [images], strict=True))
@@ -245,8 +246,8 @@ def plot(path: Path, batches: int) -> None:
 
 def suffix_seconds(model: nn.Module, names: list[str], images: Tensor) -> list[float]:
     """Return what one more edit of each layer costs, in forward passes: the best of five replays, capture apart."""
-    runner = plain(model)
-    weights = {name: parameter.detach() for name, parameter in runner.named_parameters()}
+    runner = make_runner(survey(model))
+    weights = {name: parameter.detach() for name, parameter in runner.model.named_parameters()}
     forward = CheckedForward(runner)
 
     def replay(edits: dict[str, dict[str, Tensor]]) -> float:
