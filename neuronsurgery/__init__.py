@@ -5,7 +5,7 @@ from neuronsurgery.batches import Batch
 from neuronsurgery.checkpoints import rewind
 from neuronsurgery.coupling import coupled
 from neuronsurgery.discovery import find_layout
-from neuronsurgery.edits import Edit, compose, random_init, random_noise, scale, zero_out
+from neuronsurgery.edits import Edit, compose, file_kind, random_init, random_noise, scale, zero_out
 from neuronsurgery.errors import CaptureError
 from neuronsurgery.evaluation import GroupMetrics, evaluate
 from neuronsurgery.files import load_file, save_file
@@ -18,10 +18,11 @@ from neuronsurgery.layouts import Layout, select
 from neuronsurgery.losses import accuracy, causal_lm_loss, cross_entropy, margin
 from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
+from neuronsurgery.outcomes import Sweep
 from neuronsurgery.plans import Plan, plan
 from neuronsurgery.scores import Scores, contrast, magnitudes, overlap, ranks, sample, top_fraction, topk
 from neuronsurgery.surgery import apply, bake, edited_parameters
-from neuronsurgery.sweeps import Sweep, sweep
+from neuronsurgery.sweeps import sweep
 
 __all__ = [
     "Batch",
@@ -48,6 +49,7 @@ __all__ = [
     "cross_entropy",
     "edited_parameters",
     "evaluate",
+    "file_kind",
     "find_layout",
     "fragility",
     "grad_norms",

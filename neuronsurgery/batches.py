@@ -7,9 +7,10 @@ A batch is a tree of tensors in one sense everywhere, that of `map_tensors`.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from neuronsurgery.types import Group, Loaders
 
 TARGET_KEYS = ("labels", "label", "targets", "y")
 GROUP_KEYS = ("groups", "group", "g")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +39,11 @@ class Batch:
         kwargs: keyword arguments of the model.
         targets: one target per example, shape (n, ...).
         groups: one group per example (n integers or strings), or None.
+        indices: the place of each example in a data set (n integers), or None. A `Sweep` keeps them.
 
     Raises:
         TypeError: if `args` is not a tuple or `kwargs` not a mapping.
-        ValueError: if `targets` has no first dimension or `groups` another length.
+        ValueError: if `targets` has no first dimension or `groups` or `indices` another length.
 
     Example:
         >>> batch = Batch((torch.zeros(2, 3),), {}, torch.tensor([0, 1]), torch.tensor([0, 3]))
@@ -53,6 +57,7 @@ class Batch:
     kwargs: Mapping[str, Any]
     targets: Tensor
     groups: tuple[Group, ...] | None = None
+    indices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.args, tuple) or not isinstance(self.kwargs, Mapping):
@@ -70,6 +75,11 @@ class Batch:
             if len(groups) != len(targets):
                 raise ValueError(f"{len(groups)} groups for {len(targets)} targets: give one group per example")
             object.__setattr__(self, "groups", groups)
+        if self.indices is not None:
+            indices = tuple(int(index) for index in self.indices)
+            if len(indices) != len(targets):
+                raise ValueError(f"{len(indices)} indices for {len(targets)} targets: give one index per example")
+            object.__setattr__(self, "indices", indices)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -236,7 +246,7 @@ def move(batch: Batch, device: torch.device | None) -> Batch:
         return tensor.to(device, non_blocking=True)
 
     args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), to)
-    return Batch(args, kwargs, to(batch.targets), batch.groups)
+    return Batch(args, kwargs, to(batch.targets), batch.groups, batch.indices)
 
 
 # Examples taken apart
@@ -256,6 +266,7 @@ class Examples:
         structure: what puts the leaves back into (args, kwargs).
         targets: one per example.
         groups: one per example, or None.
+        indices: one per example, or None.
     """
 
     leaves: tuple[Any, ...]
@@ -263,6 +274,7 @@ class Examples:
     structure: pytree.TreeSpec
     targets: Tensor
     groups: tuple[Group, ...] | None
+    indices: tuple[int, ...] | None
 
     @classmethod
     def of(cls, batch: Batch) -> Examples:
@@ -273,7 +285,7 @@ class Examples:
             leaf.clone() if isinstance(leaf, Tensor) and not flag else leaf
             for leaf, flag in zip(leaves, flags, strict=True)
         )
-        return cls(tuple(kept), flags, structure, batch.targets, batch.groups)
+        return cls(tuple(kept), flags, structure, batch.targets, batch.groups, batch.indices)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -281,7 +293,7 @@ class Examples:
     def batch(self) -> Batch:
         """Return the examples as a batch."""
         args, kwargs = pytree.tree_unflatten(list(self.leaves), self.structure)
-        return Batch(args, kwargs, self.targets, self.groups)
+        return Batch(args, kwargs, self.targets, self.groups, self.indices)
 
     def take(self, indices: Sequence[int]) -> Examples:
         """Return some of the examples.
@@ -297,7 +309,8 @@ class Examples:
         pairs = zip(self.leaves, self.per_example, strict=True)
         leaves = tuple(pick(leaf) if flag else leaf for leaf, flag in pairs)
         groups = None if self.groups is None else tuple(self.groups[i] for i in indices)
-        return Examples(leaves, self.per_example, self.structure, pick(self.targets), groups)
+        own = None if self.indices is None else tuple(self.indices[i] for i in indices)
+        return Examples(leaves, self.per_example, self.structure, pick(self.targets), groups, own)
 
 
 def _is_per_example(leaf: Any, count: int) -> bool:
@@ -313,10 +326,17 @@ def join(parts: Sequence[Examples]) -> Examples:
         torch.cat([part.leaves[i] for part in parts]) if flag else head.leaves[i]
         for i, flag in enumerate(head.per_example)
     )
-    groups = None
-    if all(part.groups is not None for part in parts):
-        groups = tuple(group for part in parts for group in part.groups or ())
-    return Examples(leaves, head.per_example, head.structure, torch.cat([part.targets for part in parts]), groups)
+    targets = torch.cat([part.targets for part in parts])
+    groups = _chained([part.groups for part in parts])
+    return Examples(
+        leaves, head.per_example, head.structure, targets, groups, _chained([part.indices for part in parts])
+    )
+
+
+def _chained(parts: Sequence[tuple[T, ...] | None]) -> tuple[T, ...] | None:
+    """Return one tuple of some, None where one is missing."""
+    known = [part for part in parts if part is not None]
+    return tuple(itertools.chain.from_iterable(known)) if len(known) == len(parts) else None
 
 
 def signature(batch: Batch) -> Hashable:

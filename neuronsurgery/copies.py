@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
@@ -23,10 +24,10 @@ from neuronsurgery.errors import inline
 from neuronsurgery.objects import held_by_attributes, kept_attributes
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
+    give_own_class,
     originals,
-    own_class,
     parametrizations,
-    take_off,
+    remove_parametrization,
     tensor_attributes,
 )
 from neuronsurgery.surveys import Survey, survey, unwrap
@@ -116,7 +117,7 @@ def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers, *, optimiz
                 owner = getattr(hook, "__self__", hook)
                 # A hook that is a method of one of the model's modules follows that module into the copy;
                 # torch's own wrapper holds such a module weakly and knows how to be copied with it.
-                if type(hook).__name__ != "_WrappedHook":
+                if not isinstance(hook, _WrappedHook):
                     memo.setdefault(id(owner), owner)
     for held in held_by_attributes(module, memo):
         if isinstance(held, Optimizer):
@@ -198,7 +199,7 @@ def _fill(new: nn.Module, module: nn.Module, name: str, memo: dict[int, Any]) ->
 
 def _detach_from_original(new: nn.Module) -> None:
     if is_parametrized(new):
-        own_class(new)
+        give_own_class(new)
     if isinstance(new, nn.RNNBase):
         # On CUDA it would move the shared weights into one block of memory.
         new.__dict__["flatten_parameters"] = _keep_parameters
@@ -244,7 +245,7 @@ def make_runner(surveyed: Survey) -> Runner:
         for attribute, held in parametrizations(module).items():
             if id(held) not in computed:
                 computed[id(held)] = _computed(module, attribute)
-            take_off(module, attribute, computed[id(held)])
+            remove_parametrization(module, attribute, computed[id(held)])
     parameters = {
         name: copied.modules[tensor.uses[0].module]._parameters[tensor.uses[0].attribute]
         for name, tensor in surveyed.tensors.items()

@@ -12,7 +12,7 @@ from neuronsurgery.copies import readable
 from neuronsurgery.errors import first, listed, nearest
 from neuronsurgery.layers import COLUMNS, GROUPED_COLUMNS, ROWS, Layer
 from neuronsurgery.layouts import Layout, matching
-from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unsupported, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, is_a, refuse_unsupported, survey
 from neuronsurgery.types import Patterns, Where
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -188,7 +188,7 @@ def _is_layer(tensor: SurveyedTensor, value: Tensor) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Return whether it is Hugging Face's Conv1D, a linear layer stored (in, out), without importing transformers."""
-    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return is_a(module, "Conv1D", "transformers.pytorch_utils")
 
 
 def _axis(module: nn.Module, attribute: str, dims: int) -> int:

@@ -70,9 +70,33 @@ KINDS: dict[str, type[Edit]] = {}
 
 
 def file_kind(name: str) -> Callable[[EditT], EditT]:
-    """Return a decorator that registers a class of edits under the name that files know it by."""
+    """Return a decorator that registers a class of edits, so that `save_file` and `load_file` know it.
+
+    Args:
+        name: what files call the kind. Whoever loads such a file must have registered it, too.
+
+    Raises:
+        ValueError: if another class has the name.
+
+    Example:
+        >>> @file_kind("negate")
+        ... @dataclass(frozen=True)
+        ... class Negate(Edit):
+        ...     neurons: Neurons
+        ...
+        ...     def rows(self, layer, indices, weight, constants=None):
+        ...         return -layer.take(weight, indices)
+        >>> from neuronsurgery import apply, find_layout, select
+        >>> model = torch.nn.Linear(3, 2)
+        >>> view = apply(Negate(select(find_layout(model), {"weight": 0})), model)
+        >>> torch.equal(view.weight[0], -model.weight[0])
+        True
+    """
 
     def register(kind: EditT) -> EditT:
+        known = KINDS.setdefault(name, kind)
+        if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(f"files call {known.__qualname__} '{name}' already: choose another name")
         KINDS[name] = kind
         return kind
 

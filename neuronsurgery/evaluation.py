@@ -10,51 +10,80 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from neuronsurgery.batches import Unpack, group_members, named_loaders, ordered_groups
 from neuronsurgery.copies import make_runner
 from neuronsurgery.distributed import exchange, without_mha_fastpath
-from neuronsurgery.errors import EXHAUSTED, listed
+from neuronsurgery.errors import EXHAUSTED, inline, listed
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.loaders import iterate_groups
-from neuronsurgery.losses import accuracy, example_values, refuse_default_metric
+from neuronsurgery.losses import accuracy, example_values, is_larger_better, refuse_unshifted_metrics
+from neuronsurgery.results import ByName
 from neuronsurgery.surveys import survey
 from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 
 @dataclass(frozen=True, repr=False)
-class GroupMetrics:
-    """The mean of a metric over each group.
+class GroupMetrics(ByName[Group, float]):
+    """The mean of a metric over each group; behaves as a mapping group -> mean.
 
     Attributes:
         groups: the names of the groups.
         values: the mean over each group.
         counts: the number of examples of each group.
+        larger_is_better: the direction of the metric; None where nobody knows it, and then there is no `worst`.
 
     Example:
-        >>> metrics = GroupMetrics(("landbird", "waterbird"), (0.9, 0.5), (30, 10))
+        >>> metrics = GroupMetrics(("landbird", "waterbird"), (0.9, 0.5), (30, 10), larger_is_better=True)
         >>> metrics["waterbird"], metrics.worst, metrics.average, metrics.balanced
         (0.5, 0.5, 0.8, 0.7)
+        >>> dict(metrics), "waterbird" in metrics
+        ({'landbird': 0.9, 'waterbird': 0.5}, True)
     """
 
     groups: tuple[Group, ...]
     values: tuple[float, ...]
     counts: tuple[int, ...]
+    larger_is_better: bool | None = None
 
-    def __getitem__(self, group: Group) -> float:
+    @override
+    def _names(self) -> tuple[Group, ...]:
+        return self.groups
+
+    @override
+    def __getitem__(self, name: Group) -> float:
         """Return the mean over one group, by its name.
 
         Raises:
             KeyError: if there is no such group; lists those there are.
         """
-        if group not in self.groups:
-            raise KeyError(f"no group {group!r}; there are {', '.join(map(repr, self.groups))}")
-        return self.values[self.groups.index(group)]
+        self.refuse_unknown(name, "group")
+        return self.values[self.groups.index(name)]
 
     @property
     def worst(self) -> float:
-        """The smallest of the groups' means: the worst-group accuracy; NaN if one of them is."""
+        """The mean over the worst group, by the direction of the metric; NaN if one of the means is.
+
+        Raises:
+            ValueError: if the direction of the metric is not known.
+        """
+        if self.larger_is_better is None:
+            raise ValueError(
+                "whether larger values of this metric are better is not known, so no group is the worst: pass "
+                "larger_is_better= to evaluate or sweep, or ask for min or max"
+            )
+        return self.min if self.larger_is_better else self.max
+
+    @property
+    def min(self) -> float:
+        """The smallest of the groups' means; NaN if one of them is."""
         return math.nan if any(map(math.isnan, self.values)) else min(self.values)
+
+    @property
+    def max(self) -> float:
+        """The largest of the groups' means; NaN if one of them is."""
+        return math.nan if any(map(math.isnan, self.values)) else max(self.values)
 
     @property
     def average(self) -> float:
@@ -84,16 +113,19 @@ class GroupMetrics:
         total = sum(value * proportions[group] for group, value in zip(self.groups, self.values, strict=True))
         return total / sum(weights)
 
+    @override
     def to_records(self) -> list[dict[str, Any]]:
         """Return one row per group, for any data frame."""
         rows = zip(self.groups, self.values, self.counts, strict=True)
         return [{"group": group, "value": value, "count": count} for group, value, count in rows]
 
     def __repr__(self) -> str:
-        rows = list(zip(self.groups, self.values, self.counts, strict=True))
+        rows = zip(self.groups, self.values, self.counts, strict=True)
         lines = listed((f"{group}: {value:.4f} ({count} examples)" for group, value, count in rows), 14)
-        said = f"worst {self.worst:.4f}, average {self.average:.4f}, balanced {self.balanced:.4f}"
-        return f"GroupMetrics of {len(rows)} groups: {said}\n{lines}"
+        known = self.larger_is_better is not None
+        ends = f"worst {self.worst:.4f}" if known else f"min {self.min:.4f}, max {self.max:.4f}"
+        said = f"{ends}, average {self.average:.4f}, balanced {self.balanced:.4f}"
+        return f"GroupMetrics of {len(self)} groups: {said}\n{lines}"
 
 
 class Tally:
@@ -110,11 +142,16 @@ class Tally:
             self.counts[group] = self.counts.get(group, 0) + len(indices)
 
     def result(
-        self, order: list[Group] | None, error: Exception | None = None, process_group: dist.ProcessGroup | None = None
+        self,
+        order: list[Group] | None,
+        larger_is_better: bool | None,
+        error: Exception | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> GroupMetrics:
         """Return the means over the groups, summed over the ranks.
 
         Args:
+            larger_is_better: the direction of the metric.
             order: the groups in the order they are to have; None is ascending.
             error: what went wrong on this rank; raised after the other ranks have heard of it.
             process_group: the ranks, or None.
@@ -135,7 +172,7 @@ class Tally:
                 f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. {EXHAUSTED}"
             )
         means = tuple(sum(sums.get(group, 0.0) for _, sums, _ in shares) / totals[group] for group in groups)
-        return GroupMetrics(tuple(groups), means, tuple(totals.values()))
+        return GroupMetrics(tuple(groups), means, tuple(totals.values()), larger_is_better)
 
 
 @overload
@@ -144,6 +181,7 @@ def evaluate(
     loaders: Loaders,
     *,
     metric: Metric = ...,
+    larger_is_better: bool | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
     progress: bool = ...,
@@ -157,6 +195,7 @@ def evaluate(
     loaders: Loaders,
     *,
     metric: Mapping[str, Metric],
+    larger_is_better: bool | Mapping[str, bool] | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
     progress: bool = ...,
@@ -169,6 +208,7 @@ def evaluate(
     loaders: Loaders,
     *,
     metric: Metric | Mapping[str, Metric] = accuracy,
+    larger_is_better: bool | Mapping[str, bool] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     progress: bool = False,
@@ -185,6 +225,8 @@ def evaluate(
             that carry a group per example. Batches without groups are one group "all".
         metric: (logits, targets) -> one value per example, shape (n,); or a mapping name -> such functions, all of
             which see the same forward pass.
+        larger_is_better: the direction of a metric of your own, which decides what `worst` is; of several, by name.
+            Those of the library know theirs.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
         progress: whether to write a line of progress to standard error.
@@ -207,24 +249,51 @@ def evaluate(
           3: 1.0000 (1 examples)
           5: 0.0000 (1 examples)
     """
-    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
-    if not metrics:
-        raise ValueError("the mapping of metrics is empty: give at least one, or leave metric= at its default")
+    metrics = named_metrics(metric)
+    directions = named_directions(metrics, larger_is_better)
     tallies: dict[str, Tally] = {name: Tally() for name in metrics}
     named = named_loaders(loaders)
     error = None
     try:
-        surveyed = survey(model)
-        refuse_default_metric(surveyed.model, *metrics.values())
-        runner = make_runner(surveyed)
+        runner = make_runner(survey(model))
         with torch.no_grad(), without_mha_fastpath():
             label = "evaluation" if progress else None
             for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):
                 logits = extract_logits(isolated_forward(runner.model, batch), predict, len(batch))
+                refuse_unshifted_metrics(metrics.values(), logits, batch)
                 for key, function in metrics.items():
                     tallies[key].add(groups, example_values(function, logits, batch.targets))
     except Exception as raised:
         error = raised
     order = list(named) if isinstance(named, Mapping) else None
-    results = {key: tally.result(order, error, process_group) for key, tally in tallies.items()}
+    results = {key: tally.result(order, directions[key], error, process_group) for key, tally in tallies.items()}
     return results if isinstance(metric, Mapping) else results[""]
+
+
+def named_metrics(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return metrics by name; a single one is called "".
+
+    Raises:
+        ValueError: if the mapping is empty.
+    """
+    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
+    if not metrics:
+        raise ValueError("the mapping of metrics is empty: give at least one, or leave metric= at its default")
+    return metrics
+
+
+def named_directions(metrics: Mapping[str, Metric], said: bool | Mapping[str, bool] | None) -> dict[str, bool | None]:
+    """Return for each metric whether larger is better, None where nobody knows.
+
+    Raises:
+        ValueError: if the caller speaks of a metric that there is none of.
+    """
+    unknown = sorted(set(said) - set(metrics)) if isinstance(said, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"larger_is_better= names {inline(map(repr, unknown))}; there are {inline(map(repr, metrics))}"
+        )
+    return {
+        name: is_larger_better(metric, said.get(name) if isinstance(said, Mapping) else said)
+        for name, metric in metrics.items()
+    }

@@ -1,4 +1,4 @@
-"""Files for neurons, scores, edits and metrics: safetensors with a JSON header. No pickle, no code runs on load.
+"""Files for neurons, edits and every result: safetensors with a JSON header. No pickle, no code runs on load.
 
 The header says what kind of value it is, in which version of the schema, and holds a SHA-256 of the whole, so that a
 damaged or altered file is noticed.
@@ -6,11 +6,9 @@ damaged or altered file is noticed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +19,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from neuronsurgery.atomic import KEY, write_atomically
 from neuronsurgery.digests import digest
 from neuronsurgery.edits import KINDS, Compose, Edit
 from neuronsurgery.evaluation import GroupMetrics
+from neuronsurgery.fragile import InferredGroups
 from neuronsurgery.layers import COLUMNS, GROUPED_COLUMNS, ROWS, Layer
 from neuronsurgery.layouts import Layout
+from neuronsurgery.memorization import MemorizationScores
 from neuronsurgery.neurons import Neurons
+from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.scores import Scores
 
 SCHEMA = 2
-KEY = "neuronsurgery"
 
-Artifact: TypeAlias = Neurons | Scores | Edit | GroupMetrics
+Artifact: TypeAlias = Neurons | Layout | Scores | Edit | GroupMetrics | Sweep | InferredGroups | MemorizationScores
 """What there is a file format for."""
 
 
 def save_file(obj: Artifact, path: str | os.PathLike[str]) -> None:
-    """Write neurons, scores, an edit or metrics to a safetensors file.
+    """Write neurons, a layout, an edit or a result to a safetensors file.
 
     The file is written under a temporary name and renamed, so that it is there whole or not at all. A rewind that was
     made from a path keeps the path and a digest; one made from a mapping keeps its rows in the file.
@@ -120,45 +121,6 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
     return loaded
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in its folder and rename it: it is there whole or not at all.
-
-    Raises:
-        OSError: if the folder is not there or cannot be written to; nothing is left behind.
-    """
-    with replaced_atomically(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Yield the name of a temporary file beside `path`, which takes its place, on the disk for good, at the end.
-
-    For writers that need not have the whole file in memory. An error within leaves nothing behind but the old file; a
-    process that is killed within leaves the temporary file, whose name is that of the file between a "." and a suffix.
-
-    Raises:
-        OSError: if the folder is not there or cannot be written to; nothing is left behind.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to: make it first")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files that only the owner reads; give what an ordinary open would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     pieces: list[str | Tensor] = [json.dumps(header, sort_keys=True)]
     for name in sorted(tensors):
@@ -224,11 +186,79 @@ def _read_scores(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema:
 def _write_metrics(metrics: GroupMetrics, tensors: dict[str, Tensor]) -> dict[str, Any]:
     # JSON has no NaN and no infinity; the tensor has.
     tensors["values"] = torch.tensor(metrics.values, dtype=torch.float64, device="cpu")
-    return {"groups": metrics.groups, "counts": metrics.counts}
+    return _metrics_header(metrics)
+
+
+def _metrics_header(metrics: GroupMetrics) -> dict[str, Any]:
+    return {"groups": metrics.groups, "counts": metrics.counts, "larger_is_better": metrics.larger_is_better}
 
 
 def _read_metrics(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> GroupMetrics:
-    return GroupMetrics(tuple(said["groups"]), tuple(tensors["values"].tolist()), tuple(said["counts"]))
+    return _metrics_from(said, tensors["values"])
+
+
+def _metrics_from(said: Mapping[str, Any], values: Tensor) -> GroupMetrics:
+    # Files of version 0.1 do not say which direction is better.
+    direction = said.get("larger_is_better")
+    return GroupMetrics(tuple(said["groups"]), tuple(values.tolist()), tuple(said["counts"]), direction)
+
+
+def _write_layout_alone(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return _write_layout(layout)
+
+
+def _read_layout_alone(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Layout:
+    return _read_layout(said, schema)
+
+
+def _write_sweep(sweep: Sweep, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Numbers in tensors: one row for no edit, then one for each edit."""
+    metrics = [sweep.baseline, *sweep.metrics.values()]
+    rows = [sweep.values(), *map(sweep.values, sweep.labels)]
+    tensors["means"] = torch.tensor([each.values for each in metrics], dtype=torch.float64, device="cpu")
+    tensors["values"] = torch.stack(rows).to(torch.bool if sweep.is_binary else torch.float64)
+    tensors["indices"], tensors["ranks"] = sweep.indices, sweep.ranks
+    said = {"labels": sweep.labels, "members": sweep.members, "reasons": sweep.reasons, "metric": sweep.metric}
+    return {**said, **_metrics_header(sweep.baseline)}
+
+
+def _read_sweep(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Sweep:
+    metrics = [_metrics_from(said, row) for row in tensors["means"]]
+    outcomes = [Outcomes.of(row.double()) for row in tensors["values"]]
+    labels, members, reasons = (tuple(said[key]) for key in ("labels", "members", "reasons"))
+    return Sweep(
+        metrics[0],
+        dict(zip(labels, metrics[1:], strict=True)),
+        members,
+        tensors["indices"],
+        tensors["ranks"],
+        reasons,
+        said["metric"],
+        dict(zip(labels, outcomes[1:], strict=True)),
+        outcomes[0],
+    )
+
+
+def _write_inferred(inferred: InferredGroups, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors.update(groups=inferred.groups, fragile=inferred.fragile)
+    tensors["thresholds"] = torch.tensor(inferred.thresholds, dtype=torch.float64, device="cpu")
+    return {"classes": inferred.classes, "counts": inferred.counts}
+
+
+def _read_inferred(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> InferredGroups:
+    counts = tuple(tuple(pair) for pair in said["counts"])
+    thresholds = tuple(tensors["thresholds"].tolist())
+    return InferredGroups(tensors["groups"], tensors["fragile"], tuple(said["classes"]), counts, thresholds)
+
+
+def _write_memorization(scores: MemorizationScores, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    names = ("values", "standard_errors", "seen", "unseen")
+    tensors.update({name: getattr(scores, name) for name in names})
+    return {"share": scores.share, "seed": scores.seed}
+
+
+def _read_memorization(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> MemorizationScores:
+    return MemorizationScores(**tensors, share=said["share"], seed=said["seed"])
 
 
 def _write_edit(edit: Edit, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -266,6 +296,10 @@ _VALUES = (
     _Kind("scores", Scores, _write_scores, _read_scores),
     _Kind("metrics", GroupMetrics, _write_metrics, _read_metrics),
     _Kind("compose", Compose, _write_edit, _read_composed),
+    _Kind("layout", Layout, _write_layout_alone, _read_layout_alone),
+    _Kind("sweep", Sweep, _write_sweep, _read_sweep),
+    _Kind("inferred groups", InferredGroups, _write_inferred, _read_inferred),
+    _Kind("memorization scores", MemorizationScores, _write_memorization, _read_memorization),
 )
 
 

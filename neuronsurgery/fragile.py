@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from neuronsurgery.errors import first, inline, listed, warn
-from neuronsurgery.sweeps import Sweep
+from neuronsurgery.outcomes import Sweep
+from neuronsurgery.results import Table, same_fields
 
 Score: TypeAlias = Literal["margin", "flips"]
 """How fragility is scored: by the margins that remain, or by the predictions that change."""
@@ -46,16 +48,17 @@ def fragility(sweep_or_values: Sweep | Tensor, targets: Tensor, *, score: Score 
     remembered need not be among them.
 
     Args:
-        sweep_or_values: a `Sweep` with `metric=margin`, or a metric of your own that is above 0 where an example is
-            right and has "margin" in its name; or, for "margin", the remaining margins, float, shape (E, N).
+        sweep_or_values: a `Sweep` with `metric=margin`, or with a metric of your own that is above 0 where an example
+            is right, and `larger_is_better=True`; or, for "margin", the remaining margins, float, shape (E, N).
         targets: class indices, int, shape (N,), in the order of the sweep's values: that of the loaders, one after the
             other where they are a mapping (`sweep.members` says the group of each).
         score: "margin" or "flips".
 
     Raises:
         TypeError: if the first argument is neither a sweep nor a tensor, or the targets are not integers.
-        ValueError: if the shapes do not fit, there is no edit, a margin is not finite, the name of the sweep's metric
-            is not that of a margin, "flips" is asked of a tensor, or the score is unknown.
+        ValueError: if the shapes do not fit, there is no edit, a margin is not finite, the sweep's metric is no
+            margin (larger is not known to be better, or all values are 0 or 1), "flips" is asked of a tensor, or the
+            score is unknown.
 
     Example:
         >>> remaining = torch.tensor([[2.0, 2.5, -1.0, 1.5, 0.5]])
@@ -83,11 +86,11 @@ def _refuse_unfit(given: Sweep | Tensor, score: Score) -> tuple[int, int]:
     if isinstance(given, Sweep):
         if not given.labels:
             raise ValueError("the sweep has no edits: give it at least one, e.g. the last residual branch zeroed")
-        name = given.metric.lower()
-        if "margin" not in name or "loss" in name:  # a loss, which is low where a margin is high, ranks backwards
+        if given.baseline.larger_is_better is not True or given.is_binary:
+            why = "whose values are all 0 or 1" if given.is_binary else "of which larger is not known to be better"
             raise ValueError(
-                f"the sweep was run with the metric '{given.metric}', which is no margin: run it with metric=margin. A "
-                f"margin of your own is taken if its name has 'margin' in it, or as a tensor of shape (edits, examples)"
+                f"the sweep was run with the metric '{given.metric}', {why}, so it is no margin: run it with "
+                f"metric=margin, or with a margin of your own and larger_is_better=True"
             )
         return len(given.labels), len(given.members)
     if not isinstance(given, Tensor):
@@ -145,7 +148,7 @@ def _quantiles(values: Tensor, *at: float) -> list[float]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class InferredGroups:
+class InferredGroups(Table):
     """Classes split into examples that are fragile and examples that are not.
 
     Attributes:
@@ -167,6 +170,12 @@ class InferredGroups:
     counts: tuple[tuple[int, int], ...]
     thresholds: tuple[float, ...]
 
+    def __eq__(self, other: object) -> bool:
+        return same_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    @override
     def to_records(self) -> list[dict[str, Any]]:
         """Return one row per inferred group, for any data frame."""
         rows = zip(self.classes, self.counts, self.thresholds, strict=True)

@@ -26,7 +26,7 @@ from neuronsurgery.errors import EXHAUSTED, inline, listed, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import iterate, regroup
-from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_default_loss
+from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import held_elsewhere, same_names, survey
@@ -88,7 +88,6 @@ def _objective(
             "which this function works"
         )
     surveyed = survey(model)
-    refuse_default_loss(surveyed.model, loss)
     runner = make_runner(surveyed)
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
@@ -151,6 +150,7 @@ def _add(objective: _Objective, sums: Sums, batch: Batch, group: Group, seen: _S
 def _gradients(objective: _Objective, batch: Batch, group: Group) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Return the logits and the gradients of the mean loss of a batch; to be called with the leaves in place."""
     logits = extract_logits(isolated_forward(objective.runner.model, batch), objective.predict, len(batch))
+    refuse_unshifted_loss(objective.loss, logits, batch)
     losses = example_losses(objective.loss, logits, batch.targets)
     refuse_bad_losses(losses, f"group {group!r}")
     leaves = list(objective.leaves.values())

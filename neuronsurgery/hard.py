@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuronsurgery.batches import Batch, Examples, Unpack, group_members, join, move, ordered_groups, signature
-from neuronsurgery.copies import make_runner
-from neuronsurgery.distributed import without_mha_fastpath
+from neuronsurgery.copies import Runner, make_runner
+from neuronsurgery.distributed import exchange, without_mha_fastpath
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import EXHAUSTED
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.loaders import iterate
-from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_default_loss
+from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.surveys import survey
 from neuronsurgery.types import Group, Loader, Loss, Predict
 
@@ -30,6 +31,8 @@ def hard_batch(
     loss: Loss | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    progress: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Batch:
     """Return `sample` examples drawn at random from the `top` of highest loss, as one batch.
 
@@ -45,12 +48,16 @@ def hard_batch(
         loss: (logits, targets) -> one loss per example; default `cross_entropy`.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
+        progress: whether to write a line of progress to standard error.
+        process_group: choose among the examples of all of its ranks, each of which gives its share of the data; every
+            rank gets the same batch. None communicates nothing.
 
     Returns:
         The batch, examples in the order of the loader (with `per_group` within each group, groups ascending), on the
         loader's device.
 
     Raises:
+        RuntimeError: if another rank failed.
         ValueError: if `top` or `sample` is less than 1, the seed is negative, there are no examples, their shapes
             differ, or a loss is NaN or infinite.
 
@@ -66,30 +73,57 @@ def hard_batch(
     if top < 1 or sample < 1:
         raise ValueError(f"top and sample must be at least 1, not {top} and {sample}")
     seed = checked_seed(seed)
-    surveyed = survey(model)
-    refuse_default_loss(surveyed.model, loss)
-    runner = make_runner(surveyed)
     pools: dict[Group, _Hardest] = {}
     shapes: set[Any] = set()
-    with torch.no_grad(), without_mha_fastpath():
-        for batch in iterate(loader, unpack=unpack):
-            shapes.add(signature(batch))
-            if len(shapes) > 1:
-                raise ValueError(
-                    "examples of different shapes, or of batches with different further arguments, cannot be joined "
-                    "into one batch: pad them to one length in the loader"
-                )
-            moved = move(batch, runner.device)
-            logits = extract_logits(isolated_forward(runner.model, moved), predict, len(batch))
-            losses = example_losses(loss, logits, moved.targets).double().cpu()
-            refuse_bad_losses(losses, "a batch")
-            groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
-            for group, indices in group_members(groups).items():
-                pools.setdefault(group, _Hardest(top)).add(Examples.of(batch).take(indices), losses[indices])
+    error = None
+    try:
+        runner = make_runner(survey(model))
+        with torch.no_grad(), without_mha_fastpath():
+            for batch in iterate(loader, unpack=unpack, progress="hard examples" if progress else None):
+                shapes.add(signature(batch))
+                _refuse_several(shapes)
+                losses = _losses(runner, batch, loss, predict)
+                groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
+                for group, indices in group_members(groups).items():
+                    pools.setdefault(group, _Hardest(top)).add(Examples.of(batch).take(indices), losses[indices])
+    except Exception as raised:
+        error = raised
+    pools = _gathered(exchange(process_group, error, (pools, shapes)), top)
     if not pools:
         raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
     drawn = [pools[group].draw(sample, f"hard\0{seed}\0{group}") for group in ordered_groups(pools)]
     return join(drawn).batch()
+
+
+def _refuse_several(shapes: set[Any]) -> None:
+    if len(shapes) > 1:
+        raise ValueError(
+            "examples of different shapes, or of batches with different further arguments, cannot be joined into one "
+            "batch: pad them to one length in the loader"
+        )
+
+
+def _losses(runner: Runner, batch: Batch, loss: Loss | None, predict: Predict | None) -> Tensor:
+    """Return the loss of each example, float64, on the CPU."""
+    moved = move(batch, runner.device)
+    logits = extract_logits(isolated_forward(runner.model, moved), predict, len(batch))
+    refuse_unshifted_loss(loss, logits, moved)
+    losses = example_losses(loss, logits, moved.targets).double().cpu()
+    refuse_bad_losses(losses, "a batch")
+    return losses
+
+
+def _gathered(shares: list[tuple[dict[Group, _Hardest], set[Any]]], top: int) -> dict[Group, _Hardest]:
+    """Return the pools of all ranks as one, the examples of the first rank coming first."""
+    _refuse_several(set().union(*(shapes for _, shapes in shares)))
+    if len(shares) == 1:
+        return shares[0][0]
+    pools: dict[Group, _Hardest] = {}
+    for own, _ in shares:
+        for group, pool in own.items():
+            assert pool.examples is not None
+            pools.setdefault(group, _Hardest(top)).add(pool.examples, pool.losses)
+    return pools
 
 
 class _Hardest:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable, Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from neuronsurgery.batches import Batch
 from neuronsurgery.precision import widened
 from neuronsurgery.types import Loss, Metric
 
@@ -176,43 +182,69 @@ def refuse_unknown_classes(targets: Tensor, classes: int) -> None:
         raise ValueError(f"labels must be 0..{classes - 1} for {classes} classes, found {wrong}{hint}")
 
 
-def refuse_shifted_labels(model: nn.Module, default: str, instead: str) -> None:
-    """Raise for a causal language model, whose labels the library never shifts on its own.
+def refuse_unshifted_labels(logits: Tensor, batch: Batch, default: str, instead: str) -> None:
+    """Raise where the labels of tokens are the tokens themselves: those of a causal language model, not shifted.
+
+    Its logits at one position predict the label of the next. The library never shifts labels on its own.
 
     Args:
-        model: the model without wrappers; recognised by its class name, as Hugging Face names them.
+        logits: of the batch.
+        batch: the inputs and targets; the labels that count are compared with every input of their shape.
         default: what the caller left at its default.
         instead: what to pass in its place.
 
     Raises:
-        ValueError: if the model is a causal language model.
+        ValueError: if the labels are the tokens.
     """
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(
-            f"{name} is a causal language model: its logits at one position predict the label of the next, and labels "
-            f"are never shifted by {default}. Pass {instead}"
-        )
+    if not is_token_classification(logits, batch.targets):
+        return
+    counted = batch.targets != IGNORED_TOKEN
+    labels = batch.targets[counted]
+    inputs = [leaf for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor)]
+    for tokens in inputs:
+        fits = tokens.shape == batch.targets.shape and not tokens.is_floating_point() and len(labels) > 1
+        if fits and torch.equal(tokens.to(labels.device)[counted].long(), labels.long()):
+            raise ValueError(
+                f"the labels are the input tokens: a causal language model's logits at one position predict the label "
+                f"of the next, and labels are never shifted by {default}. Pass {instead}"
+            )
 
 
-def refuse_default_loss(model: nn.Module, loss: Loss | None) -> None:
-    """Raise if the loss of a causal language model was left at its default.
+def refuse_unshifted_loss(loss: Loss | None, logits: Tensor, batch: Batch) -> None:
+    """Raise if a loss was left at its default where labels have to be shifted.
 
     Raises:
         ValueError: if it was.
     """
     if loss is None:
-        refuse_shifted_labels(model, "the default loss", "loss=neuronsurgery.causal_lm_loss")
+        instead = "loss=neuronsurgery.causal_lm_loss (or loss=neuronsurgery.cross_entropy, if that is meant)"
+        refuse_unshifted_labels(logits, batch, "the default loss", instead)
 
 
-def refuse_default_metric(model: nn.Module, *metrics: Metric) -> None:
-    """Raise if `accuracy` is among the metrics of a causal language model.
+def refuse_unshifted_metrics(metrics: Iterable[Metric], logits: Tensor, batch: Batch) -> None:
+    """Raise if `accuracy` is among the metrics where labels have to be shifted.
 
     Raises:
         ValueError: if it is.
     """
     if accuracy in metrics:
-        refuse_shifted_labels(model, "accuracy", "metric= with a function of your own, e.g. causal_lm_loss")
+        instead = "metric= with a function of your own, e.g. causal_lm_loss"
+        refuse_unshifted_labels(logits, batch, "accuracy", instead)
+
+
+# Directions
+
+
+def is_larger_better(metric: Metric, said: bool | None = None) -> bool | None:
+    """Return whether larger values of a metric are better: what the caller says, or what is known of a built-in one.
+
+    Args:
+        metric: the function; of one with arguments bound to it the function itself is asked.
+        said: the caller's own word; None for none.
+    """
+    function = metric.func if isinstance(metric, functools.partial) else metric
+    known: dict[Any, bool] = {accuracy: True, margin: True, cross_entropy: False, causal_lm_loss: False}
+    return said if said is not None else known.get(function) if isinstance(function, Hashable) else None
 
 
 # One value per example

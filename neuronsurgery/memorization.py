@@ -23,12 +23,14 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from neuronsurgery.atomic import KEY, write_atomically
 from neuronsurgery.batches import group_members, group_names, ordered_groups
 from neuronsurgery.digests import digest
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import listed
-from neuronsurgery.files import KEY, write_atomically
+from neuronsurgery.results import Table, same_fields
 from neuronsurgery.types import Fit, Group
 
 SEARCHED = 10**8
@@ -50,7 +52,7 @@ class GroupMean(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MemorizationScores:
+class MemorizationScores(Table):
     """How much each example is memorised, with its standard error; see `memorization_scores`.
 
     Attributes:
@@ -101,6 +103,12 @@ class MemorizationScores:
             means[group] = GroupMean(float(own.mean()), spread, len(own))
         return means
 
+    def __eq__(self, other: object) -> bool:
+        return same_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    @override
     def to_records(self) -> list[dict[str, Any]]:
         """Return one row per example, for any data frame."""
         columns = (self.values, self.standard_errors, self.seen, self.unseen)

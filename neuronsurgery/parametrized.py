@@ -44,7 +44,7 @@ def originals(module: nn.Module, attribute: str) -> list[Tensor]:
     return [getattr(held, name) for name in names]
 
 
-def own_class(module: nn.Module, *, assignable: bool = False) -> None:
+def give_own_class(module: nn.Module, *, assignable: bool = False) -> None:
     """Give a parametrized copy a class of its own, whose properties compute the tensor at every access.
 
     torch's own property would cache under the id of the module it was made for (`parametrize.cached()`), which is
@@ -94,14 +94,14 @@ def _register_parameter(module: nn.Module, base: type[nn.Module], name: str, par
     base.register_parameter(module, name, parameter)
 
 
-def take_off(module: nn.Module, attribute: str, value: Tensor) -> None:
+def remove_parametrization(module: nn.Module, attribute: str, value: Tensor) -> None:
     """Put `value` in the place of a parametrized tensor of a copy, as the plain parameter (or buffer) it once was."""
     del module._modules["parametrizations"]._modules[attribute]  # type: ignore[union-attr]
     if not parametrizations(module):
         del module._modules["parametrizations"]
         module.__class__ = type(module).__bases__[0]
     else:
-        own_class(module)
+        give_own_class(module)
         delattr(type(module), attribute)
     if isinstance(value, nn.Parameter):
         module._parameters[attribute] = value

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
@@ -21,13 +22,14 @@ from neuronsurgery.errors import counted, listed
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons
+from neuronsurgery.results import ByName, same_fields
 from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.types import Group, Per, Where
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Scores:
-    """One number per group and neuron.
+class Scores(ByName[Group, "Scores"]):
+    """One number per group and neuron; behaves as a mapping group -> the scores of that group.
 
     Attributes:
         values: float32, shape (G, M), on the CPU.
@@ -59,26 +61,23 @@ class Scores:
                 f"{tuple(self.values.shape)}, and as many counts as groups, not {len(self.counts)}"
             )
 
-    def __getitem__(self, group: Group) -> Scores:
+    @override
+    def _names(self) -> tuple[Group, ...]:
+        return self.groups
+
+    @override
+    def __getitem__(self, name: Group) -> Scores:
         """Return the scores of one group, by name and never by position.
 
         Raises:
             KeyError: if there is no such group; lists those there are.
         """
-        row = self._row(group)
-        return Scores(self.values[row : row + 1], (group,), (self.counts[row],), self.layout, self.criterion)
-
-    def _row(self, group: Group) -> int:
-        if group not in self.groups:
-            raise KeyError(f"no group {group!r}; there are {', '.join(map(repr, self.groups))}")
-        return self.groups.index(group)
+        self.refuse_unknown(name, "group")
+        row = self.groups.index(name)
+        return Scores(self.values[row : row + 1], (name,), (self.counts[row],), self.layout, self.criterion)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Scores):
-            return NotImplemented
-        mine = (self.groups, self.counts, self.layout, self.criterion)
-        theirs = (other.groups, other.counts, other.layout, other.criterion)
-        return mine == theirs and torch.equal(self.values, other.values)
+        return same_fields(self, other)
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
 
@@ -87,6 +86,7 @@ class Scores:
         counts = [layer.count for layer in self.layout]
         return dict(zip(self.layout, torch.split(self.values, counts, dim=1), strict=True))
 
+    @override
     def to_records(self) -> list[dict[str, Any]]:
         """Return one row per group and neuron, for any data frame."""
         columns = ("group", "parameter", "pattern", "index", "criterion", "value")
@@ -96,6 +96,20 @@ class Scores:
             for layer, start in self.layout.starts.items()
             for index, value in enumerate(row[start : start + layer.count])
         ]
+
+    @override
+    def _shown(self) -> tuple[str, list[str], list[list[str]]]:
+        rows = [
+            [
+                str(group),
+                str(count or ""),
+                f"{row.max():.4g}",
+                str(self.layout.neuron(int(row.argmax()))),
+                f"{row.median():.4g}",
+            ]
+            for group, count, row in zip(self.groups, self.counts, self.values, strict=True)
+        ]
+        return repr(self).splitlines()[0], ["group", "examples", "largest", "at", "median"], rows
 
     def __repr__(self) -> str:
         lines = []

@@ -18,7 +18,7 @@ from typing_extensions import override
 from neuronsurgery.copies import copy_structure, make_runner
 from neuronsurgery.edits import Edit
 from neuronsurgery.objects import tensors_in_attributes
-from neuronsurgery.parametrized import TENSOR_ORDER, own_class, parametrizations, take_off
+from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class, parametrizations, remove_parametrization
 from neuronsurgery.plans import Plan, TensorPlan, plan
 from neuronsurgery.surveys import Survey, SurveyedTensor, Use, held_elsewhere, survey
 from neuronsurgery.types import Buffers
@@ -29,7 +29,7 @@ SHARED = (
 )
 
 
-def keeping_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -> Tensor:
+def with_grad_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -> Tensor:
     """Return an edited tensor that says, where no gradient is recorded, whether the weight would get one.
 
     matmul folds its batch, and so changes the last bits, where this flag is set, also without a graph.
@@ -49,7 +49,7 @@ class EditedRows(nn.Module):
     @override
     def forward(self, weight: Tensor) -> Tensor:
         """Return the edited weight."""
-        return keeping_flag(self.plan(weight), weight, trainable=self.plan.trainable)
+        return with_grad_flag(self.plan(weight), weight, trainable=self.plan.trainable)
 
     @override
     def extra_repr(self) -> str:
@@ -155,7 +155,7 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
     for name, value in values.items():
         if surveyed.tensors[name].parametrized:
             for module, attribute, _ in surveyed.tensors[name].uses:
-                take_off(copied.modules[module], attribute, value)
+                remove_parametrization(copied.modules[module], attribute, value)
     for module in copied.model.modules():
         _release(module)
     return copied.model
@@ -209,7 +209,7 @@ def edited_parameters(edit: Edit, model: nn.Module, params: Mapping[str, Tensor]
         )
     edited = {}
     for tensor in tensors:
-        value = keeping_flag(planned.tensors[tensor.name](tensor.parameter), tensor.parameter)
+        value = with_grad_flag(planned.tensors[tensor.name](tensor.parameter), tensor.parameter)
         # functional_call ties the places of one parameter by itself, but not parameters that share one memory.
         pairs = zip(reversed(tensor.parameters), reversed(tensor.uses), strict=True)
         places = {id(parameter): use.path for parameter, use in pairs}
@@ -242,7 +242,7 @@ def _parametrize(uses: list[Use], edited: EditedRows, parametrized: bool) -> Non
         every._modules[attribute] = held
         every.training = module.training
         made_by_torch = type(module)
-        own_class(module)
+        give_own_class(module)
         # Its property holds the module, in a cycle, and a view is to be freed as soon as it is dropped.
         delattr(made_by_torch, attribute)
 
@@ -322,6 +322,6 @@ def _release(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("flatten_parameters", None)
     if is_parametrized(module):
-        own_class(module, assignable=True)
+        give_own_class(module, assignable=True)
     else:
         module.__dict__.pop(TENSOR_ORDER, None)

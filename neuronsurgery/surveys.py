@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import listed
@@ -24,9 +26,17 @@ from neuronsurgery.objects import tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
 
 HOOKED = {
-    "WeightNorm": "torch.nn.utils.parametrizations.weight_norm",
-    "SpectralNorm": "torch.nn.utils.parametrizations.spectral_norm",
+    WeightNorm: "torch.nn.utils.parametrizations.weight_norm",
+    SpectralNorm: "torch.nn.utils.parametrizations.spectral_norm",
 }
+"""The old norms that hooks compute, and what to use in their place."""
+
+SHARDED = (
+    ("DTensor", "torch.distributed.tensor"),
+    ("FlatParameter", "torch.distributed.fsdp._flat_param"),
+    ("ShardedTensor", "torch.distributed._shard.sharded_tensor"),
+)
+"""Classes of tensors that are spread over processes, and the modules that define them."""
 
 WRAPPERS = (
     ("_orig_mod", "OptimizedModule", "torch._dynamo.eval_frame"),
@@ -62,12 +72,12 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
         return model.module
     for child, kind, module in WRAPPERS:
-        if child in model._modules and _is_a(model, kind, module):
+        if child in model._modules and is_a(model, kind, module):
             return model._modules[child]
     return None
 
 
-def _is_a(value: object, kind: str, module: str) -> bool:
+def is_a(value: object, kind: str, module: str) -> bool:
     """Return whether a value is of a class in a module that costs too much to import, or may not be installed.
 
     Where there is such a value, somebody has imported the module.
@@ -78,7 +88,7 @@ def _is_a(value: object, kind: str, module: str) -> bool:
 
 def _segment(module: nn.Module, name: str) -> str:
     """Return what a child adds to the names of its tensors: its own name, or nothing within an adapter."""
-    transparent = any(name == child and _is_a(module, kind, at) for kind, at, child in ADAPTERS)
+    transparent = any(name == child and is_a(module, kind, at) for kind, at, child in ADAPTERS)
     return "" if transparent else f"{name}."
 
 
@@ -136,7 +146,7 @@ class SurveyedTensor:
             are one tensor.
         position: its place among the model's tensors.
         parametrized: whether it is computed by a parametrization.
-        hooked: the class name of an old weight-norm hook that computes another tensor from this one, or "".
+        hooked: what to use in the place of an old weight-norm hook that computes another tensor from this one, or "".
         overlapped: the name of another tensor that lies in the same memory in another way (a transpose), or "".
     """
 
@@ -302,12 +312,11 @@ def _all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def _old_hook(use: Use) -> str:
-    """Return the class name of an old weight-norm hook that owns this parameter, or ""."""
+    """Return what to use in the place of an old weight-norm hook that owns this parameter, or ""."""
+    plain = use.attribute.removesuffix("_g").removesuffix("_v").removesuffix("_orig")
     for hook in use.module._forward_pre_hooks.values():
-        name = type(hook).__name__
-        owned = getattr(hook, "name", None)
-        if name in HOOKED and use.attribute.removesuffix("_g").removesuffix("_v").removesuffix("_orig") == owned:
-            return name
+        if isinstance(hook, tuple(HOOKED)) and plain == getattr(hook, "name", None):
+            return HOOKED[type(hook)]
     return ""
 
 
@@ -332,7 +341,7 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
 def _unsupported(tensor: SurveyedTensor) -> str:
     parameter = tensor.parameter
     if tensor.hooked:
-        return f"owned by the old hook-based {tensor.hooked}; use {HOOKED[tensor.hooked]} instead"
+        return f"owned by an old norm that is computed by a hook; use {tensor.hooked} instead"
     if tensor.overlapped:
         return (
             f"in the same memory as {tensor.overlapped}, but cut in another way (a transpose?), where an edit would "
@@ -342,8 +351,7 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         return "not yet initialised (a lazy module); run the model on one batch first"
     if parameter.is_meta:
         return "on the meta device, so it has no values; load the weights first"
-    kinds = {kind.__name__ for kind in type(parameter).__mro__}
-    if kinds & {"DTensor", "FlatParameter", "ShardedTensor"}:
+    if any(is_a(parameter, kind, module) for kind, module in SHARDED):
         return "sharded over processes (DTensor or FSDP); gather the full model first"
     if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"

@@ -8,27 +8,24 @@ has a paired interval and a p-value: the same examples before and after.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, overload
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from neuronsurgery.batches import Unpack, group_members, named_loaders
+from neuronsurgery.batches import Unpack, named_loaders
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange, without_mha_fastpath
 from neuronsurgery.edits import Edit, compose
-from neuronsurgery.errors import inline, listed
-from neuronsurgery.evaluation import GroupMetrics, Tally
+from neuronsurgery.evaluation import Tally, named_directions, named_metrics
 from neuronsurgery.forward import default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
 from neuronsurgery.loaders import iterate_groups
-from neuronsurgery.losses import accuracy, example_values, refuse_default_metric
-from neuronsurgery.paired import paired_interval, paired_p_value
+from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
+from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Plan, plan
 from neuronsurgery.surgery import refuse_unreachable
 from neuronsurgery.surveys import held_elsewhere, survey
@@ -36,152 +33,6 @@ from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 BASELINE = compose()
 """The identity: the model as it is."""
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """The metric of every example under one edit, in the order they came; one bit each while all are 0 or 1.
-
-    Attributes:
-        parts: for each batch its number of examples, whether they are bits, and the values or packed bits.
-    """
-
-    parts: tuple[tuple[int, bool, np.ndarray], ...] = ()
-
-    @classmethod
-    def of(cls, values: Tensor) -> Outcomes:
-        """Return the outcomes of one batch, float64, shape (n,)."""
-        array = values.numpy()
-        binary = bool(((array == 0) | (array == 1)).all())
-        return cls(((len(array), binary, np.packbits(array.astype(bool)) if binary else array.copy()),))
-
-    @classmethod
-    def joined(cls, outcomes: Iterable[Outcomes]) -> Outcomes:
-        """Return outcomes one after the other."""
-        return cls(tuple(part for each in outcomes for part in each.parts))
-
-    def values(self) -> Tensor:
-        """Return the values, float64, shape (n,)."""
-        parts = [np.unpackbits(part, count=n).astype(float) if bits else part for n, bits, part in self.parts]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Sweep:
-    """What some edits change, per group, against the same examples under no edit.
-
-    `sweep[label]` are the metrics under an edit, `sweep.baseline` those of the model as it is.
-
-    Attributes:
-        baseline: the metrics of the model as it is.
-        metrics: the metrics under each edit, by its label.
-        members: the group of every example, in the order of `values`.
-        reasons: why the forward pass could not be shared, where it could not; empty if it always was, or if no edit
-            changes anything.
-        metric: the name of the function that was the metric; of an object that is called, its class's.
-    """
-
-    baseline: GroupMetrics
-    metrics: Mapping[str, GroupMetrics]
-    members: tuple[Group, ...]
-    reasons: tuple[str, ...]
-    metric: str
-    _outcomes: Mapping[str, Outcomes]
-    _before: Outcomes
-    _positions: Mapping[Group, np.ndarray]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the edits."""
-        return tuple(self.metrics)
-
-    def __getitem__(self, label: str) -> GroupMetrics:
-        """Return the metrics under an edit.
-
-        Raises:
-            KeyError: if there is no such label.
-        """
-        self._refuse_unknown(label)
-        return self.metrics[label]
-
-    def _refuse_unknown(self, label: str) -> None:
-        if label not in self.metrics:
-            raise KeyError(f"no edit is labelled {label!r}; there are {inline(map(repr, self.labels), 10)}")
-
-    def values(self, label: str | None = None) -> Tensor:
-        """Return the metric of every example under an edit (None: under none), float64, shape (examples,).
-
-        Raises:
-            KeyError: if there is no such label.
-        """
-        if label is None:
-            return self._before.values()
-        self._refuse_unknown(label)
-        return self._outcomes[label].values()
-
-    def change(self, label: str) -> dict[Group, float]:
-        """Return by group the metric under an edit minus the metric without: signed, `abs()` of it is the paper's.
-
-        Raises:
-            KeyError: if there is no such label.
-        """
-        after = self[label]
-        return {group: after[group] - self.baseline[group] for group in self.baseline.groups}
-
-    def interval(self, label: str, level: float = 0.95) -> dict[Group, tuple[float, float]]:
-        """Return by group a paired confidence interval of the change.
-
-        Of Bonett and Price (2012) for values of 0 and 1, so that no change among 28 examples is not an interval of
-        width 0; of the paired t-test otherwise (infinite for a single example).
-
-        Args:
-            label: of the edit.
-            level: the coverage, in (0, 1).
-
-        Raises:
-            KeyError: if there is no such label.
-            ValueError: if `level` is not in (0, 1).
-        """
-        if not 0 < level < 1:
-            raise ValueError(f"level must lie in (0, 1), not {level}: 0.95 is usual")
-        return self._per_group(label, lambda before, after: paired_interval(before, after, level))
-
-    def p_value(self, label: str) -> dict[Group, float]:
-        """Return by group the two-sided p-value of no change: McNemar's exact test for 0 and 1, paired t otherwise.
-
-        Raises:
-            KeyError: if there is no such label.
-        """
-        return self._per_group(label, paired_p_value)
-
-    def _per_group(self, label: str, function: Callable[[np.ndarray, np.ndarray], Any]) -> dict[Group, Any]:
-        after = self.values(label).numpy()
-        before = self.values().numpy()
-        return {group: function(before[chosen], after[chosen]) for group, chosen in self._positions.items()}
-
-    def to_records(self, level: float = 0.95) -> list[dict[str, Any]]:
-        """Return one row per edit and group, for any data frame: value, change, its interval and p-value."""
-        records = []
-        for label in self.labels:
-            change, interval, p = self.change(label), self.interval(label, level), self.p_value(label)
-            for row in self[label].to_records():
-                group = row["group"]
-                low, high = interval[group]
-                records.append(
-                    {"label": label, **row, "change": change[group], "low": low, "high": high, "p": p[group]}
-                )
-        return records
-
-    def __repr__(self) -> str:
-        said = f"Sweep of {len(self.labels)} edits over {len(self.members)} examples; changes by group"
-        lines = listed((f"{label}: {self._changes_in_words(label)}" for label in self.labels), 18)
-        return f"{said}\n{lines}" if lines else said
-
-    def _changes_in_words(self, label: str) -> str:
-        return ", ".join(f"{group}: {change:+.4f}" for group, change in list(self.change(label).items())[:8])
-
-
-# Running
 
 
 class _Edited(Mapping[str, Tensor]):
@@ -205,17 +56,48 @@ class _Edited(Mapping[str, Tensor]):
         return len(self._planned.tensors)
 
 
+@overload
 def sweep(
     model: nn.Module,
     edits: Mapping[str, Edit],
     loaders: Loaders,
     *,
-    metric: Metric = accuracy,
+    metric: Metric = ...,
+    larger_is_better: bool | None = ...,
+    predict: Predict | None = ...,
+    unpack: Unpack | None = ...,
+    progress: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> Sweep: ...
+
+
+@overload
+def sweep(
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    loaders: Loaders,
+    *,
+    metric: Mapping[str, Metric],
+    larger_is_better: bool | Mapping[str, bool] | None = ...,
+    predict: Predict | None = ...,
+    unpack: Unpack | None = ...,
+    progress: bool = ...,
+    process_group: dist.ProcessGroup | None = ...,
+) -> dict[str, Sweep]: ...
+
+
+def sweep(
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    loaders: Loaders,
+    *,
+    metric: Metric | Mapping[str, Metric] = accuracy,
+    larger_is_better: bool | Mapping[str, bool] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
-) -> Sweep:
+) -> Sweep | dict[str, Sweep]:
     """Return what each of many edits changes, in one pass over the data.
 
     The results equal those of `evaluate(apply(edit, model), loaders)` bit for bit per example. The forward pass is
@@ -226,11 +108,16 @@ def sweep(
         model: any module.
         edits: the edits by a label of the caller's.
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example.
-        metric: (logits, targets) -> one value per example, shape (n,).
+        metric: (logits, targets) -> one value per example, shape (n,); or a mapping name -> such functions, all of
+            which see the same forward passes.
+        larger_is_better: the direction of a metric of your own, see `evaluate`.
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
         progress: whether to write a line of progress to standard error.
         process_group: gather over its ranks, each of which gives its share of the data. None communicates nothing.
+
+    Returns:
+        The sweep; for a mapping of metrics, a dict of them by name.
 
     Raises:
         TypeError: if `edits` is not a mapping of edits, or a batch has an unknown form.
@@ -260,45 +147,52 @@ def sweep(
     wrong = [f"'{label}': {type(edit).__name__}" for label, edit in edits.items() if not isinstance(edit, Edit)]
     if wrong:
         raise TypeError(f"edits are what zero_out, scale and the like return, not {', '.join(wrong[:5])}")
+    metrics = named_metrics(metric)
+    directions = named_directions(metrics, larger_is_better)
     loaders = named_loaders(loaders)
-    tallies = {edit: _Tally() for edit in dict.fromkeys((BASELINE, *edits.values()))}
-    seen = _Seen([], ())
+    tallies = {edit: _Tally(metrics) for edit in dict.fromkeys((BASELINE, *edits.values()))}
+    seen = _Seen([], [], ())
     error = None
     try:
-        runner, edited = _planned(model, edits, metric)
+        runner, edited = _planned(model, edits)
         with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, metric, predict, unpack, progress)
+            seen = _run(runner, edited, tallies, loaders, predict, unpack, progress)
     except Exception as raised:
         error = raised
     order = list(loaders) if isinstance(loaders, Mapping) else None
-    return _gathered(edits, tallies, seen, metric, order, error, process_group)
+    shares = exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
+    results = {
+        name: _gathered(name, directions[name], edits, tallies, shares, order, process_group) for name in metrics
+    }
+    return results if isinstance(metric, Mapping) else results[""]
 
 
 class _Tally:
-    """What was measured of one edit so far: sums by group, and every example's value."""
+    """What was measured of one edit so far, by metric: sums by group, and every example's value."""
 
-    def __init__(self) -> None:
-        self.means = Tally()
-        self.outcomes: list[Outcomes] = []
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.metrics = metrics
+        self.means = {name: Tally() for name in metrics}
+        self.outcomes: dict[str, list[Outcomes]] = {name: [] for name in metrics}
 
-    def add(self, groups: Sequence[Group], values: Tensor) -> None:
-        self.means.add(groups, values)
-        self.outcomes.append(Outcomes.of(values))
+    def add(self, groups: Sequence[Group], logits: Tensor, targets: Tensor) -> None:
+        for name, metric in self.metrics.items():
+            values = example_values(metric, logits, targets)
+            self.means[name].add(groups, values)
+            self.outcomes[name].append(Outcomes.of(values))
 
 
 class _Seen(NamedTuple):
-    """The group of every example that went by, and why a forward pass was not shared."""
+    """Of every example that went by its group and its place, and why a forward pass was not shared."""
 
     members: list[Group]
+    indices: list[int]
     reasons: tuple[str, ...]
 
 
-def _planned(
-    model: nn.Module, edits: Mapping[str, Edit], metric: Metric
-) -> tuple[Runner, dict[Edit, Mapping[str, Tensor]]]:
+def _planned(model: nn.Module, edits: Mapping[str, Edit]) -> tuple[Runner, dict[Edit, Mapping[str, Tensor]]]:
     """Return the model to run, and the edited tensors of each distinct edit."""
     surveyed = survey(model)
-    refuse_default_metric(surveyed.model, metric)
     runner = make_runner(surveyed)
     held = held_elsewhere(surveyed)
     edited: dict[Edit, Mapping[str, Tensor]] = {BASELINE: {}}
@@ -318,7 +212,6 @@ def _run(
     edited: Mapping[Edit, Mapping[str, Tensor]],
     tallies: Mapping[Edit, _Tally],
     loaders: Loaders,
-    metric: Metric,
     predict: Predict | None,
     unpack: Unpack | None,
     progress: bool,
@@ -328,40 +221,53 @@ def _run(
     # A capture takes as long as many batches of a small network, and no edits share nothing.
     run = forward.run if any(edited.values()) else forward.one_by_one
     members: list[Group] = []
+    indices: list[int] = []
     label = "sweep" if progress else None
     batches = iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label, edits=len(edited))
     for groups, batch in batches:
+        indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
         for edit, logits in run(batch.args, batch.kwargs, edited):
-            tallies[edit].add(groups, example_values(metric, extract_logits(logits, None, len(batch)), batch.targets))
-    return _Seen(members, tuple(sorted(forward.reasons)))
+            logits = extract_logits(logits, None, len(batch))
+            refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
+            tallies[edit].add(groups, logits, batch.targets)
+    return _Seen(members, indices, tuple(sorted(forward.reasons)))
+
+
+Share: TypeAlias = "tuple[_Seen, list[dict[str, list[Outcomes]]]]"
+"""What one rank has seen, and the outcomes of each edit by metric."""
 
 
 def _gathered(
+    metric: str,
+    larger_is_better: bool | None,
     edits: Mapping[str, Edit],
     tallies: Mapping[Edit, _Tally],
-    seen: _Seen,
-    metric: Metric,
+    shares: Sequence[Share],
     order: list[Group] | None,
-    error: Exception | None,
     process_group: dist.ProcessGroup | None,
 ) -> Sweep:
-    """Return the sweep over all ranks; `tallies` are in an order that these share."""
-    own = {edit: Outcomes.joined(tally.outcomes) for edit, tally in tallies.items()}
-    shares = exchange(process_group, error, (seen.members, list(own.values())))
-    outcomes = dict(zip(own, map(Outcomes.joined, zip(*(share for _, share in shares), strict=True)), strict=True))
-    metrics = {edit: tally.means.result(order, None, process_group) for edit, tally in tallies.items()}
-    members = tuple(group for share, _ in shares for group in share)
-    positions = group_members(members)
+    """Return the sweep of one metric over all ranks; `tallies` are in an order that these share."""
+    outcomes = {
+        edit: Outcomes.joined(part for _, own in shares for part in own[place][metric])
+        for place, edit in enumerate(tallies)
+    }
+    metrics = {
+        edit: tally.means[metric].result(order, larger_is_better, None, process_group)
+        for edit, tally in tallies.items()
+    }
+    seen = [share for share, _ in shares]
+    counts = torch.tensor([len(share.members) for share in seen], device="cpu")
     return Sweep(
         metrics[BASELINE],
         {label: metrics[edit] for label, edit in edits.items()},
-        members,
-        seen.reasons,
-        _name(metric),
+        tuple(group for share in seen for group in share.members),
+        torch.tensor([index for share in seen for index in share.indices], dtype=torch.int64, device="cpu"),
+        torch.arange(len(seen), device="cpu").repeat_interleave(counts),
+        tuple(sorted({reason for share in seen for reason in share.reasons})),
+        _name(tallies[BASELINE].metrics[metric]),
         {label: outcomes[edit] for label, edit in edits.items()},
         outcomes[BASELINE],
-        {group: np.array(positions.get(group, ()), dtype=np.int64) for group in metrics[BASELINE].groups},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES
+from zoo import CASES, marked
 
 import neuronsurgery as ns
 from neuronsurgery import CaptureError
@@ -158,13 +158,14 @@ def test_a_norm_that_is_used_twice_is_left_alone() -> None:
         ("resnet18", "layer1.0.conv2.weight", {"layer1.0.bn2.weight", "layer1.0.bn2.bias"}),
     ],
 )
+@pytest.mark.architectures
 def test_on_real_architectures(name: str, layer: str, found: set[str]) -> None:
     model = CASES[name].build()
     wide = ns.coupled(ns.select(ns.find_layout(model), {layer: 1}), model, CASES[name].batches()[0])
     assert set(named(wide.by_layer())) == {layer, *found}
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual", "bert", "weight_norm", "tied"])
+@pytest.mark.parametrize("name", marked(["mlp", "residual", "bert", "weight_norm", "tied"]))
 def test_changes_nothing(name: str) -> None:
     case = CASES[name]
     model, batch = case.build(), case.batches()[0]

@@ -405,8 +405,6 @@ REFUSED_EARLY: dict[str, ErrorRow] = {
     "unknown layer": (lambda: ns.group_grad_norms(MODEL, no_data(), where="x"), KeyError, "no layer matches 'x'"),
     "bad weights": (lambda: ns.group_grad_norms(poisoned(math.inf), no_data()), ValueError, "weights are NaN"),
     "empty metrics": (lambda: ns.evaluate(MODEL, no_data(), metric={}), ValueError, "mapping of metrics is empty"),
-    "causal accuracy": (lambda: ns.evaluate(built("gpt2_lm"), no_data()), ValueError, "causal language model"),
-    "causal loss": (lambda: ns.group_grad_norms(built("gpt2_lm"), no_data()), ValueError, "causal language model"),
     "bad seed": (lambda: ns.hard_batch(MODEL, no_data(), seed=-1), ValueError, "seed must be an integer"),
     "bad top": (lambda: ns.hard_batch(MODEL, no_data(), top=-1), ValueError, "top and sample must be at least 1"),
 }

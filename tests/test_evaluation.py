@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES, FAST, Case, every_case
+from zoo import CASES, FAST, Case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery.batches import Examples, join, unpack_batch
 from neuronsurgery.evaluation import GroupMetrics
 
-METRICS = GroupMetrics(("landbird", "waterbird", 3), (0.9, 0.5, 0.7), (30, 10, 60))
+METRICS = GroupMetrics(("landbird", "waterbird", 3), (0.9, 0.5, 0.7), (30, 10, 60), larger_is_better=True)
 
 
 def loss_of(case: Case) -> tuple[Any, Any]:
@@ -33,7 +34,7 @@ def loss_of(case: Case) -> tuple[Any, Any]:
 # --- the reference --------------------------------------------------------------------------------------------------
 
 
-@every_case
+@small_case
 def test_group_means_are_the_reference_on_every_architecture(case: Case) -> None:
     """Accuracy and the mean loss, in one pass; the models come in training mode."""
     loss, right = loss_of(case)
@@ -204,7 +205,7 @@ def test_a_view_is_evaluated_as_the_baked_model() -> None:
 
 def test_the_default_metric_never_shifts_labels() -> None:
     case = CASES["gpt2_lm"]
-    text = "GPT2LMHeadModel is a causal language model: .* never shifted by accuracy. Pass metric="
+    text = "the labels are the input tokens: a causal language model's .* never shifted by accuracy. Pass metric="
     for metric in ({}, {"metric": {"ours": ns.accuracy}}):
         with pytest.raises(ValueError, match=text):
             ns.evaluate(case.build(), case.batches(), **metric)
@@ -224,12 +225,50 @@ def test_progress_is_on_standard_error(capsys: pytest.CaptureFixture[str]) -> No
 def test_means_over_groups_and_examples() -> None:
     assert METRICS["waterbird"] == 0.5
     assert METRICS[3] == METRICS.values[2]
-    assert METRICS.worst == 0.5
+    assert METRICS.worst == METRICS.min == 0.5 and METRICS.max == 0.9
     assert METRICS.average == pytest.approx((0.9 * 30 + 0.5 * 10 + 0.7 * 60) / 100)
     assert METRICS.balanced == pytest.approx(0.7)
     assert METRICS.weighted({"landbird": 1, "waterbird": 3, 3: 0}) == pytest.approx(0.6)
     assert METRICS.weighted(dict(zip(METRICS.groups, METRICS.counts, strict=True))) == METRICS.average
     assert METRICS.to_records()[1] == {"group": "waterbird", "value": 0.5, "count": 10}
+
+
+def test_the_worst_group_goes_by_the_direction_of_the_metric() -> None:
+    data = [(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), torch.tensor([0, 1]))]
+    model = nn.Identity()
+    for metric in (ns.accuracy, ns.margin):
+        assert ns.evaluate(model, data, metric=metric).worst == ns.evaluate(model, data, metric=metric)[1]
+    loss = ns.evaluate(model, data, metric=ns.cross_entropy)
+    assert loss.worst == loss[1] == loss.max > loss.min
+    bound = ns.evaluate(model, data, metric=functools.partial(ns.cross_entropy))
+    assert bound == loss
+
+    def hinge(logits: Tensor, targets: Tensor) -> Tensor:
+        return (1 - ns.margin(logits, targets)).clamp(min=0)
+
+    unknown = ns.evaluate(model, data, metric=hinge)
+    assert "min 0.0000, max 2.0000, average" in repr(unknown)
+    with pytest.raises(ValueError, match="no group is the worst: pass larger_is_better= to evaluate or sweep, or"):
+        _ = unknown.worst
+    assert ns.evaluate(model, data, metric=hinge, larger_is_better=False).worst == 2.0
+    both = ns.evaluate(model, data, metric={"h": hinge, "a": ns.accuracy}, larger_is_better={"h": False})
+    assert (both["h"].worst, both["a"].worst) == (2.0, 0.0)
+    with pytest.raises(ValueError, match="larger_is_better= names 'hinge'; there are 'h'"):
+        ns.evaluate(model, data, metric={"h": hinge}, larger_is_better={"hinge": False})
+
+
+def test_metrics_are_a_mapping_of_groups() -> None:
+    expected = {"landbird": 0.9, "waterbird": 0.5, 3: 0.7}
+    assert dict(METRICS) == expected == dict(METRICS.items()) and list(METRICS) == list(METRICS.keys()) == list(
+        expected
+    )
+    assert len(METRICS) == 3 and "waterbird" in METRICS and "land" not in METRICS and 3 in METRICS
+    assert METRICS.get("land") is None and METRICS.get("land", 0.1) == 0.1 and METRICS.get(3) == 0.7
+    assert METRICS.values == (0.9, 0.5, 0.7)
+    table = METRICS._repr_html_()
+    assert "<th>group</th>" in table and ">waterbird</td>" in table and ">0.5</td>" in table and ">10</td>" in table
+    escaped = GroupMetrics(("<b>", "a"), (0.1, 0.2), (1, 1))._repr_html_()
+    assert ">&lt;b&gt;</td>" in escaped
 
 
 def test_groups_are_found_by_name_and_weights_are_for_all_of_them() -> None:
@@ -244,17 +283,20 @@ def test_groups_are_found_by_name_and_weights_are_for_all_of_them() -> None:
 
 
 def test_metrics_are_hashable_values() -> None:
-    again = GroupMetrics(METRICS.groups, METRICS.values, METRICS.counts)
+    again = GroupMetrics(METRICS.groups, METRICS.values, METRICS.counts, True)
     assert again == METRICS
     assert hash(again) == hash(METRICS)
-    assert ns.evaluate(nn.Identity(), [(torch.eye(2), torch.tensor([0, 1]))]) == GroupMetrics(("all",), (1.0,), (2,))
+    assert ns.evaluate(nn.Identity(), [(torch.eye(2), torch.tensor([0, 1]))]) == GroupMetrics(
+        ("all",), (1.0,), (2,), True
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 14, 15, 300])
 def test_repr_has_at_most_20_lines(groups: int) -> None:
-    text = repr(GroupMetrics(tuple(range(groups)), (0.25,) * groups, (4,) * groups))
+    text = repr(GroupMetrics(tuple(range(groups)), (0.25,) * groups, (4,) * groups, larger_is_better=False))
     assert len(text.splitlines()) <= 20
-    assert text.splitlines()[0] == f"GroupMetrics of {groups} groups: worst 0.2500, average 0.2500, balanced 0.2500"
+    said = "worst 0.2500, average 0.2500, balanced 0.2500"
+    assert text.splitlines()[0] == f"GroupMetrics of {groups} groups: {said}"
     assert text.splitlines()[1] == "  0: 0.2500 (4 examples)"
     assert (f"... and {groups - 14} more" in text) == (groups > 14)
 

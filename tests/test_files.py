@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import safetensors.torch
 import torch
 from kinds import built, few
 from snapshot import assert_unchanged, snapshot
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import neuronsurgery as ns
 
@@ -25,6 +27,29 @@ LAYOUT = ns.find_layout(built("unet_grouped"), extra="*.bias")
 NEURONS = ns.select(LAYOUT, {"up.weight": (0, 5), "out.weight": 1})
 THEN = {name: parameter.detach() + 1 for name, parameter in built("unet_grouped").named_parameters()}
 NAN = ns.GroupMetrics(("a", 3, "3"), (math.nan, 0.1, math.inf), (0, 2, 7))
+
+
+ATTENTION = nn.ModuleDict({"a": nn.MultiheadAttention(12, 3)})
+HEADS = ns.find_layout(ATTENTION, patterns={"a.out_proj.weight": ("e (head d) -> head e d", {"d": 4})})
+
+
+@ns.file_kind("clamp")
+@dataclass(frozen=True)
+class Clamp(ns.Edit):
+    """Every entry at most so far from 0."""
+
+    neurons: ns.Neurons
+    bound: float
+
+    def rows(self, layer: ns.Layer, indices: Tensor, weight: Tensor, constants: Tensor | None = None) -> Tensor:
+        return layer.take(weight, indices).clamp(-self.bound, self.bound)
+
+
+def swept(edits: dict[str, ns.Edit] | None = None, **options: Any) -> ns.Sweep:
+    model, layout = built("mlp"), ns.find_layout(built("mlp"))
+    cuts = {"a": ns.zero_out(ns.select(layout, {"0.weight": ...})), "b": ns.scale(ns.select(layout, {"*": 0}), 2.0)}
+    data = [(torch.eye(5)[:3], torch.tensor([0, 1, 2]), torch.tensor([0, 1, 0])), (torch.eye(5)[3:], [1, 2], [2, 0])]
+    return ns.sweep(model, cuts if edits is None else edits, data, **options)
 
 
 def scores(groups: tuple[int | str, ...]) -> ns.Scores:
@@ -57,6 +82,19 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "compose": lambda: ns.compose(rewound(), ns.zero_out(few(LAYOUT)), rewound(1.0), ns.scale(NEURONS, 2)),
     "compose of one rewind twice": lambda: ns.compose(rewound(), ns.scale(NEURONS, 2), rewound()),
     "compose of the same object twice": lambda: (lambda edit: ns.compose(edit, edit))(rewound()),
+    "heads": lambda: ns.select(HEADS, {"a.out_proj.weight": (1, 2)}),
+    "heads and rows": lambda: ns.zero_out(
+        ns.select(HEADS, {"a.out_proj.weight": 1}) | ns.select(ns.find_layout(ATTENTION), {"a.out_proj.weight": 3})
+    ),
+    "metrics with a direction": lambda: ns.GroupMetrics((0, 1), (0.1, 1 / 3), (10, 3), larger_is_better=False),
+    "layout": lambda: LAYOUT,
+    "layout of heads": lambda: HEADS,
+    "sweep": lambda: swept(),
+    "sweep of numbers": lambda: swept(metric=ns.cross_entropy),
+    "sweep of nothing": lambda: swept({}),
+    "inferred groups": lambda: ns.infer_groups(torch.arange(30.0), torch.tensor([4, 9, 9] * 10), rule=0.3),
+    "memorization": lambda: ns.memorization.memorization_scores(lambda i: torch.arange(6) < 3, 6, 20, 0.5, seed=2),
+    "an edit of one's own": lambda: ns.compose(Clamp(NEURONS, 0.25), ns.zero_out(NEURONS)),
 }
 every_object = pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
 
@@ -72,9 +110,21 @@ def test_what_is_saved_is_loaded(make: Callable[[], Any], tmp_path: Path) -> Non
     assert repr(loaded) == repr(made)
     assert os.listdir(tmp_path) == ["it.safetensors"]
     if isinstance(loaded, ns.Edit):
-        model = built("unet_grouped")
+        model = ATTENTION if "a.out_proj.weight" in loaded.neurons.masks() else built("unet_grouped")
         one, other = ns.bake(made, model).state_dict(), ns.bake(loaded, model).state_dict()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_name_of_a_kind_is_given_once() -> None:
+    with pytest.raises(ValueError, match="files call Clamp 'clamp' already: choose another name"):
+
+        @ns.file_kind("clamp")
+        @dataclass(frozen=True)
+        class Other(ns.Edit):
+            neurons: ns.Neurons
+
+            def rows(self, layer: ns.Layer, indices: Tensor, weight: Tensor, constants: Tensor | None = None) -> Tensor:
+                return layer.take(weight, indices)
 
 
 def test_metrics_that_are_not_finite_and_groups_of_both_kinds(tmp_path: Path) -> None:
@@ -200,7 +250,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_a_value_without_a_format_is_refused(tmp_path: Path) -> None:
-    for value in (LAYOUT, torch.ones(2), {"a": 1}, built("mlp")):
+    for value in (torch.ones(2), {"a": 1}, built("mlp")):
         with pytest.raises(TypeError, match=r"no file format for a \w+; there is one for neurons, scores, metrics"):
             ns.save_file(value, tmp_path / "it")
     assert not os.listdir(tmp_path)
@@ -281,16 +331,18 @@ def test_anyone_can_read_the_header(path: Path) -> None:
 OLD = Path(__file__).parent / "files_of_0_1"
 
 
-class Conv1D(nn.Module):
+class Right(Conv1D):
+    """x @ W, and no bias."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 6))
+        super().__init__(6, 4)
+        del self.bias
 
 
 def model_of_0_1() -> nn.Module:
     """What those files were made of."""
     up = nn.ConvTranspose1d(4, 6, 2, groups=2), nn.ConvTranspose1d(4, 3, 2)
-    parts = {"conv": nn.Conv2d(2, 5, 3), "up": up[0], "plain_up": up[1], "right": Conv1D(), "head": nn.Linear(6, 2)}
+    parts = {"conv": nn.Conv2d(2, 5, 3), "up": up[0], "plain_up": up[1], "right": Right(), "head": nn.Linear(6, 2)}
     return nn.ModuleDict(parts)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kinds import named
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES, CLASSES
+from zoo import CASES, CLASSES, marked
 
 import neuronsurgery as ns
 from neuronsurgery import CaptureError
@@ -111,7 +111,7 @@ ENDS: dict[str, tuple[tuple[str, ...], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", marked(ENDS))
 def test_branches_of_known_architectures(name: str) -> None:
     if name in HERE:
         build, size = HERE[name]
@@ -517,7 +517,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", marked(INSIDE))
 def test_zeroing_the_layer_cuts_the_branch_and_nothing_else(name: str) -> None:
     """Then nothing reaches the logits from inside the branch, and everything that did from before it still does."""
     case = CASES[name]
@@ -533,7 +533,7 @@ def test_zeroing_the_layer_cuts_the_branch_and_nothing_else(name: str) -> None:
         assert after[first].max() > 0
 
 
-@pytest.mark.parametrize("name", ["residual", "encoder", "bert"])
+@pytest.mark.parametrize("name", marked(["residual", "encoder", "bert"]))
 def test_finding_branches_changes_nothing(name: str) -> None:
     case = CASES[name]
     model, batch = case.build(), case.batches()[0]
@@ -757,7 +757,7 @@ def test_a_sweep_of_another_metric_is_refused(metric: Any, name: str) -> None:
     data = [(torch.randn(6, 2), torch.randint(2, (6,)))]
     swept = ns.sweep(model, rows_cut(model, 0), data, metric=metric)
     for score in ("margin", "flips"):
-        with pytest.raises(ValueError, match=f"with the metric '{name}', which is no margin: run it with metric=marg"):
+        with pytest.raises(ValueError, match=f"with the metric '{name}', .*, so it is no margin: run it with "):
             ns.fragility(swept, data[0][1], score=score)
     values = torch.stack([swept.values(label) for label in swept.labels])
     assert torch.equal(ns.fragility(values, data[0][1]), -values[0])
@@ -767,8 +767,18 @@ def test_a_sweep_of_another_metric_is_refused(metric: Any, name: str) -> None:
 def test_a_margin_of_ones_own(metric: Any) -> None:
     model = linear([[1.0, 0.0], [0.0, 1.0]])
     data = [(torch.randn(6, 2), torch.randint(2, (6,)))]
-    swept = ns.sweep(model, rows_cut(model, 0), data, metric=metric)
+    swept = ns.sweep(model, rows_cut(model, 0), data, metric=metric, larger_is_better=True)
     assert torch.equal(ns.fragility(swept, data[0][1]), -swept.values("row 0"))
+
+
+def test_an_accuracy_is_no_margin_whatever_it_is_called() -> None:
+    def margin_free_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+        return ns.accuracy(logits, targets)
+
+    model, data = linear([[1.0, 0.0], [0.0, 1.0]]), [(torch.randn(6, 2), torch.randint(2, (6,)))]
+    swept = ns.sweep(model, rows_cut(model, 0), data, metric=margin_free_accuracy, larger_is_better=True)
+    with pytest.raises(ValueError, match="'margin_free_accuracy', whose values are all 0 or 1, so it is no margin"):
+        ns.fragility(swept, data[0][1])
 
 
 def test_a_sweep_without_edits_is_refused() -> None:

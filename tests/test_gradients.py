@@ -611,11 +611,43 @@ def test_examples_of_which_nothing_counts_have_a_loss_of_zero() -> None:
 def test_labels_are_never_shifted_unasked() -> None:
     case = CASES["gpt2_lm"]
     model, batches = case.build(), case.batches(SEED)
-    text = r"GPT2LMHeadModel is a causal language model: .* Pass loss=neuronsurgery.causal_lm_loss"
+    text = r"the labels are the input tokens: a causal language model's .* Pass loss=neuronsurgery\.causal_lm_loss"
     for refused in (ns.group_grad_norms, ns.hard_batch):
         with pytest.raises(ValueError, match=text):
             refused(model, batches)
     assert ns.hard_batch(model, batches[:1], loss=ns.causal_lm_loss).targets.shape[1] == 8
+    assert ns.hard_batch(model, batches[:1], loss=ns.cross_entropy).targets.shape[1] == 8, "asked for by name"
+
+
+class Tagger(nn.Module):
+    """A head over tokens, under a name that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens))  # type: ignore[no-any-return]
+
+
+class RowForCausalLM(Tagger):
+    """No language model, whatever its name says."""
+
+
+def test_what_counts_is_what_the_labels_are_and_not_what_the_model_is_called() -> None:
+    tokens = torch.randint(9, (6, 5))
+    padded = tokens.masked_fill(torch.arange(5) > 2, -100)
+    for model in (Tagger(), nn.Sequential(Tagger())):
+        for labels in (tokens, padded):
+            with pytest.raises(ValueError, match="the labels are the input tokens"):
+                ns.group_grad_norms(model, [(tokens, labels)])
+            with pytest.raises(ValueError, match="the labels are the input tokens"):
+                ns.sweep(model, {}, [(tokens, labels)])
+    tags = (tokens + 1) % 9
+    assert ns.group_grad_norms(RowForCausalLM(), [(tokens, tags)]).counts == (6,)
+    masked = torch.where(torch.arange(5) == 1, tokens, -100)
+    hidden = torch.where(torch.arange(5) == 1, 0, tokens.clamp(min=1))
+    assert ns.group_grad_norms(Tagger(), [(hidden, masked.clamp(max=8))]).counts == (6,)
 
 
 def test_a_softmax_inside_the_model_is_warned_about() -> None:

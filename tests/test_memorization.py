@@ -418,7 +418,7 @@ def test_it_prints_the_most_memorised() -> None:
     assert lines[1:4] == ["  at least 0.25: 15 examples", "  at least 0.5: 10 examples", "  at least 0.75: 5 examples"]
     assert lines[4].split() == ["example", "score", "standard", "error", "seen", "unseen"]
     assert lines[5].split() == ["19", "0.9500", "0.1250", "14", "6"]
-    assert len(lines) == 16 and lines[-1] == "  ..."
+    assert len(lines) == 16 and lines[-1] == "  ... and 10 more"
     assert len(repr(example(3)).splitlines()) == 8
 
 

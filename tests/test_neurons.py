@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from kinds import built, few, layer_of, named, tensor_of
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES, FAST, Case, Custom, Rows, Tied, UNet, every_case, fast_case
+from transformers.pytorch_utils import Conv1D
+from zoo import CASES, FAST, Case, Custom, Rows, Tied, UNet, every_case, fast_case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery import Layer, Layout, Neuron, Neurons
@@ -56,7 +57,7 @@ def test_the_layers_are_those_of_the_architecture(case: Case) -> None:
     assert layout.digest == Layout(tuple(layer_of(name, rows) for name, rows in case.layers.items())).digest
 
 
-@every_case
+@small_case
 def test_rows_are_the_reference_s_and_come_back(case: Case) -> None:
     model = built(case.name)
     for layer in ns.find_layout(model):
@@ -68,7 +69,7 @@ def test_rows_are_the_reference_s_and_come_back(case: Case) -> None:
         assert torch.equal(back, tensor) and back.stride() == tensor.stride()
 
 
-@every_case
+@small_case
 def test_a_mask_is_true_where_it_was_selected_and_selects_it_again(case: Case) -> None:
     model = built(case.name)
     layout = ns.find_layout(model)
@@ -177,16 +178,14 @@ def test_a_shared_weight_is_one_layer_under_its_first_name(name: str) -> None:
     assert (("second.bias", "first.bias") in layout.aliases) == (name == "shared_module")
 
 
-def test_hugging_face_s_conv1d_is_known_by_its_class_name_alone() -> None:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 6))
-
+def test_hugging_face_s_conv1d_is_known_by_its_class_and_not_by_a_name() -> None:
     class Derived(Conv1D):
         pass
 
-    assert found(ns.find_layout(Conv1D())) == found(ns.find_layout(Derived())) == {"weight": Rows(1, 6, (4,))}
+    for kind in (Conv1D, Derived):
+        assert found(ns.find_layout(kind(6, 4))) == {"weight": Rows(1, 6, (4,))}
+    namesake = type("Conv1D", (nn.Linear,), {})
+    assert found(ns.find_layout(namesake(4, 6))) == {"weight": Rows(0, 6, (4,))}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -12,7 +12,7 @@ from kinds import KINDS, built, earlier, few, run
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
-from zoo import CASES, Case, every_case, fast_case
+from zoo import CASES, Case, fast_case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery.copies import eval_copy
@@ -147,7 +147,7 @@ def test_it_fits_every_architecture(case: Case) -> None:
     assert_unchanged(before, model)
 
 
-@every_case
+@small_case
 def test_a_survey_serves_in_the_model_s_place(case: Case) -> None:
     model = built(case.name)
     surveyed = survey(model)

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,6 +79,23 @@ def wrapped(*ranks: int) -> Any:
     return ns.group_grad_norms(DistributedDataParallel(model()) if distributed else model(), share(*ranks), **WORLD)
 
 
+def sweeps(model: nn.Module, data: Any, **world: Any) -> dict[str, ns.Sweep]:
+    layout = ns.find_layout(model)
+    edits = {name: ns.zero_out(ns.select(layout, {name: ...})) for name in layout.names}
+    return ns.sweep(model, edits, data, metric={"accuracy": ns.accuracy, "loss": ns.cross_entropy}, **world)
+
+
+def hardest(model: nn.Module, data: Any, **world: Any) -> tuple[Tensor, Tensor, Any]:
+    batch = ns.hard_batch(model, data, top=9, sample=5, per_group=True, **world)
+    return batch.args[0].numpy(), batch.targets.numpy(), batch.groups  # type: ignore[return-value]  # arrays compare by bytes
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(one[0], np.ndarray):
+        return all(np.array_equal(a, b) for a, b in zip(one[:2], other[:2], strict=True)) and one[2] == other[2]
+    return bool(one == other)
+
+
 AGREE: dict[str, Callable[..., Any]] = {
     "scores of mixed batches": both(ns.group_grad_norms, share),
     "scores of a mapping": both(ns.group_grad_norms, loaders),
@@ -89,6 +107,9 @@ AGREE: dict[str, Callable[..., Any]] = {
     "metrics, a rank without a batch": both(losses, first_only(share, [])),
     "metrics, a rank without a group": both(losses, first_only(loaders, {})),
     "several metrics": both(both_metrics, share),
+    "sweeps": both(sweeps, share),
+    "the hardest examples": both(hardest, share),
+    "the hardest, a rank without a batch": both(hardest, first_only(share, [])),
 }
 
 
@@ -118,6 +139,11 @@ def poisoned(model: nn.Module) -> nn.Module:
 def nan_inputs() -> list[Any]:
     x, y, g = share(1)[0]
     return [(x * torch.nan, y, g)]
+
+
+def doubles() -> list[Any]:
+    x, y, g = share(1)[0]
+    return [(x.double(), y, g)]
 
 
 OTHER = "RuntimeError: another process failed, so none has a result:\nrank 1: "
@@ -171,6 +197,19 @@ FAIL: dict[str, tuple[Callable[[int], Any], tuple[str, str]]] = {
             "TypeError: a loa",
         ),
     ),
+    "the hardest of an unknown form": (
+        lambda rank: broken(hardest, [3])(rank),
+        (
+            "RuntimeError: another process failed, so none has a result:\nrank 1: TypeError: a loader",
+            "TypeError: a loa",
+        ),
+    ),
+    "the hardest of two shapes": (
+        lambda rank: broken(
+            hardest, [(torch.randn(2, 5).double(), torch.tensor([0, 1]), torch.tensor([0, 1]))], nn.Module.double
+        )(rank),
+        ("ValueError: examples of different shapes", "ValueError: examples of different shapes"),
+    ),
     "metrics of nothing": (
         lambda rank: METRICS(model(), {"dark": []}, **WORLD),
         ("ValueError: no examples of 'dark'", "ValueError: no examples of 'dark'"),
@@ -206,7 +245,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]
 
 @pytest.mark.parametrize("name", AGREE)
 def test_the_ranks_agree_to_the_last_bit(name: str, results: list[dict[str, Outcome]]) -> None:
-    assert results[0][name] == results[1][name]
+    assert equal(results[0][name], results[1][name])
 
 
 @pytest.mark.parametrize("name", [name for name in AGREE if "scores" in name])
@@ -227,6 +266,24 @@ def test_several_metrics_are_those_of_one_process(results: list[dict[str, Outcom
     found, right = results[0]["several metrics"], AGREE["several metrics"](0, 1)
     assert found["accuracy"] == right["accuracy"]
     assert found["loss"].values == pytest.approx(right["loss"].values, rel=1e-6)
+
+
+def test_a_sweep_is_that_of_one_process_and_knows_the_rank_and_place_of_every_example(
+    results: list[dict[str, Outcome]],
+) -> None:
+    found, right = results[0]["sweeps"], AGREE["sweeps"](0, 1)
+    for name in ("accuracy", "loss"):
+        assert found[name].members == right[name].members and found[name].labels == right[name].labels
+        assert found[name].ranks.tolist() == [0] * 10 + [1] * 14
+        assert found[name].indices.tolist() == [*range(10), *range(14)]
+        for label in found[name]:
+            torch.testing.assert_close(found[name].values(label), right[name].values(label))
+            assert found[name].p_value(label).keys() == right[name].p_value(label).keys()
+
+
+@pytest.mark.parametrize("name", [name for name in AGREE if "hardest" in name])
+def test_the_hardest_examples_are_those_of_one_process(name: str, results: list[dict[str, Outcome]]) -> None:
+    assert equal(results[1][name], AGREE[name](0, 1))
 
 
 def test_groups_are_of_all_ranks(results: list[dict[str, Outcome]]) -> None:

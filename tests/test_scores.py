@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import named
 from torch import Tensor, nn
-from zoo import CASES, Case, every_case
+from zoo import CASES, Case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery import Layout, Neurons, Scores
@@ -264,7 +264,7 @@ def test_repr_has_at_most_20_lines(groups: int) -> None:
 # --- magnitudes and norms -------------------------------------------------------------------------------------------
 
 
-@every_case
+@small_case
 def test_magnitudes_are_the_reference(case: Case) -> None:
     model = case.build()
     found = ns.magnitudes(model)

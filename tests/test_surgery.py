@@ -18,7 +18,7 @@ from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
-from zoo import CASES, FAST, Case, Custom, Tied, every_case, fast_case
+from zoo import CASES, FAST, Case, Custom, Tied, fast_case, small_case
 
 import neuronsurgery as ns
 
@@ -47,7 +47,7 @@ X = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
 # --- the three ways -------------------------------------------------------------------------------------------------
 
 
-@every_case
+@small_case
 def test_apply_bake_and_edited_parameters_agree_bit_for_bit(case: Case) -> None:
     model, batch, checkpoint = built(case.name), case.batches(sizes=(2,))[0], earlier(case)
     args, kwargs, _, _ = reference.unpack(batch)
@@ -82,7 +82,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() and torch.equal(a, b)
 
 
-@every_case
+@small_case
 def test_a_view_shares_every_weight_and_has_the_same_neurons(case: Case) -> None:
     model = built(case.name)
     before = snapshot(model)
@@ -96,7 +96,7 @@ def test_a_view_shares_every_weight_and_has_the_same_neurons(case: Case) -> None
     assert_unchanged(before, model)
 
 
-@every_case
+@small_case
 def test_a_baked_model_is_plain_and_its_own(case: Case) -> None:
     model = built(case.name)
     baked = ns.bake(cut(model), model)

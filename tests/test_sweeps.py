@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES, Case, every_case, fast_case
+from zoo import CASES, Case, fast_case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery.paired import paired_interval, paired_p_value, student_cdf, student_quantile
@@ -76,7 +76,7 @@ def assert_equal_one_by_one(model: nn.Module, edits: Mapping[str, ns.Edit], load
 # Equality
 
 
-@every_case
+@small_case
 def test_equals_one_by_one(case: Case) -> None:
     swept = assert_equal_one_by_one(case.build(), every_kind(case.build()), case.batches(sizes=(4, 4, 3, 1)))
     assert swept.reasons == ()
@@ -391,9 +391,9 @@ def test_remembers_the_name_of_its_metric() -> None:
 
 def test_unknown_labels_and_levels_are_named() -> None:
     swept = small_sweep()
-    with pytest.raises(KeyError, match="no edit is labelled 'other'; there are 'first', 'all'"):
+    with pytest.raises(KeyError, match="no edit labelled 'other'; there are 'first', 'all'"):
         swept["other"]
-    with pytest.raises(KeyError, match="no edit is labelled"):
+    with pytest.raises(KeyError, match="no edit labelled"):
         swept.values("other")
     with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), not 95"):
         swept.interval("all", level=95)

@@ -14,7 +14,7 @@ from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
-from zoo import CASES, FAST, SIZES, Case, every_case, fast_case
+from zoo import CASES, FAST, SIZES, Case, every_case, fast_case, small_case
 
 
 def run(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def gradients(case: Case, model: nn.Module) -> dict[Any, dict[str, Tensor]]:
     return reference.group_gradients(model, case.batches(), case.layers, loss)
 
 
-@every_case
+@small_case
 def test_a_model_is_fresh_and_the_world_stays(case: Case) -> None:
     bystander = nn.Linear(2, 2)
     case.build()  # imports happen here
@@ -40,7 +40,7 @@ def test_a_model_is_fresh_and_the_world_stays(case: Case) -> None:
     assert {tensor.dtype for tensor in first.values() if tensor.is_floating_point()} == {torch.float32}
 
 
-@every_case
+@small_case
 def test_batches_are_fresh_and_no_batch_holds_all_groups(case: Case) -> None:
     before, batches = torch.get_rng_state(), case.batches()
     assert torch.equal(before, torch.get_rng_state())
@@ -63,7 +63,7 @@ def test_it_runs_in_both_modes_and_tells_examples_apart(case: Case) -> None:
         assert len(logits) == 1 or (logits[0] - logits[1]).abs().max() > 1e-4
 
 
-@every_case
+@small_case
 def test_examples_do_not_meet_in_evaluation_mode(case: Case) -> None:
     model = case.build().eval()
     together = torch.cat([run(model, batch)[0].flatten() for batch in case.batches()])
@@ -71,7 +71,7 @@ def test_examples_do_not_meet_in_evaluation_mode(case: Case) -> None:
     torch.testing.assert_close(together.double(), alone, rtol=1e-3, atol=1e-4)
 
 
-@every_case
+@small_case
 def test_layers_are_what_the_model_has(case: Case) -> None:
     model = case.build()
     for name, rows in case.layers.items():
@@ -85,7 +85,7 @@ def test_layers_are_what_the_model_has(case: Case) -> None:
     assert sum(rows.count for rows in case.layers.values()) == case.neuron_count
 
 
-@every_case
+@small_case
 def test_reference_gradients_are_finite_and_most_layers_have_some(case: Case) -> None:
     found = gradients(case, case.build())
     assert list(found) == [0, 1, 2, 3]
@@ -95,7 +95,7 @@ def test_reference_gradients_are_finite_and_most_layers_have_some(case: Case) ->
         assert sum(norm > 1e-6 for norm in norms) > 0.9 * len(norms)
 
 
-@every_case
+@small_case
 def test_an_edit_shows_in_the_logits(case: Case) -> None:
     """Or tests of edits would pass for nothing."""
     model, batches = case.build(), case.batches(sizes=(2,))
@@ -108,7 +108,7 @@ def test_an_edit_shows_in_the_logits(case: Case) -> None:
         assert (before - after).abs().max() > 1e-3, name
 
 
-@every_case
+@small_case
 def test_a_forward_in_evaluation_mode_and_a_copy_change_nothing(case: Case) -> None:
     """So that what a test of purity finds is the library's doing."""
     model, batches = case.build().eval(), case.batches()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -880,7 +880,9 @@ def large_cases() -> list[Case]:
 
 
 CROSS = stream(dense_tuple((4, 8), (6, 5), (6, 7)))
-CASES: dict[str, Case] = {case.name: case for case in [*small_cases(), *large_cases()]}
+SMALL_CASES: dict[str, Case] = {case.name: case for case in small_cases()}
+LARGE_CASES: dict[str, Case] = {case.name: case for case in large_cases()}
+CASES = SMALL_CASES | LARGE_CASES
 FAST: tuple[str, ...] = (
     "mlp",
     "residual",
@@ -895,5 +897,15 @@ FAST: tuple[str, ...] = (
     "weight_norm",
 )
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+large = [pytest.param(case, marks=pytest.mark.architectures) for case in LARGE_CASES.values()]
+every_case = pytest.mark.parametrize("case", [*SMALL_CASES.values(), *large], ids=CASES)
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Names of cases for `parametrize`; those of large ones, and of what is no case, belong to their tier."""
+    tier = pytest.mark.architectures
+    return [pytest.param(name, marks=() if name in SMALL_CASES else tier, id=name) for name in names]
+
+
+small_case = pytest.mark.parametrize("case", SMALL_CASES.values(), ids=SMALL_CASES)
 fast_case = pytest.mark.parametrize("case", [CASES[name] for name in FAST], ids=FAST)

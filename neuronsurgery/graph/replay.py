@@ -244,7 +244,8 @@ def _bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
         raise CaptureError(f"the graph takes {len(graph.inputs)} tensors, not {len(tensors)}")
     values: list[Any] = [None] * len(graph.nodes)
     for node, tensor in zip(graph.inputs, tensors, strict=True):
-        values[graph.slots[node]] = tensor
+        # A copy, as a forward gets: kernels, and so the last bits, go by where a tensor begins in memory, too.
+        values[graph.slots[node]] = as_parameter(tensor.clone(), tensor)
     for node, value in graph.constants.items():
         values[graph.slots[node]] = value
     return values

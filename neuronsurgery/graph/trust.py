@@ -45,7 +45,7 @@ class CheckedForward:
     Example:
         >>> from neuronsurgery.copies import make_runner
         >>> from neuronsurgery.surveys import survey
-        >>> model = nn.Linear(2, 2)
+        >>> model = torch.nn.Linear(2, 2)
         >>> forward = CheckedForward(make_runner(survey(model)))
         >>> edits = {"base": {}, "cut": {"weight": torch.zeros(2, 2)}}
         >>> logits = dict(forward.run((torch.ones(3, 2),), {}, edits))

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.files import write_atomically
+from neuronsurgery.atomic import write_atomically
 from neuronsurgery.study.training import Recipe
 
 SCHEMA: Final = 1

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from neuronsurgery.atomic import replaced_atomically
 from neuronsurgery.distributed import exchange
-from neuronsurgery.files import replaced_atomically
 from neuronsurgery.study.data import Augmentation, Batches, Split, batches, raw_bits
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -277,7 +277,7 @@ def test_a_long_file_is_shown_in_twenty_lines(tmp_path: Path) -> None:
     file.write_text(json.dumps({f"part {number}": [number] * 200 for number in range(40)}))
     lines = describe_file(file).splitlines()
     assert lines[:2] == ["timings.json:", "  part 0: 200 entries"]
-    assert (len(lines), lines[-1]) == (run.LINES, "... 22 more lines")
+    assert (len(lines), lines[-1]) == (run.LINES, "... and 22 more")
     with pytest.raises(ValueError, match=r"is a folder: name a file in it, such as .*results\.json"):
         describe_file(tmp_path)
     file.write_text("{")

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from neuronsurgery.files import write_atomically
+from neuronsurgery.atomic import write_atomically
 from neuronsurgery.study.report.contents import STAGE_ONE, chapters_of, contents_of
 from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.levels import by_group
