@@ -10,7 +10,7 @@ from neuronsurgery.errors import CaptureError
 from neuronsurgery.evaluation import GroupMetrics, evaluate
 from neuronsurgery.files import load_file, save_file
 from neuronsurgery.fragile import InferredGroups, fragility, infer_groups
-from neuronsurgery.gradients import grad_norms, group_grad_norms
+from neuronsurgery.gradients import group_grad_norms
 from neuronsurgery.graph.residual import Branch, residual_branches
 from neuronsurgery.hard import hard_batch
 from neuronsurgery.layers import Layer
@@ -20,7 +20,7 @@ from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
 from neuronsurgery.outcomes import Sweep
 from neuronsurgery.plans import Plan, plan
-from neuronsurgery.scores import Scores, contrast, magnitudes, overlap, ranks, sample, top_fraction, topk
+from neuronsurgery.scores import Scores, contrast, grad_norms, magnitudes, overlap, ranks, sample, top_fraction, topk
 from neuronsurgery.surgery import apply, bake, edited_parameters
 from neuronsurgery.sweeps import sweep
 

@@ -135,7 +135,8 @@ def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) 
     """Return a function so that it calls the copy where it called the model, as an uncompiled one; else the value.
 
     A deep copy takes functions as they are, and with a forward that was replaced by a closure (by `torch.compile`, by
-    autocast, by hand) the original would go on to run in the copy.
+    autocast, by hand) the original would go on to run in the copy. Modules in containers of a closure and among the
+    defaults of a function count as well.
 
     Args:
         value: what an attribute or a closure holds.
@@ -156,15 +157,34 @@ def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) 
         function, *args = (_rebound(part, memo, within) for part in inner)
         same = all(new is old for new, old in zip([function, *args], inner, strict=True))
         return value if same else functools.partial(function, *args, **value.keywords)
-    if not isinstance(value, types.FunctionType) or not value.__closure__ or id(value) in within:
+    if within and type(value) in (list, tuple, set, dict) and id(value) not in within:
+        return _rebound_container(value, memo, (*within, id(value)))
+    if not isinstance(value, types.FunctionType) or id(value) in within:
         return value
-    contents = [_content(cell) for cell in value.__closure__]
-    rebound = [_rebound(content, memo, (*within, id(value))) for content in contents]
-    if all(new is old for new, old in zip(rebound, contents, strict=True)):
+    return _rebound_function(value, memo, (*within, id(value)))
+
+
+def _rebound_container(value: Any, memo: Mapping[int, Any], within: tuple[int, ...]) -> Any:
+    """Return a container with what it holds rebound; the container itself where nothing is."""
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    rebound = [_rebound(item, memo, within) for item in items]
+    if all(new is old for new, old in zip(rebound, items, strict=True)):
         return value
-    cells = tuple(types.CellType(content) for content in rebound)
-    function = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    function.__kwdefaults__ = value.__kwdefaults__
+    return dict(zip(value, rebound, strict=True)) if isinstance(value, dict) else type(value)(rebound)
+
+
+def _rebound_function(value: types.FunctionType, memo: Mapping[int, Any], within: tuple[int, ...]) -> Any:
+    """Return a function whose closure and defaults are rebound; the function itself where nothing is."""
+    contents = [_content(cell) for cell in value.__closure__ or ()]
+    rebound = [_rebound(content, memo, within) for content in contents]
+    defaults = _rebound(value.__defaults__, memo, within)
+    named = _rebound(value.__kwdefaults__, memo, within)
+    same = all(new is old for new, old in zip(rebound, contents, strict=True))
+    if same and defaults is value.__defaults__ and named is value.__kwdefaults__:
+        return value
+    cells = tuple(types.CellType(content) for content in rebound) or None
+    function = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
+    function.__kwdefaults__ = named
     function.__dict__.update(vars(value))
     return function
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
 from neuronsurgery.types import Predict
@@ -26,10 +29,47 @@ def isolated_forward(model: nn.Module, batch: Batch) -> Any:
         return model(*args, **kwargs)
 
 
-def random_state_kept(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Return a context that gives the random state of the CPU and of the tensors' GPUs back as it was."""
+@contextlib.contextmanager
+def random_state_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give the random state of the CPU and of the tensors' GPUs back as it was.
+
+    Beside other threads only where something was drawn within: what they have drawn meanwhile must not come again.
+    """
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    return torch.random.fork_rng(devices=devices)
+    if threading.active_count() == 1:
+        with torch.random.fork_rng(devices=devices):
+            yield
+        return
+    before = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    draws = _Draws()
+    try:
+        with draws:
+            yield
+    finally:
+        if draws.seen:
+            torch.set_rng_state(before[0])
+            for device, state in zip(devices, before[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+
+def draws_within(call: Callable[[], object]) -> bool:
+    """Return whether a call draws from a random state."""
+    with _Draws() as draws, torch.no_grad():
+        call()
+    return bool(draws.seen)
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
+    """See whether an operator draws from a random state."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.seen = False
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tensor:

@@ -7,8 +7,9 @@ leaves, and `torch.autograd.grad` differentiates: the same numbers as `torch.fun
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from neuronsurgery.batches import Batch, Unpack, move, named_loaders, ordered_groups
+from neuronsurgery.batches import Batch, Unpack, group_members, move, named_loaders, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import add_up, agreed, exchange
-from neuronsurgery.errors import EXHAUSTED, inline, listed, warn
+from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
+from neuronsurgery.independence import refuse_dependence
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import iterate, regroup
+from neuronsurgery.loaders import iterate, iterate_groups, regrouped
 from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
-from neuronsurgery.surveys import held_elsewhere, same_names, survey
+from neuronsurgery.surveys import held_elsewhere, survey
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
@@ -37,6 +39,9 @@ MEMORY_WARNING = 4e9
 
 Sums: TypeAlias = dict[str, Tensor]
 """For each scored layer the sum of its gradients over the examples of a group, in float32 or wider."""
+
+Members: TypeAlias = Mapping[Group, Sequence[int] | None]
+"""The positions of each group's examples in a batch; None for all."""
 
 
 # What is differentiated
@@ -72,6 +77,7 @@ class _Seen:
     reached: set[str] = field(default_factory=set)
     outputs: bool = False
     probabilities: bool = False
+    regrouped: bool = False
 
 
 def _objective(
@@ -132,34 +138,60 @@ class _Within(nn.Module):
         return function(*args)
 
 
-def _add(objective: _Objective, sums: Sums, batch: Batch, group: Group, seen: _Seen) -> None:
-    """Add to `sums` the gradients of the summed loss of a batch."""
+def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups: Members, seen: _Seen) -> None:
+    """Add to the sums of each group the gradients of the summed loss over its examples in a batch.
+
+    Args:
+        sums: of each group.
+        objective: what is differentiated.
+        batch: run once, as it is.
+        groups: whose examples they are.
+        seen: what was seen so far; updated.
+    """
     batch = move(batch, objective.runner.device)
     with torch.enable_grad(), _differentiable_rnns(objective.runner):
-        within = _Within(objective.runner.model)
-        arguments = (_gradients, objective, batch, group)
-        logits, gradients = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
+        arguments = (_gradients, objective, batch, groups, seen)
+        found = functional_call(
+            _Within(objective.runner.model), dict(objective.parameters), arguments, tie_weights=False
+        )
+    for group, (count, gradients) in found.items():
+        for (name, total), gradient in zip(sums[group].items(), gradients, strict=True):
+            if gradient is not None:
+                seen.reached.add(name)
+                total.add_(gradient, alpha=count)
+
+
+def _gradients(
+    objective: _Objective, batch: Batch, groups: Members, seen: _Seen
+) -> dict[Group, tuple[int, Sequence[Tensor | None]]]:
+    """Return for each group its number of examples and the gradients of their mean loss."""
+    logits, losses = _forward(objective, batch)
+    refuse_bad_losses(losses, f"group {', '.join(map(repr, groups))}")
     if not seen.outputs:
-        seen.outputs, seen.probabilities = True, objective.loss is None and _are_probabilities(logits)
-    for (name, total), gradient in zip(sums.items(), gradients, strict=True):
-        if gradient is not None:
-            seen.reached.add(name)
-            total.add_(gradient, alpha=len(batch))
+        seen.outputs, seen.probabilities = True, objective.loss is None and _are_probabilities(logits.detach())
+        if None in groups.values() and seen.regrouped:
+            refuse_dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
+    found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
+    for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
+        own = losses if members is None else losses[list(members)]
+        found[group] = len(own), _differentiated(own, logits, list(objective.leaves.values()), retain=left > 0)
+    return found
 
 
-def _gradients(objective: _Objective, batch: Batch, group: Group) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return the logits and the gradients of the mean loss of a batch; to be called with the leaves in place."""
+def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = extract_logits(isolated_forward(objective.runner.model, batch), objective.predict, len(batch))
     refuse_unshifted_loss(objective.loss, logits, batch)
-    losses = example_losses(objective.loss, logits, batch.targets)
-    refuse_bad_losses(losses, f"group {group!r}")
-    leaves = list(objective.leaves.values())
+    return logits, example_losses(objective.loss, logits, batch.targets)
+
+
+def _differentiated(losses: Tensor, logits: Tensor, leaves: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
+    """Return the gradients of the mean loss."""
     if not losses.requires_grad:
-        return logits.detach(), [None] * len(leaves)
+        return [None] * len(leaves)
     if _is_float16(logits, leaves):
-        return logits.detach(), _scaled_gradients(losses, leaves)
+        return _scaled_gradients(losses, leaves)
     # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
-    return logits.detach(), torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+    return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=retain)
 
 
 def _is_float16(logits: Tensor, leaves: Sequence[Tensor]) -> bool:
@@ -179,7 +211,7 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
     multiple = 2.0 ** max(0, round(-math.log2(steepest)))
     gradients = torch.autograd.grad(losses.mean() * multiple, leaves, allow_unused=True, retain_graph=True)
     if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True)
+        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
     return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
 
 
@@ -211,6 +243,7 @@ def group_grad_norms(
     extra: str | Sequence[str] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    regroup: bool = True,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Scores:
@@ -235,6 +268,9 @@ def group_grad_norms(
         extra: layers to add, see `find_layout`.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`, for forms that `Batch` does not name.
+        regroup: whether mixed batches may be taken apart. False is for a loss or a module that looks at the whole batch
+            (batch norm without running statistics, in-batch negatives): each batch is one forward pass as it comes, and
+            one backward pass for each group in it. Such a dependence is looked for in the first batch.
         progress: whether to write a line of progress to standard error.
         process_group: reduce over its ranks, each of which gives its share of the data; every rank gets the same
             scores. None communicates nothing.
@@ -247,8 +283,8 @@ def group_grad_norms(
         TypeError: if a batch has an unknown form, or the name of a group is no integer or string.
         KeyError: if a glob matches nothing.
         ValueError: if a group has no examples, the layout does not fit the model, a label is not one of the classes,
-            the loss is not one number per example, or a loss, weight or gradient is NaN or infinite; names the group
-            and the layers.
+            the loss is not one number per example, examples depend on each other in mixed batches, or a loss, weight or
+            gradient is NaN or infinite; names the group and the layers.
 
     Warns:
         UserWarning: if no gradient reached some layers, if the outputs look like probabilities, or if much memory is
@@ -277,6 +313,7 @@ def group_grad_norms(
     streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
+    streams = streams if regroup or isinstance(loaders, Mapping) else _whole_sums
     for group, sums, count in streams(objective, loaders, seen, unpack, progress, process_group):
         if count == 0:
             raise ValueError(f"group {group!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
@@ -284,7 +321,11 @@ def group_grad_norms(
         counts[group] = count
         refuse_non_finite(rows[group], objective.layout, f"the gradients of group {group!r} are")
     reached = set().union(*exchange(process_group, None, seen.reached))
-    _warn_of_outputs(seen)
+    if seen.probabilities:
+        warn(
+            "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
+            "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss="
+        )
     _warn_of_unreached(objective, reached)
     return Scores(
         torch.stack(list(rows.values())), tuple(rows), tuple(counts.values()), objective.layout, "gradient norm"
@@ -311,7 +352,7 @@ def _mapped_sums(
         label = f"gradients of {name}" if progress else None
         try:
             for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label):
-                _add(objective, sums, batch, name, seen)
+                _add({name: sums}, objective, batch, {name: None}, seen)
                 count += len(batch)
         except Exception as raised:
             error = raised
@@ -327,16 +368,41 @@ def _mixed_sums(
     process_group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[Group, Sums, int]]:
     """Yield the groups of one mixed stream, after it has run through."""
+    seen.regrouped = True
+    batches = regrouped(iterate(loader, unpack=unpack, progress="gradients" if progress else None))
+    return _sums_of(objective, (({group: None}, batch) for group, batch in batches), seen, process_group)
+
+
+def _whole_sums(
+    objective: _Objective,
+    loader: Loader,
+    seen: _Seen,
+    unpack: Unpack | None,
+    progress: bool,
+    process_group: dist.ProcessGroup | None,
+) -> Iterator[tuple[Group, Sums, int]]:
+    """Yield the groups of one mixed stream, after it has run through, each batch as it came."""
+    groups = iterate_groups(loader, unpack=unpack, progress="gradients" if progress else None)
+    return _sums_of(objective, ((group_members(names), batch) for names, batch in groups), seen, process_group)
+
+
+def _sums_of(
+    objective: _Objective,
+    batches: Iterable[tuple[Members, Batch]],
+    seen: _Seen,
+    process_group: dist.ProcessGroup | None,
+) -> Iterator[tuple[Group, Sums, int]]:
     sums: dict[Group, Sums] = {}
     counts: dict[Group, int] = {}
     error = None
     try:
-        for group, batch in regroup(iterate(loader, unpack=unpack, progress="gradients" if progress else None)):
-            if group not in sums:
-                sums[group], counts[group] = _zeros(objective), 0
-                _warn_of_memory(sums)
-            _add(objective, sums[group], batch, group, seen)
-            counts[group] += len(batch)
+        for groups, batch in batches:
+            for group, members in groups.items():
+                if group not in sums:
+                    sums[group], counts[group] = _zeros(objective), 0
+                    _warn_of_memory(sums)
+                counts[group] += len(batch) if members is None else len(members)
+            _add(sums, objective, batch, groups, seen)
     except Exception as raised:
         error = raised
     present = ordered_groups(group for share in exchange(process_group, error, list(sums)) for group in share)
@@ -366,14 +432,6 @@ def _warn_of_memory(sums: Mapping[Group, Sums]) -> None:
         )
 
 
-def _warn_of_outputs(seen: _Seen) -> None:
-    if seen.probabilities:
-        warn(
-            "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
-            "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss="
-        )
-
-
 def _warn_of_unreached(objective: _Objective, reached: set[str]) -> None:
     """Warn of scored layers that no gradient came to in any batch, and of parameters used in ways it cannot see."""
     if objective.held:
@@ -389,50 +447,3 @@ def _warn_of_unreached(objective: _Objective, reached: set[str]) -> None:
             f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
             f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
         )
-
-
-# Norms of gradients that are there already
-
-
-def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores:
-    """Return the norms ||g_i||_2 of every neuron's slice of gradients that the caller has already, group "all".
-
-    Args:
-        gradients: a gradient per layer, of the parameter's shape, by any of its names, with the prefixes of wrappers or
-            without: for instance `{name: p.grad for name, p in model.named_parameters()}`. None counts as zero; other
-            entries are ignored.
-        layout: the layers to score, see `find_layout`.
-
-    Returns:
-        Scores of shape (1, M).
-
-    Raises:
-        ValueError: if a layer has no entry or one of another shape (lists all), or a gradient is NaN or infinite.
-
-    Example:
-        >>> from neuronsurgery import find_layout
-        >>> model = nn.Linear(2, 2, bias=False)
-        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
-        >>> grad_norms({"weight": model.weight.grad}, find_layout(model)).values
-        tensor([[5., 5.]])
-    """
-    found = same_names(layout.names, gradients)
-    keys = {layout[name].parameter: key for name, key in found.items() if key is not None}
-    named: dict[str, Tensor | None] = {}
-    wrong = []
-    for layer in layout:
-        if layer.parameter not in keys:
-            wrong.append(f"{layer.parameter}: no gradient given")
-            continue
-        gradient = gradients[keys[layer.parameter]]
-        named[layer.parameter] = None if gradient is None else gradient.to_dense()
-        if gradient is not None and tuple(gradient.shape) != layer.shape:
-            wrong.append(f"{layer.parameter}: expected shape {layer.shape}, given {tuple(gradient.shape)}")
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} layers of the layout have no fitting gradient:\n{listed(wrong)}\nGive one entry per layer, "
-            f"or make the layout smaller with where="
-        )
-    values = norms(named, layout)
-    refuse_non_finite(values, layout, "the gradients are")
-    return Scores(values[None], ("all",), (0,), layout, "gradient norm")

@@ -107,7 +107,7 @@ def refuse_partly_grouped(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def regroup(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
+def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
     """Yield (group, batch of that group alone), examples joined with others of the same shapes into full batches.
 
     A full batch is as large as the largest of the stream. Where the shapes vary, at most as many examples wait as with

@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             (0 where there is none); or probabilities, float, of the shape of the logits.
 
     Raises:
-        ValueError: if a label is not one of the classes, or the shapes do not fit.
+        ValueError: if a label is not one of the classes, float targets are no probabilities, or the shapes do not fit.
 
     Example:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -40,6 +40,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
                 f"float targets are probabilities of the logits' shape {tuple(logits.shape)}, not of shape "
                 f"{tuple(targets.shape)}: give class indices (targets.long()), or pass loss= for a regression"
             )
+        refuse_other_than_probabilities(targets, "loss=")
         return _mean_of_each(F.cross_entropy(wide, targets.to(wide.dtype), reduction="none"))
     tokens = is_token_classification(logits, targets)
     wide = wide.movedim(-1, 1) if tokens else wide
@@ -98,7 +99,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
             (0 where there is none); or probabilities of the shape of the logits, whose largest counts.
 
     Raises:
-        ValueError: if the shapes do not fit, or a label is not one of the classes.
+        ValueError: if the shapes do not fit, a label is not one of the classes, or float targets are no probabilities.
 
     Example:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
@@ -107,6 +108,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     axis = 2 if is_token_classification(logits, targets) else 1
     wanted = targets
     if targets.is_floating_point() and targets.shape == logits.shape and logits.dim() > 1:
+        refuse_other_than_probabilities(targets, "metric=")
         wanted = targets.argmax(1)
     without_classes = logits.shape[:axis] + logits.shape[axis + 1 :]
     if logits.dim() < 2 or logits.shape[axis] < 2 or wanted.is_floating_point() or wanted.shape != without_classes:
@@ -155,6 +157,33 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 # Labels
+
+
+def refuse_other_than_probabilities(targets: Tensor, instead: str) -> None:
+    """Raise if float targets are no probabilities over the classes on axis 1: multi-hot labels, or numbers to regress.
+
+    Args:
+        targets: floating-point, of two dimensions or more.
+        instead: the argument to pass in their case.
+
+    Raises:
+        ValueError: if there is a single class, a negative entry, or a sum over the classes that is not 1.
+    """
+    if targets.numel() == 0:
+        return
+    sums = targets.detach().float().sum(1)
+    reasons = {
+        "of a single column": targets.shape[1] < 2,
+        "with negative entries": bool((targets < 0).any()),
+        f"that sum to {float(sums.min()):.3g}..{float(sums.max()):.3g}": bool((sums - 1).abs().max() > 1e-2),
+    }
+    wrong = [reason for reason, found in reasons.items() if found]
+    if wrong:
+        raise ValueError(
+            f"float targets of the logits' shape are probabilities of the classes, not numbers {' and '.join(wrong)}: "
+            f"for several labels per example, one logit, or a regression pass {instead} with a function of your own, "
+            f"for instance binary_cross_entropy_with_logits(..., reduction='none').mean(1)"
+        )
 
 
 def is_token_classification(logits: Tensor, targets: Tensor) -> bool:

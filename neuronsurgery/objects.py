@@ -78,6 +78,36 @@ def held_by_attributes(module: nn.Module, known: Container[int]) -> Iterator[Ten
     return objects_within(values, (Tensor, Optimizer), known=known)
 
 
+def held_by_functions(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a replaced method of a module holds: in its closure, defaults, or containers of these."""
+    functions = (types.FunctionType, types.MethodType)
+    queue: list[Any] = [value for value in vars(module).values() if isinstance(value, functions)]
+    seen: dict[int, Any] = {}
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, types.MethodType):
+            queue.append(value.__func__)
+        elif isinstance(value, types.FunctionType):
+            queue += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            queue += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, list | tuple | set):
+            queue += value
+        elif isinstance(value, dict):
+            queue += value.values()
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
+
+
 def tensors_in_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor]:
     """Yield the tensors that a module's plain attributes hold at any depth; objects of a known id are not entered."""
     return (held for held in held_by_attributes(module, known) if isinstance(held, Tensor))

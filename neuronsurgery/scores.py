@@ -23,7 +23,7 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.results import ByName, same_fields
-from neuronsurgery.surveys import Survey, survey
+from neuronsurgery.surveys import Survey, same_names, survey
 from neuronsurgery.types import Group, Per, Where
 
 
@@ -192,6 +192,50 @@ def magnitudes(
     lengths = norms(by_layout(values, layout, surveyed), layout)
     refuse_non_finite(lengths, layout, "the model's weights are")
     return Scores(lengths[None], ("all",), (0,), layout, "magnitude")
+
+
+def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores:
+    """Return the norms ||g_i||_2 of every neuron's slice of gradients that the caller has already, group "all".
+
+    Args:
+        gradients: a gradient per layer, of the parameter's shape, by any of its names, with the prefixes of wrappers or
+            without: for instance `{name: p.grad for name, p in model.named_parameters()}`. None counts as zero; other
+            entries are ignored.
+        layout: the layers to score, see `find_layout`.
+
+    Returns:
+        Scores of shape (1, M).
+
+    Raises:
+        ValueError: if a layer has no entry or one of another shape (lists all), or a gradient is NaN or infinite.
+
+    Example:
+        >>> from neuronsurgery import find_layout
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> grad_norms({"weight": model.weight.grad}, find_layout(model)).values
+        tensor([[5., 5.]])
+    """
+    found = same_names(layout.names, gradients)
+    keys = {layout[name].parameter: key for name, key in found.items() if key is not None}
+    named: dict[str, Tensor | None] = {}
+    wrong = []
+    for layer in layout:
+        if layer.parameter not in keys:
+            wrong.append(f"{layer.parameter}: no gradient given")
+            continue
+        gradient = gradients[keys[layer.parameter]]
+        named[layer.parameter] = None if gradient is None else gradient.to_dense()
+        if gradient is not None and tuple(gradient.shape) != layer.shape:
+            wrong.append(f"{layer.parameter}: expected shape {layer.shape}, given {tuple(gradient.shape)}")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} layers of the layout have no fitting gradient:\n{listed(wrong)}\nGive one entry per layer, "
+            f"or make the layout smaller with where="
+        )
+    values = norms(named, layout)
+    refuse_non_finite(values, layout, "the gradients are")
+    return Scores(values[None], ("all",), (0,), layout, "gradient norm")
 
 
 def by_layout(values: Mapping[str, Tensor], layout: Layout, surveyed: Survey) -> dict[str, Tensor]:

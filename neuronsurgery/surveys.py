@@ -7,6 +7,7 @@ change buffers (spectral norm's power iteration in training mode), is named here
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import listed
-from neuronsurgery.objects import tensors_in_attributes
+from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
 
-HOOKED = {
-    WeightNorm: "torch.nn.utils.parametrizations.weight_norm",
-    SpectralNorm: "torch.nn.utils.parametrizations.spectral_norm",
-}
-"""The old norms that hooks compute, and what to use in their place."""
+HOOKED = (
+    ("WeightNorm", "torch.nn.utils.weight_norm", "name", "torch.nn.utils.parametrizations.weight_norm"),
+    ("SpectralNorm", "torch.nn.utils.spectral_norm", "name", "torch.nn.utils.parametrizations.spectral_norm"),
+    (
+        *("BasePruningMethod", "torch.nn.utils.prune", "_tensor_name"),
+        "torch.nn.utils.prune.remove(module, name), which makes the pruning permanent, or zero_out",
+    ),
+)
+"""Hooks that compute another tensor from this one, where they keep its name, and what to use in their place."""
 
 SHARDED = (
     ("DTensor", "torch.distributed.tensor"),
@@ -146,7 +149,7 @@ class SurveyedTensor:
             are one tensor.
         position: its place among the model's tensors.
         parametrized: whether it is computed by a parametrization.
-        hooked: what to use in the place of an old weight-norm hook that computes another tensor from this one, or "".
+        hooked: what to use in the place of an old hook that computes another tensor from this one, or "".
         overlapped: the name of another tensor that lies in the same memory in another way (a transpose), or "".
     """
 
@@ -312,11 +315,12 @@ def _all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def _old_hook(use: Use) -> str:
-    """Return what to use in the place of an old weight-norm hook that owns this parameter, or ""."""
+    """Return what to use in the place of an old hook that computes another tensor from this one, or ""."""
     plain = use.attribute.removesuffix("_g").removesuffix("_v").removesuffix("_orig")
     for hook in use.module._forward_pre_hooks.values():
-        if isinstance(hook, tuple(HOOKED)) and plain == getattr(hook, "name", None):
-            return HOOKED[type(hook)]
+        for kind, module, attribute, instead in HOOKED:
+            if is_a(hook, kind, module) and getattr(hook, attribute, None) == plain:
+                return instead
     return ""
 
 
@@ -341,7 +345,7 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
 def _unsupported(tensor: SurveyedTensor) -> str:
     parameter = tensor.parameter
     if tensor.hooked:
-        return f"owned by an old norm that is computed by a hook; use {tensor.hooked} instead"
+        return f"only what a hook computes another tensor from before each forward; use {tensor.hooked}"
     if tensor.overlapped:
         return (
             f"in the same memory as {tensor.overlapped}, but cut in another way (a transpose?), where an edit would "
@@ -372,7 +376,7 @@ def held_elsewhere(surveyed: Survey) -> dict[str, str]:
     for module, path in surveyed.modules.items():
         if isinstance(module, nn.RNNBase):
             continue  # its flat list of weights is brought up to date at every forward pass
-        for tensor in tensors_in_attributes(module, modules):
+        for tensor in itertools.chain(tensors_in_attributes(module, modules), held_by_functions(module)):
             if id(tensor) in names:
                 held.setdefault(names[id(tensor)], f"module '{path}' ({type(module).__name__})")
     return held

@@ -23,7 +23,7 @@ ORDER = [
     *("types", "errors", "results", "digests", "draws", "atomic", "precision", "distributed", "paired"),
     *("objects", "parametrized"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
-    *("layers", "neurons", "layouts", "discovery", "scores", "gradients", "hard"),
+    *("layers", "neurons", "layouts", "discovery", "scores", "independence", "gradients", "hard"),
     *("edits", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes", "sweeps", "fragile"),
     *("memorization", "files", "study"),
 ]

@@ -114,7 +114,7 @@ def test_a_parametrized_tensor_has_its_plain_name(norm: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_an_old_weight_norm_is_refused_with_the_modern_name(old: str) -> None:
     model = nn.Sequential(nn.Linear(5, 5), getattr(nn.utils, old)(nn.Linear(5, 7)))
-    message = rf"1\.weight_\w+: owned by an old norm .* by a hook; use torch\.nn\.utils\.parametrizations\.{old}"
+    message = rf"1\.weight_\w+: only what a hook computes .*; use torch\.nn\.utils\.parametrizations\.{old}"
     with pytest.raises(ValueError, match=message):
         ns.find_layout(model)
     assert [layer.parameter for layer in ns.find_layout(model, where="0.*")] == ["0.weight"]

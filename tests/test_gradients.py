@@ -226,17 +226,18 @@ def counts() -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_an_example_costs_one_pass_and_batches_are_full(groups: int, counts: tuple[list[int], list[int]]) -> None:
-    """64 examples of interleaved groups in batches of 4."""
+    """64 examples of interleaved groups in batches of 4; three of the first batch are run alone once, to compare."""
     x, y = torch.randn(64, 3, 2), torch.randint(3, (64,))
     names = torch.arange(64) % groups
     found = ns.group_grad_norms(Counting(), list(zip(x.split(4), y.split(4), names.split(4), strict=True)))
-    assert counts == ([4] * 16, [4] * 16)
+    assert counts == ([4, 3] + [4] * 15, [4] * 16)
     assert found.counts == (64 // groups,) * groups
 
 
 def test_a_last_batch_may_be_uneven_and_nothing_runs_twice(counts: tuple[list[int], list[int]]) -> None:
     x, y, names = torch.randn(30, 3, 2), torch.randint(3, (30,)), torch.randint(5, (30,))
     ns.group_grad_norms(Counting(), list(zip(x.split(8), y.split(8), names.split(8), strict=True)))
+    assert counts[0].pop(1) == 4, "half of the first batch is run alone, to compare"
     assert sum(counts[0]) == 30
     assert counts[0] == counts[1]
     assert len(counts[0]) <= 30 // 8 + 5
@@ -249,12 +250,13 @@ def test_ragged_batches_run_as_they_come_and_few_examples_wait(counts: tuple[lis
     def stream() -> Iterator[Any]:
         nonlocal seen
         for i in range(40):
-            assert seen - sum(counts[0]) <= 2 * 4
+            assert seen - sum(counts[1]) <= 2 * 4
             seen += 4
             yield torch.randn(4, 1 + i % 7, 2), torch.randint(3, (4,)), torch.tensor([0, 1, 1, 0])
 
     found = ns.group_grad_norms(Counting(), stream())
-    assert (sum(counts[0]), found.counts) == (160, (80, 80))
+    assert (sum(counts[1]), found.counts) == (160, (80, 80))
+    assert sum(counts[0]) == 160 + 1, "one of the first two is run alone, to compare"
 
 
 class Spy(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -71,7 +72,8 @@ def capture(
     if dims is None:
         dims = batch_dims(inputs.tensors)
     forward = _Forward(runner.model, predict, inputs)
-    with evaluating(), _attributes_kept(runner.model):
+    # One at a time: export has state of the whole process, and so have the warnings and streams that are silenced.
+    with _EXPORTING, evaluating(), _attributes_kept(runner.model):
         program = _export(forward, inputs.tensors, dims)
         try:
             make_functional(program.graph_module)
@@ -81,6 +83,8 @@ def capture(
             make_functional(program.graph_module, strict=True)
     return _graph(program, forward, runner, dims)
 
+
+_EXPORTING = threading.RLock()
 
 PREFIX = "model."
 """Where the model stands in what is exported."""
@@ -157,8 +161,9 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
     """Return the exported program, in torch's training form: operators as the model calls them, writes included."""
     from torch.export import Dim, export
 
+    # Copies: export marks the tensors that it is given, and leaves the marks where it fails.
     twice = [
-        torch.cat([tensor, tensor]) if 0 in d and len(tensor) == 1 else tensor
+        torch.cat([tensor, tensor]) if 0 in d and len(tensor) == 1 else tensor.clone()
         for tensor, d in zip(tensors, dims, strict=True)
     ]
     # AUTO, not DYNAMIC: a size that the model's code makes a constant is no error, the check finds it.

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from neuronsurgery.batches import map_tensors
 from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, warn
 from neuronsurgery.forward import default_predict, random_state_kept
@@ -119,7 +120,7 @@ class CheckedForward:
         """Return the logits of a plain forward.
 
         Args:
-            inputs: the arguments; copied, since some models write into them.
+            inputs: the arguments; copied, objects that hold tensors too, since some models write into them.
             edited: parameters to put in the place of the model's.
             changed: buffers as earlier batches left them, by name; updated with those that this one changes.
         """
@@ -127,7 +128,7 @@ class CheckedForward:
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
             weights = {name: as_parameter(edited[name], self._runner.parameters[name]) for name in edited}
             given = {**weights, **buffers}
-            args, kwargs = inputs.call(as_parameter(tensor.clone(), tensor) for tensor in inputs.tensors)
+            args, kwargs = map_tensors(inputs.call(inputs.tensors), lambda tensor: as_parameter(tensor.clone(), tensor))
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))

@@ -1,0 +1,66 @@
+"""Whether the examples of a batch depend on each other: then no batch may be taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neuronsurgery.batches import Batch, Examples
+from neuronsurgery.errors import warn
+from neuronsurgery.forward import draws_within
+
+ALONE = 4
+"""So many examples at most are run without the others."""
+
+TOLERANCE = 1e-3
+"""A larger difference, relative to the largest value, is no rounding; in half precision one fifty times as large."""
+
+Forward = Callable[[Batch], tuple[Tensor, Tensor]]
+"""A batch -> its logits and losses."""
+
+
+def refuse_dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -> None:
+    """Raise if the first examples of a batch have other logits or losses alone than within the batch.
+
+    Args:
+        forward: runs the model on a batch, and its loss.
+        batch: of which some examples are run alone; nothing is checked of a single example.
+        logits: of the batch.
+        losses: of the batch.
+
+    Raises:
+        ValueError: if they differ by more than rounding, or in shape; says by how much.
+
+    Warns:
+        UserWarning: if these examples cannot be run alone; says why.
+    """
+    count = min(ALONE, len(batch) - 1)
+    if count < 1:
+        return
+    alone = Examples.of(batch).take(range(count)).batch()
+    try:
+        with torch.no_grad():
+            parts = forward(alone)
+    except Exception as error:
+        warn(f"whether examples depend on each other was not checked: {count} of a batch fail alone ({error})")
+        return
+    for what, whole, part in (("logits", logits, parts[0]), ("losses", losses, parts[1])):
+        difference = _difference(whole[:count], part)
+        if difference > TOLERANCE * (50 if whole.dtype in (torch.float16, torch.bfloat16) else 1):
+            if draws_within(lambda: forward(alone)):
+                return  # a model that draws gives other values to other shapes
+            raise ValueError(
+                f"the {what} of {count} examples alone differ from those within their batch, by {difference:.2g} of "
+                f"the largest: the model or the loss looks at the whole batch (batch norm without running statistics, "
+                f"in-batch negatives), and mixed batches are taken apart: pass regroup=False"
+            )
+
+
+def _difference(whole: Tensor, part: Tensor) -> float:
+    """Return the largest difference relative to the largest value; infinite where the shapes differ."""
+    if whole.shape != part.shape:
+        return float("inf")
+    largest = float(torch.maximum(whole.abs().amax(), part.abs().amax())) if part.numel() else 0.0
+    return float((whole.float() - part.float()).abs().max()) / largest if largest > 0 else 0.0

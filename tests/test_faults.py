@@ -1,0 +1,357 @@
+"""Models, batches and losses that are no textbook classifiers: the right number, or one error before work begins."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import neuronsurgery as ns
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1] * 4)
+G = torch.tensor([0, 0, 1, 1] * 2)
+
+
+# --- objects among the inputs ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Graph:
+    """Data with attributes, as graph libraries have them."""
+
+    x: Tensor
+    notes: dict[str, Tensor]
+
+
+class Output(dict[str, Any]):
+    """A mapping with attributes and places, as Hugging Face's outputs are."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else list(self.values())[key]
+
+
+class Writes(nn.Module):
+    """A forward that works in its input object, which would go on from where it stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, data: Any) -> Tensor:
+        if isinstance(data, Output):
+            assert data.x is data[0]
+            data["x"] = self.inner(data.x).relu()
+            return self.head(data["x"])  # type: ignore[no-any-return]
+        data.x = self.inner(data.x).relu()
+        data.notes["seen"] = data.notes.get("seen", torch.zeros(())) + 1
+        return self.head(data.x) * data.notes["seen"]  # type: ignore[no-any-return]
+
+
+OBJECTS: dict[str, Callable[[], Any]] = {"dataclass": lambda: Graph(X, {}), "mapping": lambda: Output(x=X)}
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_an_object_among_the_inputs_arrives_as_it_was_given_and_stays_so(make: Callable[[], Any]) -> None:
+    model, data = Writes().eval(), make()
+    batches = [ns.Batch((data,), {}, Y, G.tolist())]
+    expected = ns.cross_entropy(model(make()), Y).mean().item()
+    for _ in range(2):
+        found = ns.evaluate(model, batches, metric=ns.cross_entropy)
+        assert found.average == pytest.approx(expected)
+    layout = ns.find_layout(model)
+    edits = {f"{i}": ns.zero_out(ns.select(layout, {"inner.weight": i})) for i in range(3)}
+    swept = ns.sweep(model, edits, batches, metric=ns.cross_entropy)
+    assert swept.baseline == found
+    for label, edit in edits.items():
+        assert swept[label] == ns.evaluate(ns.apply(edit, model), batches, metric=ns.cross_entropy)
+    assert ns.group_grad_norms(model, {"all": batches}).counts == (8,)
+    assert data.x is X
+    assert not isinstance(data, Graph) or data.notes == {}
+
+
+def test_a_packed_sequence_is_kept() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 5), nn.Linear(5, 2)
+
+        def forward(self, packed: PackedSequence) -> Tensor:
+            assert isinstance(packed, PackedSequence)
+            return self.head(self.rnn(packed)[1][0])  # type: ignore[no-any-return]
+
+    model = Recurrent().eval()
+    packed = pack_padded_sequence(torch.randn(6, 8, 4), torch.tensor([6, 5, 4, 4, 3, 2, 1, 1]))
+    batch = ns.Batch((packed,), {}, Y)
+    assert ns.evaluate(model, [batch], metric=ns.cross_entropy).average == pytest.approx(
+        ns.cross_entropy(model(packed), Y).mean().item()
+    )
+    assert ns.group_grad_norms(model, {"all": [batch]}).counts == (8,)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+NO_PROBABILITIES = {
+    "one column": (nn.Linear(4, 1), torch.rand(8, 1), "of a single column"),
+    "multi-hot": (nn.Linear(4, 3), torch.ones(8, 3), r"that sum to 3\.\.3"),
+    "a regression": (nn.Linear(4, 3), torch.randn(8, 3) - 9, "with negative entries and that sum to"),
+}
+
+
+@pytest.mark.parametrize(("model", "targets", "reason"), NO_PROBABILITIES.values(), ids=NO_PROBABILITIES)
+def test_float_targets_are_probabilities_or_refused(model: nn.Module, targets: Tensor, reason: str) -> None:
+    message = rf"are probabilities of the classes, not numbers {reason}.*: for several labels per example, .* pass "
+    with pytest.raises(ValueError, match=message + "loss="):
+        ns.group_grad_norms(model, [(X, targets)])
+    with pytest.raises(ValueError, match=message + "loss="):
+        ns.evaluate(model, [(X, targets)], metric=ns.cross_entropy)
+    if targets.shape[1] > 1:
+        with pytest.raises(ValueError, match=message + "metric="):
+            ns.evaluate(model, [(X, targets)])
+
+    def bce(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+    assert ns.group_grad_norms(model, [(X, targets)], loss=bce).values.abs().max() > 0
+
+
+def test_probabilities_are_taken() -> None:
+    soft = torch.rand(8, 3).softmax(1)
+    assert ns.group_grad_norms(nn.Linear(4, 3), [(X, soft)]).values.min() > 0
+    assert ns.evaluate(nn.Linear(4, 3), [(X, F.one_hot(Y, 3).float())]).counts == (8,)
+
+
+# --- modules that are found in places of their own ------------------------------------------------------------------
+
+
+def in_a_list() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    layers = [model[0], model[1]]
+    model.forward = lambda x: layers[1](layers[0](x).relu())  # type: ignore[method-assign]
+    return model
+
+
+def in_a_dictionary_of_tuples() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    layers = {"both": (model[0], model[1])}
+    model.forward = lambda x: layers["both"][1](layers["both"][0](x).relu())  # type: ignore[method-assign]
+    return model
+
+
+def in_a_default() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(x: Tensor, first: nn.Module = model[0], *, rest: tuple[nn.Module, ...] = (model[1],)) -> Tensor:
+        return rest[0](first(x).relu())  # type: ignore[no-any-return]
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("build", [in_a_list, in_a_dictionary_of_tuples, in_a_default])
+def test_a_replaced_forward_that_holds_layers_anywhere_runs_those_of_the_copy(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": (0, 2)}))
+    weight = model[0].weight.detach().clone()  # type: ignore[index]
+    weight[[0, 2]] = 0
+    hidden = F.linear(X, weight, model[0].bias).relu()  # type: ignore[index]
+    expected = F.linear(hidden, model[1].weight, model[1].bias)  # type: ignore[index]
+    for edited in (ns.apply(edit, model), ns.bake(edit, model)):
+        torch.testing.assert_close(edited(X), expected)
+    swept = ns.sweep(model, {"cut": edit}, [(X, Y)], metric=ns.cross_entropy)
+    assert swept["cut"].average == pytest.approx(ns.cross_entropy(expected, Y).mean().item())
+
+
+@pytest.mark.filterwarnings("ignore:no gradient reached")
+def test_a_replaced_forward_that_holds_a_bare_parameter_is_refused() -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 2))
+        held = {"weight": [model[0].weight]}
+        model.forward = lambda x: x @ held["weight"][0].T  # type: ignore[method-assign]
+        return model
+
+    model = build()
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0}))
+    for refused in (lambda: ns.apply(edit, model), lambda: ns.sweep(model, {"cut": edit}, [(X, Y)])):
+        with pytest.raises(ValueError, match=r"0\.weight is also held by a plain attribute of module ''"):
+            refused()
+    with pytest.warns(UserWarning, match=r"some scored parameters are held by plain attributes, too: 0\.weight"):
+        ns.group_grad_norms(model, [(X, Y)])
+
+
+def test_a_tensor_that_torch_prunes_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    message = r"0\.weight_orig: only what a hook computes .*; use torch\.nn\.utils\.prune\.remove\(module, name\)"
+    for refused in (ns.magnitudes, ns.find_layout, lambda m: ns.group_grad_norms(m, [(X, Y)])):
+        with pytest.raises(ValueError, match=message):
+            refused(model)
+    prune.remove(model[0], "weight")
+    assert ns.magnitudes(model).values.shape == (1, 6)
+
+
+# --- what belongs to the caller, and to other threads ---------------------------------------------------------------
+
+
+def test_a_capture_that_fails_leaves_no_mark_on_the_inputs() -> None:
+    class Refused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) * (1 if x.sum().item() > 1e9 else 2)  # type: ignore[no-any-return]
+
+    model, x = Refused(), X.clone()
+    before = set(vars(x))
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"head.weight": 0}))
+    with pytest.warns(UserWarning, match="no part of the model's forward is shared"):
+        ns.sweep(model, {"cut": edit}, [(x, Y)])
+    assert set(vars(x)) == before
+
+
+def test_other_threads_keep_their_draws_and_the_process_its_switches() -> None:
+    """Draws of this thread while others evaluate and sweep: none may come again."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 2))
+    data = [(X, Y, G)] * 3
+    layout = ns.find_layout(model)
+    edits = {f"{i}": ns.zero_out(ns.select(layout, {"0.weight": i})) for i in range(4)}
+    alone = ns.evaluate(model, data, metric=ns.cross_entropy), ns.sweep(model, edits, data, metric=ns.cross_entropy)
+    switches = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), list(warnings.filters)
+    results: list[Any] = []
+
+    def work(call: Callable[[], Any], times: int) -> Callable[[], None]:
+        return lambda: results.extend(call() for _ in range(times))
+
+    calls = [
+        work(lambda: ns.evaluate(model, data, metric=ns.cross_entropy), 30),
+        *[work(lambda: ns.sweep(model, edits, data, metric=ns.cross_entropy), 3)] * 2,
+    ]
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    drawn = []
+    while any(thread.is_alive() for thread in threads):
+        drawn.append(tuple(torch.randint(2**62, (2,)).tolist()))
+    assert len(set(drawn)) == len(drawn) > 10
+    assert len(results) == 36 and all(result in alone for result in results)
+    assert switches == (torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), list(warnings.filters))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_draws_is_still_put_back_beside_another_thread(fails: bool) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(x + torch.randn(x.shape))
+            if fails:
+                raise ArithmeticError("after it has drawn")
+            return logits
+
+    done = threading.Event()
+    idle = threading.Thread(target=done.wait, daemon=True)
+    idle.start()
+    model, before = Noisy(), torch.get_rng_state()
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        ns.evaluate(model, [(X, Y)])
+    assert torch.equal(torch.get_rng_state(), before)
+    done.set()
+    idle.join()
+
+
+# --- examples that depend on each other -----------------------------------------------------------------------------
+
+
+def contrastive(logits: Tensor, targets: Tensor) -> Tensor:
+    """In-batch negatives: each example against all others of its batch."""
+    return F.cross_entropy(logits @ logits.T, torch.arange(len(logits)), reduction="none")
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 2))
+
+
+MIXED = [(X[:5], Y[:5], G[:5]), (X[5:], Y[5:], G[5:])]
+DEPENDENT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "a loss of the whole batch": (lambda: nn.Linear(4, 2), contrastive, "losses"),
+    "batch norm without running statistics": (batch_norm, None, "logits"),
+}
+every_dependence = pytest.mark.parametrize(("build", "loss", "what"), DEPENDENT.values(), ids=DEPENDENT)
+
+
+@every_dependence
+def test_examples_that_depend_on_each_other_are_not_taken_apart(
+    build: Callable[[], nn.Module], loss: Any, what: str
+) -> None:
+    message = rf"the {what} of \d examples alone differ from those within their batch, by .*: pass regroup=False"
+    with pytest.raises(ValueError, match=message):
+        ns.group_grad_norms(build(), MIXED, loss=loss)
+
+
+@every_dependence
+def test_without_regrouping_each_batch_is_one_forward_pass_as_it_came(
+    build: Callable[[], nn.Module], loss: Any, what: str
+) -> None:
+    model = build().eval()
+    found = ns.group_grad_norms(model, MIXED, loss=loss, regroup=False)
+    layers = {layer.parameter: model.get_parameter(layer.parameter) for layer in found.layout}
+    for group in (0, 1):
+        total = {name: torch.zeros_like(weight) for name, weight in layers.items()}
+        for x, y, g in MIXED:
+            losses = (loss or ns.cross_entropy)(model(x), y)[g == group].sum()
+            gradients = torch.autograd.grad(losses, list(layers.values()))
+            total = {name: total[name] + gradient for name, gradient in zip(layers, gradients, strict=True)}
+        expected = torch.cat([gradient.norm(dim=1) for gradient in total.values()]) / int((group == G).sum())
+        torch.testing.assert_close(found[group].values[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_regrouping_or_not_gives_the_same_where_examples_are_independent() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    apart, whole = (ns.group_grad_norms(model, MIXED, regroup=regroup) for regroup in (True, False))
+    assert (apart.groups, apart.counts) == (whole.groups, whole.counts)
+    torch.testing.assert_close(apart.values, whole.values, rtol=1e-4, atol=1e-6)
+    del passes[:]
+    ns.group_grad_norms(model, MIXED, regroup=False)
+    assert len(passes) == 2, "one forward pass a batch, whatever the groups in it"
+
+
+def test_what_cannot_be_checked_is_said() -> None:
+    class OfFour(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 4, "only by fours"
+            return super().forward(x)
+
+    data = [(X[:4], Y[:4], G[:4].clone().zero_()), (X[4:], Y[4:], G[4:].clone().zero_())]
+    with pytest.warns(
+        UserWarning, match=r"whether examples depend on each other was not checked: 3 .* \(only by fours"
+    ):
+        assert ns.group_grad_norms(OfFour(4, 2), data).counts == (8,)
+
+
+def test_a_model_that_draws_is_not_taken_for_a_dependent_one() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.randn(x.shape[::-1]).T)
+
+    assert ns.group_grad_norms(Noisy(4, 2), MIXED).counts == (4, 4)
