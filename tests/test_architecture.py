@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -297,3 +298,12 @@ def test_every_module_says_what_it_is() -> None:
     for module in pkgutil.walk_packages([str(PACKAGE)], "neuronsurgery."):
         if not module.name.startswith("neuronsurgery.study"):
             assert importlib.import_module(module.name).__doc__, module.name
+
+
+def test_every_value_is_frozen() -> None:
+    """What a caller holds never changes under him: any dataclass of the core but a running tally."""
+    modules = [importlib.import_module(f"neuronsurgery.{path.stem}") for path in PACKAGE.glob("[a-z]*.py")]
+    classes = {value for module in modules for value in vars(module).values() if dataclasses.is_dataclass(value)}
+    assert len(classes) > 20
+    open_ = {value.__qualname__ for value in classes if not value.__dataclass_params__.frozen}  # type: ignore[union-attr]
+    assert open_ == {"_Seen"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,3 +190,30 @@ def test_errors() -> None:
     model.register_forward_hook(lambda module, args, output: None)
     with pytest.raises(CaptureError, match="hooks"):
         ns.coupled(ns.select(ns.find_layout(model), {"weight": 0}), model, batch)
+
+
+class Moved(nn.Module):
+    """Channels are moved to where the norm looks for them."""
+
+    def __init__(self, layer: nn.Module, move: Callable[[Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.move, self.norm = layer, move, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.move(self.layer(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "axis"),
+    [
+        (Moved(nn.Conv2d(3, 4, 3), lambda x: x.permute(0, 2, 3, 1), nn.LayerNorm(4)), IMAGES, -1),
+        (Moved(nn.Linear(3, 4), lambda x: x.permute(0, -1, 1), nn.BatchNorm1d(4)), (2, 5, 3), 1),
+        (Moved(nn.Linear(3, 4), lambda x: x.transpose(1, 2), nn.BatchNorm1d(4)), (2, 5, 3), 1),
+        (Moved(nn.Linear(3, 4), lambda x: x.transpose(0, 1), nn.LayerNorm(4)), (2, 5, 3), -1),
+    ],
+    ids=["permute-back", "permute-forward", "transpose", "transpose-of-others"],
+)
+def test_a_norm_behind_a_permutation_is_found(model: nn.Module, shape: tuple[int, ...], axis: int) -> None:
+    torch.manual_seed(0)
+    settled(model)
+    assert not silenced(model, "layer.weight", [1, 3], "norm", torch.randn(shape), axis).any()

@@ -416,3 +416,17 @@ def test_what_can_be_known_is_refused_before_the_data_are_read(
 ) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_labels_per_token_beside_inputs_of_other_shapes_are_no_tokens() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.head(x) * (lengths > 0).view(-1, 1, 1)  # type: ignore[no-any-return]
+
+    x, lengths, labels = torch.randn(2, 5, 3), torch.tensor([5, 4]), torch.randint(4, (2, 5))
+    found = ns.evaluate(Tagger(), [((x, lengths), labels)], metric=ns.cross_entropy)
+    assert found.counts == (2,)

@@ -14,6 +14,7 @@ from snapshot import assert_unchanged, snapshot
 from torch import nn
 
 import neuronsurgery as ns
+from neuronsurgery.errors import inline
 
 MODEL = built("residual")
 LAYOUT = ns.find_layout(MODEL)
@@ -364,3 +365,12 @@ def test_the_refusal_lists_all_and_stays_short() -> None:
     )
     with pytest.raises(ValueError, match=message):
         ns.find_layout(model)
+
+
+def test_long_lists_within_a_sentence_end_after_five_and_three_names_are_near() -> None:
+    layout = ns.find_layout(nn.Sequential(*(nn.Linear(2, 2) for _ in range(8))))
+    with pytest.raises(KeyError) as unknown:
+        layout["9.weight"]
+    assert str(unknown.value).count(".weight") == 1 + 3
+    assert inline("abcdefg") == "a, b, c, d, e, ... and 2 more"
+    assert inline("abcde") == "a, b, c, d, e"

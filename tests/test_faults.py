@@ -357,12 +357,17 @@ def test_a_model_that_draws_is_not_taken_for_a_dependent_one() -> None:
     assert ns.group_grad_norms(Noisy(4, 2), MIXED).counts == (4, 4)
 
 
-def test_a_multiple_of_the_loss_that_overflows_in_half_precision_gives_way_to_the_loss() -> None:
-    """Sure and right by e^-8, with large inputs: the gradient of the mean fits into float16, its multiple does not."""
+@pytest.mark.parametrize(
+    ("weight", "value", "count"),
+    [(2e-4, 2e4, 8), (5.0, 1.0, 4096)],
+    ids=["large inputs: the multiple overflows", "many examples: each has a small share"],
+)
+def test_sure_and_right_in_half_precision(weight: float, value: float, count: int) -> None:
+    """The gradient of the mean loss fits into float16; its multiple does not, or an example's share of it."""
     model = nn.Linear(1, 2, bias=False).half()
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[2e-4], [-2e-4]]))
-    x, y = torch.full((8, 1), 2e4).half(), torch.zeros(8, dtype=torch.long)
+        model.weight.copy_(torch.tensor([[weight], [-weight]]))
+    x, y = torch.full((count, 1), value).half(), torch.zeros(count, dtype=torch.long)
     wide = model.weight.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(F.cross_entropy(x.double() @ wide.T, y), wide)
     found = ns.group_grad_norms(model, [(x, y)]).values.double()

@@ -508,3 +508,9 @@ def test_a_unit_of_an_expert_is_cut_alone() -> None:
         cut == 0,
         torch.zeros(3, 4, 5).index_put((torch.tensor(1), torch.arange(4), torch.tensor(2)), torch.tensor(1.0)) == 1,
     )
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_has_its_neurons_still() -> None:
+    layout = ns.find_layout(nn.Linear(0, 4))
+    assert [layer.count for layer in layout] == [4]

@@ -140,3 +140,12 @@ def test_results_are_equal_where_all_of_them_is() -> None:
         ns.Scores(torch.tensor([[np.nan, 1.0]]), ("a",), (1,), ns.find_layout(nn.Linear(3, 2)), "c") for _ in range(2)
     ]
     assert gaps[0] == gaps[1]
+
+
+def test_a_table_of_a_sweep_has_columns_for_eight_groups() -> None:
+    model = nn.Linear(3, 2)
+    batch = torch.randn(20, 3), torch.arange(20) % 2, torch.arange(20) % 10
+    edits = {"cut": ns.zero_out(ns.select(ns.find_layout(model), {"weight": 0}))}
+    table = ns.sweep(model, edits, [batch])._repr_html_()
+    assert "... and 2 more" in table
+    assert table.count("</th>") == 1 + 8 + 1
