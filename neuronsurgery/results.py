@@ -6,7 +6,7 @@ import dataclasses
 import html
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -137,8 +137,3 @@ def _html_cell(text: str) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def columns_of(groups: Iterable[object], limit: int = 8) -> list[str]:
-    """Return headings for groups, cut short where there are many."""
-    return first(map(str, groups), limit)

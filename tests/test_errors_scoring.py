@@ -428,5 +428,5 @@ def test_labels_per_token_beside_inputs_of_other_shapes_are_no_tokens() -> None:
             return self.head(x) * (lengths > 0).view(-1, 1, 1)  # type: ignore[no-any-return]
 
     x, lengths, labels = torch.randn(2, 5, 3), torch.tensor([5, 4]), torch.randint(4, (2, 5))
-    found = ns.evaluate(Tagger(), [((x, lengths), labels)], metric=ns.cross_entropy)
+    found = ns.evaluate(Tagger(), [((x, lengths), labels)])
     assert found.counts == (2,)

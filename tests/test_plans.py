@@ -12,10 +12,12 @@ from kinds import KINDS, built, earlier, few, run
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn.utils import parametrizations
 from zoo import CASES, Case, fast_case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery.copies import eval_copy
+from neuronsurgery.surgery import with_grad_flag
 from neuronsurgery.surveys import survey
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
@@ -203,3 +205,30 @@ def test_a_plan_prints_its_edit() -> None:
     model = nn.Linear(2, 3)
     planned = ns.plan(ns.zero_out(ns.select(ns.find_layout(model), {"weight": 1})), model)
     assert repr(planned) == "plan of zero_out(1 neuron in 1 layer: weight[1])"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_plan_says_which_tensors_are_computed_from_what_is_trained(computed: bool, frozen: bool) -> None:
+    model = nn.Linear(2, 3)
+    if computed:
+        parametrizations.weight_norm(model)
+    model.requires_grad_(not frozen)
+    planned = ns.plan(ns.zero_out(ns.select(ns.find_layout(model), {"weight": 1})), model)
+    assert planned.tensors["weight"].trainable == (computed and not frozen)
+
+
+def test_without_gradients_an_edited_tensor_keeps_the_flag_of_its_weight() -> None:
+    edited, frozen = torch.zeros(2), nn.Parameter(torch.ones(2), requires_grad=False)
+    with torch.no_grad():
+        assert not with_grad_flag(edited, frozen).requires_grad
+        assert with_grad_flag(edited, frozen, trainable=True).requires_grad
+        assert with_grad_flag(edited, nn.Parameter(torch.ones(2))).requires_grad
+    assert with_grad_flag(edited, nn.Parameter(torch.ones(2))) is edited
+
+
+def test_a_copy_to_run_is_parametrized_nowhere() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 2))
+    copied = eval_copy(model)
+    assert [name for name, _ in copied.named_modules()] == ["", "0", "1"]
+    assert type(copied[0]) is nn.Linear  # type: ignore[index]

@@ -12,6 +12,7 @@ from kinds import built
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.results import ROWS_SHOWN, html_table
 
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
 Y, G = torch.tensor([0, 1, 2] * 4), torch.tensor([0, 1, 2, 0] * 3)
@@ -149,3 +150,12 @@ def test_a_table_of_a_sweep_has_columns_for_eight_groups() -> None:
     table = ns.sweep(model, edits, [batch])._repr_html_()
     assert "... and 2 more" in table
     assert table.count("</th>") == 1 + 8 + 1
+
+
+def test_a_long_table_ends_after_its_rows_and_says_how_many_are_left() -> None:
+    rows = [[f"row {i}", "*1"] for i in range(ROWS_SHOWN + 3)]
+    table = html_table("caption", ["name", "value"], rows)
+    assert table.count("<b>1</b>") == ROWS_SHOWN
+    assert "... and 3 more" in table
+    assert f"row {ROWS_SHOWN - 1}<" in table and f"row {ROWS_SHOWN}<" not in table
+    assert "more" not in html_table("caption", ["name", "value"], rows[:ROWS_SHOWN])

@@ -1,27 +1,61 @@
-"""What several tests of the study train."""
+"""What several tests of the study train and run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from neuronsurgery.study import data
+from neuronsurgery.study import data, models
+from neuronsurgery.study.cli import main
 from neuronsurgery.study.experiments import studied
-from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Recipe, checkpoint_epochs, checkpoint_path, read_trajectory, train
+from study.forking import Forked, forker
+from study.little_study import tiny_resnet
+
+COUNTS = {
+    "train": (40, 8, 6, 20),
+    "held-out": (40, 8, 6, 20),
+    "validation": (6,) * 4,
+    "test": (8,) * 4,
+}
 
 
 @pytest.fixture(scope="session")
 def erm() -> Callable[[data.DataSet, Path, Recipe], Trained]:
-    """Trains the small network by empirical risk minimisation, as the stages are given it."""
+    """Trains a tiny network by empirical risk minimisation, as the stages are given it."""
     pytest.importorskip("sklearn.linear_model")  # its import draws from Python's random state, once
 
     def trained(dataset: data.DataSet, path: Path, recipe: Recipe) -> Trained:
-        model = train(small_resnet(0), dataset.train, path, recipe=recipe)
+        model = train(tiny_resnet(0), dataset.train, path, recipe=recipe)
         checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
         return Trained(model, checkpoints, read_trajectory(path), studied({"head.weight", "head.bias"}))
 
     return trained
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of all stages on few images, for reading only, and what was printed.
+
+    Tests that share it are of the xdist group "whole run".
+    """
+    made: Callable[..., data.DataSet] = data.synthetic
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
+        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        patch.setattr(models, "small_resnet", tiny_resnet)
+        assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """What calls a function in a process of its own, which need not import torch; the xdist group is "forked"."""
+    with forker() as call:
+        yield call

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study import data
+from neuronsurgery.study import data, models
 from neuronsurgery.study import stage_two as module
 from neuronsurgery.study.cli import _published, main
 from neuronsurgery.study.last_layer import REFITS, Features, Tuned, dfr, extract_features, retrained
@@ -48,11 +48,12 @@ from neuronsurgery.study.training import (
     train,
 )
 from neuronsurgery.types import Loader
+from study.little_study import tiny_resnet
 
 pytestmark = pytest.mark.xdist_group("arms")  # its fixtures are made once, by one process
 
 COUNTS = {"train": (60, 10, 8, 30), "held-out": (30, 4, 3, 15), "validation": (12,) * 4, "test": (4,) * 4}
-RECIPE = Recipe(learning_rate=0.01, epochs=10, batch_size=8)  # makes mistakes at every epoch, and at each others
+RECIPE = Recipe(learning_rate=0.02, epochs=10, batch_size=8)  # makes mistakes at every epoch, and at each others
 OWN = Recipe("sgd", learning_rate=0.02, weight_decay=0.01, momentum=0.9, batch_size=16, schedule="constant")
 TOO = ", held-out images too"
 
@@ -422,13 +423,14 @@ def recipe_in(folder: Path) -> dict[str, Any]:
 
 
 def test_waterbirds_from_pre_trained_weights_have_the_authors_settings_in_both_stages(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("PIL.Image")
     from study.test_readers import make_birds
 
     make_birds(tmp_path / "birds")
+    monkeypatch.setattr(models, "small_resnet", tiny_resnet)
     network = build_model("small_resnet", 2).model
     network(torch.randn(8, 3, 16, 16))  # batch norm has seen data, as that of pre-trained weights has
     torch.save(network.state_dict(), tmp_path / "weights.pt")
@@ -520,9 +522,9 @@ def test_results_and_progress_say_what_each_arm_was_given(
     assert {"C", "refits"} == rows["DFR"].keys()
     errors, more = rows["JTT, T = 2"]["errors"], rows["JTT, T = 2"]["upsampling"]
     assert _settings_words(rows["JTT, T = 2"]) == (
-        f"1 epoch, adamw at 0.01, batches of 8; T = 2; {errors} images wrong; {more} more copies of each"
+        f"1 epoch, adamw at 0.02, batches of 8; T = 2; {errors} images wrong; {more} more copies of each"
     )
-    assert _settings_words(rows["Group DRO"]) == "2 epochs, adamw at 0.01, batches of 8; step size 0.1"
+    assert _settings_words(rows["Group DRO"]) == "2 epochs, adamw at 0.02, batches of 8; step size 0.1"
 
 
 def test_settings_in_words() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,23 @@ import torch
 from safetensors.torch import load_file
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, stage_one
+from neuronsurgery.study import data, models, stage_one
 from neuronsurgery.study.cli import _parser, _settings, main
-from neuronsurgery.study.training import RECIPES
+from neuronsurgery.study.network import small_resnet
+from neuronsurgery.study.training import RECIPES, load_checkpoint
+from study.forking import Forked
+from study.little_study import tiny_resnet
 from study.test_readers import make_birds
 
 FEW = ("study", "--quick", "--epochs", "1", "--data", "digits", "--stages", "1", "--experiments", "1a", "1g")
 COUNTS = {"train": (24, 8, 6, 12), "validation": (4,) * 4, "test": (4,) * 4}
 
 
-@pytest.fixture(autouse=True)
-def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
+reads_few_run = pytest.mark.xdist_group("few run")  # which is made once, by one process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_data() -> Iterator[None]:
     """The embedded data, but few of them."""
     made = {"digits": data.digits, "synthetic": data.synthetic}
     held_out = {"digits": {}, "synthetic": {"held-out": (24, 8, 6, 12)}}
@@ -33,7 +41,30 @@ def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
         name: lambda seed, counts, name=name, make=make: make(seed, counts=COUNTS | held_out[name])  # type: ignore[misc]
         for name, make in made.items()
     }
-    monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        yield
+
+
+@pytest.fixture
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the small one."""
+    monkeypatch.setattr(models, "small_resnet", tiny_resnet)
+
+
+@pytest.fixture(scope="module")
+def few_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of `FEW`, for reading only, and what was printed."""
+    folder = tmp_path_factory.mktemp("few") / "run"
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main([*FEW, "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def copied_run(few_run: tuple[Path, str], tmp_path: Path) -> Path:
+    """The folder of a finished run of `FEW`."""
+    return shutil.copytree(few_run[0], tmp_path / "run")
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -41,10 +72,9 @@ def results_of(folder: Path) -> dict[str, Any]:
     return results
 
 
-def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run"
-    assert main([*FEW, "--out", str(folder)]) == 0
-    printed = capsys.readouterr().out
+@reads_few_run
+def test_a_run_leaves_what_it_promises(few_run: tuple[Path, str]) -> None:
+    folder, printed = few_run
     assert "1a  Zero the top neurons of the model" in printed
     assert "1g  Zero random other neurons" in printed
     results = results_of(folder)
@@ -84,6 +114,7 @@ def test_stage_two_is_as_long_as_the_run_says(
     )
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_stage_that_is_added_leaves_those_that_are_there_in_the_results(tmp_path: Path) -> None:
     command = [*FEW[:4], "--data", "digits", "--experiments", "1a", "--out", str(tmp_path / "run")]
     assert main([*command, "--stages", "1"]) == 0
@@ -94,11 +125,11 @@ def test_a_stage_that_is_added_leaves_those_that_are_there_in_the_results(tmp_pa
     assert both["stage_two"]["arms"]
 
 
-def test_records_are_those_of_one_by_one(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert main([*FEW, "--out", str(folder)]) == 0
+@reads_few_run
+def test_records_are_those_of_one_by_one(few_run: tuple[Path, str]) -> None:
+    folder, _ = few_run
     dataset = data.digits(0, counts=COUNTS)
-    model = run_model(folder)
+    model = load_checkpoint(small_resnet(0), folder, 1)
     record = results_of(folder)["experiments"]["1a"]["train"][0]
     edit = ns.load_file(folder / "specs" / "1a-000.safetensors")
     assert isinstance(edit, ns.Edit)
@@ -109,13 +140,7 @@ def test_records_are_those_of_one_by_one(tmp_path: Path) -> None:
         assert change["change"] == after[change["group"]] - before[change["group"]]
 
 
-def run_model(folder: Path) -> Any:
-    from neuronsurgery.study.network import small_resnet
-    from neuronsurgery.study.training import load_checkpoint
-
-    return load_checkpoint(small_resnet(0), folder, 1)
-
-
+@pytest.mark.usefixtures("tiny_network")
 def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     every = ["study", "--quick", "--epochs", "5", "--stages", "1"]
     assert main([*every, "--out", str(tmp_path / "a")]) == 0
@@ -127,33 +152,36 @@ def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path
     assert {record["with_norm"] for record in results["experiments"]["1f"]["train"]} == {False, True}
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 3])
+@pytest.mark.usefixtures("tiny_network")
 def test_a_killed_run_goes_on_to_the_same_results(
-    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Killed at each of its three experiments in turn."""
     arguments = [*FEW[:-2], "1a", "1e", "1g"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    calls = []
     measure = stage_one.measure
+    for name, measured_before in (("1a", 0), ("1e", 1), ("1g", 1)):
+        left = iter(range(measured_before))
 
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == killed_at:
-            raise KeyboardInterrupt("killed")
-        return measure(*args, **kwargs)
+        def dying(*args: Any, left: Iterator[int] = left, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt("killed")
+            return measure(*args, **kwargs)
 
-    monkeypatch.setattr(stage_one, "measure", dying)
-    assert main([*arguments, "--out", str(tmp_path / "broken")]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "neuronsurgery: stopped: the same command goes on from here"
+        monkeypatch.setattr(stage_one, "measure", dying)
+        assert main([*arguments, "--out", str(tmp_path / "broken")]) == 130
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1] == "neuronsurgery: stopped: the same command goes on from here"
+        assert not (tmp_path / "broken" / "experiments" / f"{name}-train.json").exists()
+        assert not (tmp_path / "broken" / "results.json").exists()
     monkeypatch.setattr(stage_one, "measure", measure)
-    assert not (tmp_path / "broken" / "results.json").exists()
     assert main([*arguments, "--out", str(tmp_path / "broken")]) == 0
     assert results_of(tmp_path / "broken") == results_of(tmp_path / "whole")
 
 
-def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run"
-    assert main([*FEW, "--out", str(folder)]) == 0
+@reads_few_run
+def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied_run
     first = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
     assert main(["report", str(folder)]) == 0
@@ -177,15 +205,26 @@ def test_report_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert shown[name].startswith(beginning)
 
 
+ALL_SMALL = ["--arch", "small_resnet", "--image-size", "16", "--experiments", "all"]
+
+
+@pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize(
-    ("arch", "options"),
+    ("arch", "head", "options"),
     [
-        ("resnet18", ["--arch", "resnet18", "--image-size", "32", "--experiments", "all"]),
-        ("resnet50", ["--experiments", "1a", "1b"]),  # the default network, and the default size
+        ("small_resnet", "head", ALL_SMALL),
+        pytest.param(
+            "resnet18",
+            "fc",
+            ["--arch", "resnet18", "--image-size", "32", "--experiments", "all"],
+            marks=pytest.mark.architectures,
+        ),
+        # The default network, and the default size.
+        pytest.param("resnet50", "fc", ["--experiments", "1a", "1b"], marks=pytest.mark.architectures),
     ],
 )
 def test_waterbirds_from_disk_with_another_network(
-    arch: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arch: str, head: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_birds(root := tmp_path / "birds")
     folder = tmp_path / "run"
@@ -197,14 +236,13 @@ def test_waterbirds_from_disk_with_another_network(
     results = results_of(folder)
     assert set(results["experiments"]) == set(results["settings"]["experiments"]) >= {"1a", "1b"}
     assert all(found["train"] for name, found in results["experiments"].items() if name != "1f")
-    assert "fc.weight" not in {layer["name"] for layer in results["layers"]}
-    assert "fc.weight" in load_file(folder / "checkpoints" / "epoch-001.safetensors")
+    assert f"{head}.weight" not in {layer["name"] for layer in results["layers"]}
+    assert f"{head}.weight" in load_file(folder / "checkpoints" / "epoch-001.safetensors")
 
 
-def test_both_stages_and_fragility_and_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "run"
-    assert main(["study", "--quick", "--experiments", "1a", "--out", str(folder)]) == 0
-    printed = capsys.readouterr().out
+@pytest.mark.xdist_group("whole run")
+def test_both_stages_and_fragility_and_what_is_printed(whole_run: tuple[Path, str]) -> None:
+    folder, printed = whole_run
     for title in ("1a  Zero the top neurons", "Stage 2  Worst group of the test images", "Last layer retrained"):
         assert title in printed
     results = results_of(folder)
@@ -212,6 +250,7 @@ def test_both_stages_and_fragility_and_what_is_printed(tmp_path: Path, capsys: p
     assert results["settings"]["stages"] == ["1", "2", "fragility"]
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
     assert main([*FEW, "--seeds", "2", "--out", str(folder)]) == 0
@@ -227,6 +266,7 @@ def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, caps
     assert "holds files that are no run of this study" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_split_and_an_experiment_are_added_to_a_run_that_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert main([*FEW[:-1], "--out", str(folder)]) == 0
@@ -237,11 +277,9 @@ def test_a_split_and_an_experiment_are_added_to_a_run_that_is_there(tmp_path: Pa
     assert set(after["1a"]) == set(after["1b"]) == {"train", "test"}
 
 
-def test_two_processes_train_together_and_the_first_goes_on(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("little_study.py")
-    arguments = ["--nproc-per-node", "2", "--master-port", "0", "--standalone", str(program)]
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments, *FEW, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=program.parents[1])
+@pytest.mark.xdist_group("forked")
+def test_two_processes_train_together_and_the_first_goes_on(forked: Forked, tmp_path: Path) -> None:
+    done = forked("study.little_study.study_of_two", *FEW[:-1], "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: ") == 1
     assert results_of(tmp_path / "run")["experiments"]["1a"]["train"]
@@ -391,6 +429,7 @@ def test_a_broken_image_is_found_before_the_run_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -412,6 +451,7 @@ def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
     assert (out / "results.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_seeds_of_data_without_test_images_and_seeds_that_would_fall_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,28 +473,29 @@ def test_seeds_of_data_without_test_images_and_seeds_that_would_fall_out(
     assert (out / "results.json").read_bytes() == before
 
 
-def test_a_checkpoint_that_was_deleted_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*FEW, "--out", str(tmp_path / "run")]
-    assert main(command) == 0
+@reads_few_run
+def test_a_checkpoint_that_was_deleted_is_named(
+    copied_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for epoch, message in ((0, "the checkpoints of epochs 0 are missing"), (1, "no checkpoint of epoch 1; found")):
-        file = tmp_path / "run" / "checkpoints" / f"epoch-00{epoch}.safetensors"
+        file = copied_run / "checkpoints" / f"epoch-00{epoch}.safetensors"
         file.rename(tmp_path / "elsewhere")
-        assert main(command) == 1
+        assert main([*FEW, "--out", str(copied_run)]) == 1
         assert message in capsys.readouterr().err
         (tmp_path / "elsewhere").rename(file)
 
 
+@reads_few_run
 def test_another_run_in_the_folder_is_refused_unless_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    assert main([*FEW, "--out", str(folder)]) == 0
-    before = (folder / "results.json").read_bytes()
-    assert main([*FEW, "--seed", "1", "--out", str(folder)]) == 1
+    before = (copied_run / "results.json").read_bytes()
+    command = [*FEW[:-2], "1b", "--seed", "1", "--out", str(copied_run)]
+    assert main(command) == 1
     assert "holds another run; seed: this run 1, the folder 0" in capsys.readouterr().err
-    assert (folder / "results.json").read_bytes() == before
-    assert main([*FEW, "--seed", "1", "--overwrite", "--out", str(folder)]) == 0
-    assert results_of(folder)["settings"]["seed"] == 1
+    assert (copied_run / "results.json").read_bytes() == before
+    assert main([*command, "--overwrite"]) == 0
+    assert results_of(copied_run)["settings"]["seed"] == 1
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import Examples, judge_scores, mitigate
 from neuronsurgery.study.training import RECIPES, checkpoint_epochs, digest, load_checkpoint
+from study.little_study import tiny_resnet
 
 pytestmark = pytest.mark.xdist_group("falsifications")  # its fixtures are made once, by one process
 
@@ -285,8 +286,9 @@ def test_constant_scores_flag_none() -> None:
 
 
 def shortened(condition: Condition) -> Condition:
-    noise = 0.1 if condition.noise else 0.0
-    return replace(condition, counts=SMALL, noise=noise, recipe=replace(condition.recipe, epochs=3, batch_size=16))
+    recipe = replace(condition.recipe, epochs=3, batch_size=16)
+    noisy = {"noise": 0.1, "network": tiny_resnet} if condition.noise else {}
+    return replace(condition, counts=SMALL, recipe=recipe, **noisy)  # type: ignore[arg-type]  # of several types
 
 
 NOT_HELD_OUT = {split: counts for split, counts in SMALL.items() if split != "held-out"}
@@ -356,7 +358,7 @@ def test_wrong_labels_are_left_out_where_groups_are_judged(rows: dict[str, Any],
     row, dataset = rows["label noise"], synthetic(0, counts=SMALL)
     noisy, wrong = with_label_noise(dataset.train, 0.1, 0)
     model = trained_model(folder, "label noise")
-    scores = -margins_after(model, noisy, "block3.conv2.weight")
+    scores = -margins_after(model, noisy, "block.conv2.weight")
     groups, classes, right = noisy.groups.numpy(), noisy.targets.numpy(), ~wrong.numpy()
     for group in dataset.minority:
         found = row_of(row["detection"]["train"]["rows"], "knockout", dataset.group_names[group])

@@ -51,6 +51,7 @@ from neuronsurgery.study.training import (
     load_checkpoint,
     train,
 )
+from study.little_study import tiny_resnet
 
 SHORT = Recipe("adam", epochs=3, batch_size=8, schedule="constant")
 
@@ -73,7 +74,7 @@ def source(split: Split) -> Embedded:
 @pytest.fixture(scope="module")
 def trained(source: Embedded, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """What fine-tuning starts from: batch norm has seen data."""
-    return train(small_resnet(0), source, tmp_path_factory.mktemp("erm"), recipe=Recipe(epochs=2, batch_size=8))
+    return train(tiny_resnet(0), source, tmp_path_factory.mktemp("erm"), recipe=Recipe(epochs=2, batch_size=8))
 
 
 def numbered(targets: list[int], groups: list[int] | None = None) -> Embedded:
@@ -634,7 +635,7 @@ def test_statistics_of_contrast(
 def test_new_batch_norm_is_not_frozen(source: Embedded, tmp_path: Path) -> None:
     images = ContrastiveBatches(source, source.split.groups % 2)
     with pytest.raises(ValueError, match=r"batch norm 'stem_norm' has not seen any data, .* pass statistics='batch'"):
-        train(small_resnet(0), images, tmp_path, recipe=SHORT, method=CorrectNContrast())
+        train(tiny_resnet(0), images, tmp_path, recipe=SHORT, method=CorrectNContrast())
 
 
 @pytest.mark.parametrize("changes", [{"weight": 1.5}, {"temperature": 0.0}, {"temperature": math.nan}])

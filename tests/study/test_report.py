@@ -9,8 +9,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +27,7 @@ from neuronsurgery.study.report import contents, write_report
 from neuronsurgery.study.report.controls import _single_words
 from neuronsurgery.study.report.effects import Groups, cells_of
 from neuronsurgery.study.report.section import Entry, Section
+from study.forking import Forked
 
 BIRDS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 COUNTS = (1749, 92, 28, 528)
@@ -630,21 +629,14 @@ def test_report_without_hard_links_is_put_back_as_well(
     test_report_that_cannot_be_put_in_place_leaves_the_old_one_whole(two_runs, monkeypatch, "report.html")
 
 
-def test_full_disk_leaves_the_old_report_whole(two_runs: tuple[Path, dict[Path, bytes], dict[str, Any]]) -> None:
-    pytest.importorskip("resource")
+@pytest.mark.xdist_group("forked")
+def test_full_disk_leaves_the_old_report_whole(
+    forked: Forked, two_runs: tuple[Path, dict[Path, bytes], dict[str, Any]]
+) -> None:
     folder, before, results = two_runs
     (folder / "results.json").write_text(json.dumps(results))
-    # A limit on the size of a file is the nearest thing to a full disk that a test may set up for itself.
-    code = (
-        "import json, pathlib, resource, sys\n"
-        "from neuronsurgery.study.report import write_report\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "results = json.loads((folder / 'results.json').read_text())\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
-        "write_report(results, folder)\n"
-    )
     assert len(before[Path("report.html")]) > 50_000
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    done = forked("study.little_study.report_on_a_full_disk", str(folder))
     assert done.returncode == 1
     assert f"the report in {folder} was not written (File too large)" in done.stderr
     assert f"give leave to write, then run `neuronsurgery report {folder}`" in done.stderr
@@ -994,26 +986,31 @@ def test_pixels_are_rounded_and_normalised_images_refused() -> None:
         pixels_of(torch.zeros(1, 28, 28))
 
 
+def birds(*counts: int) -> data.Split:
+    """Images of the synthetic data, as many of each group."""
+    none = dict.fromkeys(data.SYNTHETIC_COUNTS, (0,) * 4)
+    return data.synthetic(0, counts={**none, "few": counts}).splits["few"]  # type: ignore[dict-item]
+
+
 def test_contact_sheet_shows_the_first_images_of_each_group() -> None:
-    split = data.synthetic(0, counts={"few": (3, 1, 0, 2)}).splits["few"]
+    split = birds(3, 1, 0, 2)
     sheet = decoded(contact_sheet(split, per_group=2, scale=2, gap=5))
     assert sheet.shape == (4 * (64 + 10), 2 * 69 + 5, 3)
     expected = np.full(sheet.shape, 255, np.uint8)
+    pixels = (split.images * 255).round().byte().numpy()
     for group, place, image in ((0, 0, 0), (0, 1, 1), (1, 0, 3), (3, 0, 4), (3, 1, 5)):
         top, left = 5 + group * 74, 5 + place * 69
         for row in range(64):
             for column in range(64):
-                pixel = split.images[image, :, row // 2, column // 2]
-                expected[top + row, left + column] = (pixel * 255).round().byte().numpy()
+                expected[top + row, left + column] = pixels[image, :, row // 2, column // 2]
     assert np.array_equal(sheet, expected)
 
 
 def test_contact_sheet_refuses_what_it_cannot_show() -> None:
-    split = data.synthetic(0, counts={"few": (1, 1, 1, 1), "none": (0, 0, 0, 0)}).splits
     with pytest.raises(ValueError, match="per_group must be at least 1, found 0; gap must be at least 0, found -1"):
-        contact_sheet(split["few"], per_group=0, gap=-1)
+        contact_sheet(birds(1, 1, 1, 1), per_group=0, gap=-1)
     with pytest.raises(ValueError, match="the split has no images: pass one that has"):
-        contact_sheet(split["none"])
+        contact_sheet(birds(0, 0, 0, 0))
 
 
 @pytest.mark.parametrize(("name", "per_group", "scale"), [("synthetic", 9, 3), ("digits", 10, 4)])
@@ -1027,7 +1024,7 @@ def test_pictures_of_the_documentation_are_those_of_the_data(name: str, per_grou
 
 
 def test_images_of_a_figure_are_held_by_it() -> None:
-    pixels = pixels_of(data.synthetic(0, counts={"train": (1, 1, 1, 1)}).train.images)
+    pixels = pixels_of(birds(1, 1, 1, 1).images)
     rows = [("first & second", [Picture(p, f"{place}.5", f"image {place}") for place, p in enumerate(pixels[:2])])]
     svg = figures.image_rows("Title", [*rows, ("third", [Picture(pixels[2])])])
     ElementTree.fromstring(svg)

@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neuronsurgery.study import data
-from neuronsurgery.study.cli import main
 from neuronsurgery.study.seeds import combine
 
-pytestmark = pytest.mark.xdist_group("report schema")  # its fixtures are made once, by one process
+pytestmark = pytest.mark.xdist_group("whole run")  # which is made once, by one process
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-COUNTS = {
-    "train": (40, 8, 6, 20),
-    "held-out": (40, 8, 6, 20),
-    "validation": (6,) * 4,
-    "test": (8,) * 4,
-}
 FREE = ("impossible_rows",)
 """Keys below which the names are those of methods."""
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def kinds(whole_run: tuple[Path, str]) -> dict[str, dict[str, Any]]:
     """The results of a run on few images, and of two seeds; the second seed is the first once more."""
-    made: Callable[..., data.DataSet] = data.synthetic
-    path = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
-        assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(path)]) == 0
-    one = json.loads((path / "results.json").read_text())
+    one = json.loads((whole_run[0] / "results.json").read_text())
     return {"## One run": one, "## Several seeds": json.loads(json.dumps(combine({0: one, 1: one})))}
 
 

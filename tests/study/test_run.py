@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,41 +20,30 @@ from neuronsurgery.study.run import (
 )
 from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
 from neuronsurgery.study.training import RECIPES, Recipe
+from study.forking import Forked
 
-TESTS = Path(__file__).parents[1]
 SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--stages", "1", "2", "--experiments", "1b", "1a")
 
 
-def test_ten_kills_at_random_moments_leave_the_same_results(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "study.killing", str(tmp_path), "10", *SHORT],
-        cwd=TESTS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+@pytest.mark.xdist_group("forked")
+def test_ten_kills_at_random_moments_leave_the_same_results(forked: Forked, tmp_path: Path) -> None:
+    done = forked("study.killing.kill_and_go_on", str(tmp_path), "5", "2", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     whole = (tmp_path / "whole" / "results.json").read_bytes()
-    for number in range(10):
+    for number in range(5):
         assert (tmp_path / f"broken-{number}" / "results.json").read_bytes() == whole, done.stdout
 
 
-def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    def only_small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a checkpoint is larger
-
-    program = "import sys; from neuronsurgery.study.cli import main; sys.exit(main(sys.argv[1:]))"
+@pytest.mark.xdist_group("forked")
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(forked: Forked, tmp_path: Path) -> None:
     arguments = [*SHORT, "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-c", program, *arguments]
-    failed = subprocess.run(command, capture_output=True, text=True, preexec_fn=only_small_files, check=False)
+    failed = forked("study.little_study.study_on_a_full_disk", *arguments)
     assert failed.returncode == 1
     assert "neuronsurgery: error: " in failed.stderr
     assert "File too large" in failed.stderr
     assert not list(tmp_path.rglob("*.tmp*"))
     assert not (tmp_path / "run" / "results.json").exists()
-    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert forked("study.little_study.study", *arguments).returncode == 0
     assert read_results(tmp_path / "run")["experiments"]["1a"]
 
 
@@ -116,7 +101,8 @@ def test_how_long_a_thing_took_is_not_how_long_it_took_to_read(tmp_path: Path) -
 
 
 def test_groups_without_images_are_refused_before_training_where_a_run_looks_at_them() -> None:
-    dataset = data.synthetic(0, counts={"validation": (2, 2, 2, 0), "held-out": (2,) * 4})
+    counts = dict.fromkeys(data.SYNTHETIC_COUNTS, (2,) * 4)
+    dataset = data.synthetic(0, counts=counts | {"validation": (2, 2, 2, 0)})
     refuse_missing_groups(dataset, Settings(stages=("1",)))
     refuse_missing_groups(dataset, Settings(stages=("1",), splits=("train", "test")))
     message = r"groups without images in validation: waterbird on water: give .*--stages 1"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.memorization import MemorizationScores
-from neuronsurgery.study import data
+from neuronsurgery.study import data, models
 from neuronsurgery.study import stage_memorization as module
 from neuronsurgery.study.data import permutation, uniforms
 from neuronsurgery.study.experiments import DRAW_SEED, studied
@@ -35,6 +35,7 @@ from neuronsurgery.study.stage_memorization import (
 )
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Recipe, train
+from study.little_study import tiny_resnet
 from study.test_readers import make_birds
 
 COUNTS = {"train": (20, 5, 4, 11), "validation": (2,) * 4, "test": (2,) * 4}
@@ -50,8 +51,9 @@ class KilledError(Exception):
 
 
 @pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_resamples_and_a_tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESAMPLES", 50)
+    monkeypatch.setattr(models, "small_resnet", tiny_resnet)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def dataset() -> data.DataSet:
 
 @pytest.fixture(scope="module")
 def trained(dataset: data.DataSet, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    model = train(small_resnet(0), dataset.train, tmp_path_factory.mktemp("erm"), recipe=RECIPE)
+    model = train(tiny_resnet(0), dataset.train, tmp_path_factory.mktemp("erm"), recipe=RECIPE)
     return Trained(model, {}, [], studied({"head.weight", "head.bias"}))
 
 

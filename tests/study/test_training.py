@@ -45,8 +45,8 @@ from neuronsurgery.study.training import (
     load_checkpoint,
     train,
 )
-
-pytestmark = pytest.mark.xdist_group("training")  # its fixtures are made once, by one process
+from study.forking import Forked
+from study.little_study import tiny_resnet
 
 EPOCHS = 4
 SHORT = {name: replace(recipe, epochs=EPOCHS, batch_size=16) for name, recipe in RECIPES.items()}
@@ -75,9 +75,22 @@ def kill_after(epoch: int) -> Callable[[EpochReport], None]:
     return progress
 
 
-def run(split: Split, folder: Path, **changes: object) -> nn.Module:
+def run(split: Split, folder: Path, **changes: Any) -> nn.Module:
     arguments = {"recipe": SHORT["adam"], "seed": 3, "augmentation": Augmentation()} | changes
-    return train(small_resnet(5), split, folder, **arguments)  # type: ignore[arg-type]  # a mixed bag of arguments
+    return train(arguments.pop("model", None) or tiny_resnet(5), split, folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(split: Split, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """What `run` gives, and the folder of it, for reading only."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return run(split, folder), folder
+
+
+@pytest.fixture
+def finished(whole: tuple[nn.Module, Path], tmp_path: Path) -> Path:
+    """The folder of a finished run."""
+    return shutil.copytree(whole[1], tmp_path / "finished")
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -144,7 +157,8 @@ def test_initialisation_is_that_of_torch_in_distribution() -> None:
 
 def test_training_learns(split: Split, tmp_path: Path) -> None:
     reports: list[EpochReport] = []
-    run(split, tmp_path, recipe=replace(SHORT["adam"], epochs=12), augmentation=None, progress=reports.append)
+    recipe = replace(SHORT["adam"], epochs=12)
+    run(split, tmp_path, model=small_resnet(5), recipe=recipe, augmentation=None, progress=reports.append)
     assert [report.epoch for report in reports] == list(range(1, 13))
     assert reports[-1].loss < 0.5 * reports[0].loss
     assert reports[-1].accuracy > 0.9
@@ -249,20 +263,20 @@ def test_same_arguments_same_weights(recipe: str, split: Split, tmp_path: Path) 
     assert not same_state(first, run(split, tmp_path / "c", recipe=SHORT[recipe], seed=4))
 
 
-def test_checkpoint_0_is_the_initialisation_and_the_last_is_the_result(split: Split, tmp_path: Path) -> None:
-    trained = run(split, tmp_path)
-    assert checkpoint_epochs(tmp_path) == tuple(range(EPOCHS + 1))
-    assert same_state(load_checkpoint(SmallResNet(), tmp_path, 0), small_resnet(5))
-    assert same_state(load_checkpoint(SmallResNet(), tmp_path, EPOCHS), trained)
+def test_checkpoint_0_is_the_initialisation_and_the_last_is_the_result(whole: tuple[nn.Module, Path]) -> None:
+    trained, folder = whole
+    assert checkpoint_epochs(folder) == tuple(range(EPOCHS + 1))
+    assert same_state(load_checkpoint(tiny_resnet(), folder, 0), tiny_resnet(5))
+    assert same_state(load_checkpoint(tiny_resnet(), folder, EPOCHS), trained)
 
 
 def test_what_the_caller_owns_stays(split: Split, tmp_path: Path) -> None:
-    model, images, state = small_resnet(5), split.images.clone(), torch.get_rng_state()
+    model, images, state = tiny_resnet(5), split.images.clone(), torch.get_rng_state()
     trained = train(model, split, tmp_path, recipe=SHORT["adam"], augmentation=Augmentation())
     load_checkpoint(model, tmp_path, 1)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(images, split.images)
-    assert same_state(model, small_resnet(5))
+    assert same_state(model, tiny_resnet(5))
     assert model.training
     assert not trained.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -287,10 +301,9 @@ def test_killed_and_resumed_is_uninterrupted(recipe: str, epoch: int, split: Spl
 
 @pytest.mark.parametrize("write", range(2 * (EPOCHS + 1)))
 def test_killed_before_any_write_resumes_to_the_same_bits(
-    write: int, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: int, whole: tuple[nn.Module, Path], split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every epoch, the 0th included, renames two files; this dies before each of these renames in turn."""
-    whole = run(split, tmp_path / "whole")
     replace_file, renames = os.replace, iter(range(100))
 
     def die(source: Path, target: Path) -> None:
@@ -302,13 +315,13 @@ def test_killed_before_any_write_resumes_to_the_same_bits(
         patch.setattr(os, "replace", die)
         with pytest.raises(KilledError, match="killed here"):
             run(split, tmp_path / "killed")
-    assert same_state(whole, run(split, tmp_path / "killed"))
-    assert same_folder(tmp_path / "whole", tmp_path / "killed")
+    assert same_state(whole[0], run(split, tmp_path / "killed"))
+    assert same_folder(whole[1], tmp_path / "killed")
 
 
 def test_dropout_resumes_too(split: Split, tmp_path: Path) -> None:
     def model() -> nn.Module:
-        network = small_resnet(0)
+        network = tiny_resnet(0)
         return nn.Sequential(nn.Dropout(0.2), network)
 
     whole = train(model(), split, tmp_path / "whole", recipe=SHORT["adam"])
@@ -330,25 +343,23 @@ def test_dropout_is_drawn_from_a_seed_of_the_epoch(split: Split, tmp_path: Path)
     torch.testing.assert_close(after.get_parameter("2.weight"), model.get_parameter("2.weight") - 0.1 * gradient)
 
 
-def test_half_written_temporary_files_are_ignored(split: Split, tmp_path: Path) -> None:
-    whole = run(split, tmp_path / "whole")
+def test_half_written_temporary_files_are_ignored(whole: tuple[nn.Module, Path], split: Split, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     with pytest.raises(KilledError, match="killed here"):
         run(split, folder, progress=kill_after(2))
     for path in (checkpoint_path(folder, 3), checkpoint_path(folder, 9), folder / "optimizer.safetensors"):
         path.with_name(f".{path.name}.a1b2").write_bytes(b"half of")
     assert checkpoint_epochs(folder) == (0, 1, 2)
-    assert same_state(whole, run(split, folder))
-    assert same_names(folder, tmp_path / "whole"), "what a killed process left is removed"
+    assert same_state(whole[0], run(split, folder))
+    assert same_names(folder, whole[1]), "what a killed process left is removed"
 
 
 def same_names(a: Path, b: Path) -> bool:
     return {path.relative_to(a) for path in a.rglob("*")} == {path.relative_to(b) for path in b.rglob("*")}
 
 
-def test_a_folder_from_before_methods_and_schedules_is_still_understood(split: Split, tmp_path: Path) -> None:
-    run(split, tmp_path)
-    with safe_open(tmp_path / "optimizer.safetensors", framework="pt") as file:
+def test_a_folder_from_before_methods_and_schedules_is_still_understood(whole: tuple[nn.Module, Path]) -> None:
+    with safe_open(whole[1] / "optimizer.safetensors", framework="pt") as file:
         said = json.loads(file.metadata()["run"])
     recipe = {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.0, "momentum": 0.0}
     assert said.pop("recipe") == recipe | {"epochs": EPOCHS, "batch_size": 16}
@@ -358,19 +369,18 @@ def test_a_folder_from_before_methods_and_schedules_is_still_understood(split: S
 
 def test_a_run_by_another_method_is_refused_either_way(split: Split, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"recipe": SHORT["adam"]}
-    train(small_resnet(5), split, tmp_path / "erm", **arguments)
+    train(tiny_resnet(5), split, tmp_path / "erm", **arguments)
     with pytest.raises(ValueError, match=r"another run; method: expected {'name': 'group DRO'.*, found None: choose"):
-        train(small_resnet(5), split, tmp_path / "erm", method=GroupDro(4), **arguments)
-    train(small_resnet(5), split, tmp_path / "dro", method=GroupDro(4), **arguments)
+        train(tiny_resnet(5), split, tmp_path / "erm", method=GroupDro(4), **arguments)
+    train(tiny_resnet(5), split, tmp_path / "dro", method=GroupDro(4), **arguments)
     with pytest.raises(ValueError, match=r"another run; method: expected None, found {'name': 'group DRO'"):
-        train(small_resnet(5), split, tmp_path / "dro", **arguments)
+        train(tiny_resnet(5), split, tmp_path / "dro", **arguments)
     with pytest.raises(ValueError, match=r"another run; method: expected .*0.02, .*, found .*0.01, "):
-        train(small_resnet(5), split, tmp_path / "dro", method=GroupDro(4, step_size=0.02), **arguments)
+        train(tiny_resnet(5), split, tmp_path / "dro", method=GroupDro(4, step_size=0.02), **arguments)
 
 
-def test_a_finished_run_is_only_loaded(split: Split, tmp_path: Path) -> None:
-    first = run(split, tmp_path)
-    assert same_state(first, run(split, tmp_path, progress=kill_after(EPOCHS)))
+def test_a_finished_run_is_only_loaded(whole: tuple[nn.Module, Path], finished: Path, split: Split) -> None:
+    assert same_state(whole[0], run(split, finished, progress=kill_after(EPOCHS)))
 
 
 # Errors
@@ -393,29 +403,26 @@ def test_another_run_in_the_folder_is_refused(
         run(split, tmp_path, **changes)
 
 
-def test_another_initialisation_or_other_images_are_refused(split: Split, tmp_path: Path) -> None:
-    run(split, tmp_path)
+def test_another_initialisation_or_other_images_are_refused(finished: Path, split: Split) -> None:
     arguments = {"recipe": SHORT["adam"], "seed": 3, "augmentation": Augmentation()}
     with pytest.raises(ValueError, match="holds another run; initial weights: expected"):
-        train(small_resnet(6), split, tmp_path, **arguments)  # type: ignore[arg-type]
+        train(tiny_resnet(6), split, finished, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds another run; images and targets: expected"):
-        train(small_resnet(5), split.subset(torch.arange(40)), tmp_path, **arguments)  # type: ignore[arg-type]
+        train(tiny_resnet(5), split.subset(torch.arange(40)), finished, **arguments)  # type: ignore[arg-type]
 
 
-def test_a_missing_checkpoint_is_named(split: Split, tmp_path: Path) -> None:
-    run(split, tmp_path)
+def test_a_missing_checkpoint_is_named(finished: Path, split: Split) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of epoch 9; found the epochs \[0, 1, 2, 3, 4\]"):
-        load_checkpoint(small_resnet(), tmp_path, 9)
-    shutil.rmtree(tmp_path / "checkpoints")
+        load_checkpoint(tiny_resnet(), finished, 9)
+    shutil.rmtree(finished / "checkpoints")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of epoch 4; found the epochs \[\]"):
-        run(split, tmp_path)
+        run(split, finished)
 
 
-def test_a_damaged_file_is_named(split: Split, tmp_path: Path) -> None:
-    run(split, tmp_path)
-    checkpoint_path(tmp_path, 2).write_bytes(b"not safetensors")
+def test_a_damaged_file_is_named(finished: Path) -> None:
+    checkpoint_path(finished, 2).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"epoch-002.safetensors: expected safetensors, found"):
-        load_checkpoint(small_resnet(), tmp_path, 2)
+        load_checkpoint(tiny_resnet(), finished, 2)
 
 
 def test_an_unknown_optimizer_is_named(split: Split, tmp_path: Path) -> None:
@@ -438,6 +445,7 @@ def test_progress_prints_one_line_to_stderr(capsys: pytest.CaptureFixture[str]) 
 # Two processes
 
 RANKS = 2
+of_two_processes = pytest.mark.xdist_group("forked")  # which leave their files once
 PROCESS_RECIPE = Recipe("sgd", learning_rate=0.1, momentum=0.9, epochs=3, batch_size=15, schedule="plateau")
 
 
@@ -508,8 +516,8 @@ class BreakingNetwork(nn.Module):
 
 def kill_and_resume(folder: Path) -> nn.Module:
     with pytest.raises((KilledError, RuntimeError), match="killed here"):
-        train_by("contrastive pruning", folder, model=small_resnet(0), progress=kill_after(2))
-    return train_by("contrastive pruning", folder, model=small_resnet(0))
+        train_by("contrastive pruning", folder, model=tiny_resnet(0), progress=kill_after(2))
+    return train_by("contrastive pruning", folder, model=tiny_resnet(0))
 
 
 def fail_to_write(folder: Path) -> nn.Module:
@@ -528,7 +536,7 @@ def fail_to_write(folder: Path) -> nn.Module:
 DONE: dict[str, Callable[[Path], nn.Module]] = {
     **{name: partial(train_by, name) for name in METHODS},
     "small batches": lambda folder: train_by("erm", folder, recipe=replace(PROCESS_RECIPE, batch_size=41)),
-    "batch norm": lambda folder: train_by("contrastive pruning", folder, model=small_resnet(0)),
+    "batch norm": lambda folder: train_by("contrastive pruning", folder, model=tiny_resnet(0)),
     "resumed": kill_and_resume,
     "dropout": lambda folder: train_by("erm", folder, model=nn.Sequential(nn.Dropout(), plain_network())),
 }
@@ -585,8 +593,12 @@ def work(rank: int, folder: str, ports: list[str]) -> None:
     (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(results))
 
 
+def fork_ranks(folder: str, *ports: str) -> None:
+    mp.start_processes(work, (folder, list(ports)), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two processes have left their files and results."""
     folder = tmp_path_factory.mktemp("ranks")
     with contextlib.ExitStack() as stack:
@@ -594,7 +606,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for found in sockets:
             found.bind(("localhost", 0))
         ports = [str(found.getsockname()[1]) for found in sockets]
-    mp.spawn(work, (str(folder), ports), nprocs=RANKS)
+    done = forked("study.test_training.fork_ranks", str(folder), *ports)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -602,6 +615,7 @@ def result(folder: Path, rank: int, name: str) -> Any:
     return pickle.loads((folder / f"{rank}.pickle").read_bytes())[name]
 
 
+@of_two_processes
 @pytest.mark.parametrize("name", DONE)
 def test_two_processes_return_the_same_bits(name: str, folder: Path) -> None:
     state = result(folder, 0, name)
@@ -611,6 +625,7 @@ def test_two_processes_return_the_same_bits(name: str, folder: Path) -> None:
     assert same_tensors(state, load_file(checkpoint_path(folder / name, last)))
 
 
+@of_two_processes
 @pytest.mark.parametrize("name", [*METHODS, "small batches"])
 def test_two_processes_train_as_one_does(name: str, folder: Path, tmp_path: Path) -> None:
     alone = DONE[name](tmp_path).state_dict()
@@ -622,10 +637,12 @@ def test_two_processes_train_as_one_does(name: str, folder: Path, tmp_path: Path
     assert all(one == pytest.approx(two, rel=1e-4) for one, two in zip(*met, strict=True))
 
 
+@of_two_processes
 def test_two_processes_resume_to_the_same_bits(folder: Path) -> None:
     assert same_folder(folder / "batch norm", folder / "resumed")
 
 
+@of_two_processes
 def test_batch_norm_is_not_that_of_one_process(folder: Path, tmp_path: Path) -> None:
     """Or the docstring would say too little; the running statistics are means of both processes', and near."""
     alone, together = DONE["batch norm"](tmp_path).state_dict(), result(folder, 0, "batch norm")
@@ -634,12 +651,14 @@ def test_batch_norm_is_not_that_of_one_process(folder: Path, tmp_path: Path) -> 
     torch.testing.assert_close(alone[key], together[key], rtol=0.3, atol=1e-3)
 
 
+@of_two_processes
 @pytest.mark.parametrize("name", FAILED)
 def test_an_error_of_one_process_is_one_of_both(name: str, folder: Path) -> None:
     for rank, text in enumerate(FAILED[name][1:]):
         assert re.match(text, result(folder, rank, name), re.DOTALL), result(folder, rank, name)
 
 
+@of_two_processes
 def test_a_run_of_two_processes_is_not_taken_up_by_one(folder: Path) -> None:
     with pytest.raises(ValueError, match="another run; processes: expected None, found 2"):
         train_by("erm", folder / "erm")
