@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, models, stage_one
+from neuronsurgery.study import cli, data, models, stage_one
 from neuronsurgery.study.cli import _parser, _settings, main
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.training import RECIPES, load_checkpoint
@@ -34,7 +34,7 @@ reads_few_run = pytest.mark.xdist_group("few run")  # which is made once, by one
 
 @pytest.fixture(scope="module", autouse=True)
 def little_data() -> Iterator[None]:
-    """The embedded data, but few of them."""
+    """The embedded data, but few of them; and few controls."""
     made = {"digits": data.digits, "synthetic": data.synthetic}
     held_out = {"digits": {}, "synthetic": {"held-out": (24, 8, 6, 12)}}
     few: dict[str, Callable[..., data.DataSet]] = {
@@ -43,6 +43,7 @@ def little_data() -> Iterator[None]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        patch.setitem(cli.QUICK, "control_draws", 2)
         yield
 
 
@@ -205,14 +206,11 @@ def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -
         assert shown[name].startswith(beginning)
 
 
-ALL_SMALL = ["--arch", "small_resnet", "--image-size", "16", "--experiments", "all"]
-
-
 @pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize(
     ("arch", "head", "options"),
     [
-        ("small_resnet", "head", ALL_SMALL),
+        ("small_resnet", "head", ["--arch", "small_resnet", "--image-size", "16", "--experiments", "1a", "1b"]),
         pytest.param(
             "resnet18",
             "fc",

@@ -12,6 +12,7 @@ from neuronsurgery.study import data
 from neuronsurgery.study.data import Augmentation, DataSet, Split, batches, digits, synthetic
 
 TINY = {"train": (2, 2, 2, 2), "validation": (1, 1, 1, 1), "test": (1, 1, 1, 1)}
+TINY_BIRDS = TINY | {"held-out": (1, 1, 1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def streak_statistic(images: Tensor) -> Tensor:
 
 def test_synthetic_images_are_the_golden_ones() -> None:
     assert (
-        pixel_hash(synthetic(0, counts=TINY).train.images)
+        pixel_hash(synthetic(0, counts=TINY_BIRDS).train.images)
         == "62e75cb00832f4ba8922363a81f021406d58adb6fc01066604d6dff63707801e"
     )
 
@@ -139,7 +140,7 @@ def test_digits_are_of_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_group(group: int) -> Tensor:
     counts = tuple(40 if number == group else 0 for number in range(4))
-    return synthetic(0, counts=TINY | {"train": counts}).train.images
+    return synthetic(0, counts=TINY_BIRDS | {"train": counts}).train.images
 
 
 def test_colour_carries_no_class_information(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,17 +178,17 @@ def test_attribute_changes_only_the_background() -> None:
 
 
 def test_same_seed_same_bits_and_another_seed_other_images() -> None:
-    first, again, other = (synthetic(seed, counts=TINY) for seed in (0, 0, 1))
+    first, again, other = (synthetic(seed, counts=TINY_BIRDS) for seed in (0, 0, 1))
     assert all(same(first.splits[name], again.splits[name]) for name in first.splits)
     assert (first.train.images != other.train.images).float().mean() > 0.9
 
 
 def test_splits_come_from_streams_of_their_own() -> None:
-    counts = TINY | {"test": TINY["train"], "extra": TINY["train"]}
+    counts = TINY_BIRDS | {"test": TINY["train"], "extra": TINY["train"]}
     dataset = synthetic(0, counts=counts)
     images = [dataset.splits[name].images for name in ("train", "test", "extra")]
     assert all((a != b).float().mean() > 0.9 for a, b in ((images[0], images[1]), (images[1], images[2])))
-    assert same(dataset.train, synthetic(0, counts=TINY).train)
+    assert same(dataset.train, synthetic(0, counts=TINY_BIRDS).train)
 
 
 def test_bells_have_mean_0_and_variance_1() -> None:
@@ -207,7 +208,7 @@ def test_an_integer_of_numpy_is_the_same_seed() -> None:
 
 def test_global_random_states_stay() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
-    dataset = synthetic(0, counts=TINY)
+    dataset = synthetic(0, counts=TINY_BIRDS)
     list(batches(dataset.train, 4, shuffle=True, augmentation=Augmentation()))
     assert torch.equal(torch_state, torch.get_rng_state())
     assert np.array_equal(numpy_state, np.random.get_state(legacy=False)["state"]["key"])
@@ -280,7 +281,7 @@ def test_augmentation_reaches_all_moves() -> None:
 
 
 def test_loaders_of_a_split_are_named_and_leave_out_empty_groups() -> None:
-    loaders = synthetic(0, counts=TINY | {"train": (3, 0, 1, 2)}).loaders("train", size=2)
+    loaders = synthetic(0, counts=TINY_BIRDS | {"train": (3, 0, 1, 2)}).loaders("train", size=2)
     assert list(loaders) == ["landbird on land", "waterbird on land", "waterbird on water"]
     assert [len(loader) for loader in loaders.values()] == [2, 1, 1]
     assert all(set(groups.tolist()) == {0} for *_, groups in loaders["landbird on land"])
@@ -308,7 +309,7 @@ def test_batch_size_must_be_positive() -> None:
 
 
 def test_values_are_frozen_and_print_as_what_they_are() -> None:
-    dataset = synthetic(0, counts=TINY)
+    dataset = synthetic(0, counts=TINY_BIRDS)
     with pytest.raises(FrozenInstanceError, match="cannot assign"):
         dataset.name = "other"  # type: ignore[misc]
     assert "train: Split(8 images of (3, 32, 32), 2/2/2/2 per group)" in repr(dataset)
@@ -344,7 +345,7 @@ def by_rank(split: Split) -> Split:
 @pytest.mark.parametrize("share", [0, -0.1, 0.51, 1.0, float("nan")])
 def test_shares_that_hold_out_nothing_or_most_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"hold_out: share must be in \(0, 0\.5\], found"):
-        data.hold_out(synthetic(counts=TINY), share, 0)
+        data.hold_out(synthetic(counts=TINY_BIRDS), share, 0)
 
 
 def test_held_out_images_are_not_held_out_twice(birds: DataSet) -> None:

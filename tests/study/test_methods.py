@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import neuronsurgery as ns
 from neuronsurgery.objectives import jtt_weights
-from neuronsurgery.study.data import Augmentation, Split, synthetic, uniforms
+from neuronsurgery.study.data import SYNTHETIC_COUNTS, Augmentation, Split, synthetic, uniforms
 from neuronsurgery.study.methods import (
     FINE_TUNING,
     ContrastiveBatches,
@@ -62,8 +62,8 @@ class KilledError(Exception):
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    none = (0, 0, 0, 0)
-    return synthetic(0, counts={"train": (12, 4, 4, 6), "validation": none, "test": none}).train
+    none = dict.fromkeys(SYNTHETIC_COUNTS, (0, 0, 0, 0))
+    return synthetic(0, counts=none | {"train": (12, 4, 4, 6)}).train
 
 
 @pytest.fixture(scope="module")

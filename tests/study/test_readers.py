@@ -646,7 +646,7 @@ def test_workers_give_the_same_batches(birds: Path) -> None:
 
 
 def test_batches_of_a_data_set_in_memory_are_its_own(birds: Path) -> None:
-    dataset = data.synthetic(counts=dict.fromkeys(COUNTS, (2, 1, 1, 1)))
+    dataset = data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (2, 1, 1, 1)))
     options = {"seed": 3, "epoch": 2, "shuffle": True, "augmentation": dataset.augmentation}
     assert same(list(batches(dataset.train, 2, **options)), list(data.batches(dataset.train, 2, **options)))
     with pytest.raises(
@@ -689,7 +689,7 @@ def test_the_digest_of_a_split_changes_with_its_rows_and_files_alone(birds: Path
     write_image(birds / bird_name(12), 3, (40, 50))
     after = digests(waterbirds(birds))
     assert [split for split in before if before[split] != after[split]] == ["validation", "test"]
-    embedded = data.synthetic(counts=dict.fromkeys(COUNTS, (2, 1, 1, 1)))
+    embedded = data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (2, 1, 1, 1)))
     noisy, _ = data.with_label_noise(embedded.test, 0.5, 0)
     changed = digests(replace(embedded, splits={**embedded.splits, "test": noisy}))
     assert [split for split, said in digests(embedded).items() if changed[split] != said] == ["test"]
@@ -735,7 +735,9 @@ def test_training_takes_the_source_and_resumes(birds: Path, tmp_path: Path) -> N
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     with pytest.raises(ValueError, match="images and targets: expected"):
         train(model, FromDisk(dataset.test, dataset.augmentation), tmp_path / "whole", recipe=recipe, seed=2)
-    assert isinstance(training_source(data.synthetic(counts={"train": (1, 1, 1, 1)})), Embedded)
+    assert isinstance(
+        training_source(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1)))), Embedded
+    )
 
 
 def test_counts_are_shown_beside_the_published_ones(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,7 +748,7 @@ def test_counts_are_shown_beside_the_published_ones(birds: Path, monkeypatch: py
     assert lines[-1] == "waterbirds: the counts are other than those published in train, validation, test"
     monkeypatch.setattr(disk, "EXPECTED_COUNTS", {"waterbirds": COUNTS})
     assert describe_counts(dataset).splitlines()[-1] == "waterbirds: the counts are those published"
-    assert "not" not in describe_counts(data.synthetic(counts={"train": (1, 1, 1, 1)}))
+    assert "not" not in describe_counts(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1))))
 
 
 def test_published_counts_add_up() -> None:
