@@ -10,7 +10,7 @@ import copy
 import functools
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
+from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
 from neuronsurgery.objects import held_by_attributes, kept_attributes
 from neuronsurgery.parametrized import (
@@ -77,8 +78,9 @@ def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = N
     for module in names:
         _share(module, memo, buffers, optimizers=not replace)
     memo.update(replace or {})
+    known = {id(module): None for module in names}
     for module, name in names.items():
-        _fill(memo[id(module)], module, name, memo)
+        _fill(memo[id(module)], module, name, memo, blank_caches(module, known))
     copied = {module: memo[id(module)] for module in names}
     for new in copied.values():
         _detach_from_original(new)
@@ -201,9 +203,11 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _fill(new: nn.Module, module: nn.Module, name: str, memo: dict[int, Any]) -> None:
-    attributes = {}
+def _fill(new: nn.Module, module: nn.Module, name: str, memo: dict[int, Any], blank: Mapping[str, Any]) -> None:
+    attributes = {key: value for key, value in blank.items() if value is not ABSENT}
     for key, value in kept_attributes(module).items():
+        if key in blank:
+            continue
         try:
             # A compiled forward is bound to the original; the copy runs uncompiled.
             attributes[key] = None if key == "_compiled_call_impl" else _copied(value, memo)
@@ -241,12 +245,17 @@ class Runner:
         parameters: its parameters by the names of the survey.
         places: for each parameter one path to every module and attribute that hold it, for `functional_call`.
         device: of its first parameter, or None.
+        attributes: of its modules, to be given back after each forward pass.
     """
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     places: Mapping[str, tuple[str, ...]]
     device: torch.device | None
+    attributes: Attributes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attributes", Attributes(self.model))
 
 
 def make_runner(surveyed: Survey) -> Runner:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
+from neuronsurgery.copies import Runner
 from neuronsurgery.types import Predict
 
 
-def isolated_forward(model: nn.Module, batch: Batch) -> Any:
-    """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside."""
+def isolated_forward(runner: Runner, batch: Batch) -> Any:
+    """Return a model's output for a batch; what it writes into its inputs, keeps or draws has no effect outside."""
     copies: list[Tensor] = []
 
     def own(tensor: Tensor) -> Tensor:
@@ -25,8 +26,11 @@ def isolated_forward(model: nn.Module, batch: Batch) -> Any:
         return copies[-1]
 
     args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), own)
-    with random_state_kept(copies):
-        return model(*args, **kwargs)
+    try:
+        with random_state_kept(copies):
+            return runner.model(*args, **kwargs)
+    finally:
+        runner.attributes.restore()
 
 
 @contextlib.contextmanager
@@ -72,6 +76,10 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's cla
         return func(*args, **(kwargs or {}))
 
 
+class LogitsShapeError(ValueError):
+    """The first dimension of a model's logits is not the example."""
+
+
 def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tensor:
     """Return the logits in a model's output, first dimension the example.
 
@@ -89,7 +97,7 @@ def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tenso
     if not isinstance(logits, Tensor):
         raise TypeError(f"predict must return the logits, a tensor, not a {type(logits).__name__}")
     if logits.dim() == 0 or len(logits) != examples:
-        raise ValueError(
+        raise LogitsShapeError(
             f"the model returned logits of shape {tuple(logits.shape)} for {examples} examples; the first dimension "
             f"must be the example: pass predict=, a function output -> logits"
         )

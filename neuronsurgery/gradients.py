@@ -25,13 +25,13 @@ from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import add_up, agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
-from neuronsurgery.independence import refuse_dependence
+from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import iterate, iterate_groups, regrouped
-from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
+from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
-from neuronsurgery.surveys import held_elsewhere, survey
+from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
@@ -103,7 +103,8 @@ def _objective(
     tensors = {name: _differentiable(parameter) for name, parameter in runner.parameters.items()}
     tensors |= {first_names[name]: leaf for name, leaf in leaves.items()}
     parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
-    held = {name: at for name, at in held_elsewhere(surveyed).items() if name in first_names.values()}
+    elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
+    held = {name: at for name, at in elsewhere.items() if name in first_names.values()}
     return _Objective(runner, layout, leaves, parameters, loss, predict, held)
 
 
@@ -151,9 +152,11 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
     batch = move(batch, objective.runner.device)
     with torch.enable_grad(), _differentiable_rnns(objective.runner):
         arguments = (_gradients, objective, batch, groups, seen)
-        found = functional_call(
-            _Within(objective.runner.model), dict(objective.parameters), arguments, tie_weights=False
-        )
+        within = _Within(objective.runner.model)
+        try:
+            found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
+        finally:
+            objective.runner.attributes.restore()  # a backward pass may have run parts of the model again
     for group, (count, gradients) in found.items():
         for (name, total), gradient in zip(sums[group].items(), gradients, strict=True):
             if gradient is not None:
@@ -168,9 +171,11 @@ def _gradients(
     logits, losses = _forward(objective, batch)
     refuse_bad_losses(losses, f"group {', '.join(map(repr, groups))}")
     if not seen.outputs:
-        seen.outputs, seen.probabilities = True, objective.loss is None and _are_probabilities(logits.detach())
+        seen.outputs, seen.probabilities = True, objective.loss is None and are_probabilities(logits.detach())
         if None in groups.values() and seen.regrouped:
-            refuse_dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
+            found_out = dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
+            if found_out:
+                raise ValueError(f"{found_out}. Mixed batches are taken apart: pass regroup=False")
     found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
     for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
         own = losses if members is None else losses[list(members)]
@@ -179,7 +184,7 @@ def _gradients(
 
 
 def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-    logits = extract_logits(isolated_forward(objective.runner.model, batch), objective.predict, len(batch))
+    logits = extract_logits(isolated_forward(objective.runner, batch), objective.predict, len(batch))
     refuse_unshifted_loss(objective.loss, logits, batch)
     return logits, example_losses(objective.loss, logits, batch.targets)
 
@@ -221,13 +226,6 @@ def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[An
     if not on_gpu or not any(isinstance(module, nn.RNNBase) for module in runner.model.modules()):
         return contextlib.nullcontext()
     return torch.backends.cudnn.flags(enabled=False)
-
-
-def _are_probabilities(values: Tensor) -> bool:
-    axis = 1 if values.dim() != 3 else 2
-    if values.dim() < 2 or values.shape[axis] < 2 or values.min() < 0:
-        return False
-    return torch.allclose(values.sum(axis), torch.ones_like(values.sum(axis)), atol=1e-3)
 
 
 # Gradients of groups

@@ -12,8 +12,9 @@ from neuronsurgery.batches import Batch, Examples, Unpack, group_members, join, 
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange, without_mha_fastpath
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
-from neuronsurgery.errors import EXHAUSTED
+from neuronsurgery.errors import EXHAUSTED, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
+from neuronsurgery.independence import dependence
 from neuronsurgery.loaders import iterate
 from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.surveys import survey
@@ -59,7 +60,10 @@ def hard_batch(
     Raises:
         RuntimeError: if another rank failed.
         ValueError: if `top` or `sample` is less than 1, the seed is negative, there are no examples, their shapes
-            differ, or a loss is NaN or infinite.
+            differ, they cannot be told from their batch, or a loss is NaN or infinite.
+
+    Warns:
+        UserWarning: if examples have other losses without their batch (batch norm without running statistics).
 
     Example:
         >>> model = nn.Linear(1, 2, bias=False)
@@ -82,7 +86,10 @@ def hard_batch(
             for batch in iterate(loader, unpack=unpack, progress="hard examples" if progress else None):
                 shapes.add(signature(batch))
                 _refuse_several(shapes)
-                losses = _losses(runner, batch, loss, predict)
+                logits, losses = _losses(runner, batch, loss, predict)
+                if not pools:  # the first batch
+                    _warn_of_dependence(runner, batch, logits, losses, loss, predict)
+                losses = losses.double().cpu()
                 groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
                 for group, indices in group_members(groups).items():
                     pools.setdefault(group, _Hardest(top)).add(Examples.of(batch).take(indices), losses[indices])
@@ -103,14 +110,23 @@ def _refuse_several(shapes: set[Any]) -> None:
         )
 
 
-def _losses(runner: Runner, batch: Batch, loss: Loss | None, predict: Predict | None) -> Tensor:
-    """Return the loss of each example, float64, on the CPU."""
+def _losses(runner: Runner, batch: Batch, loss: Loss | None, predict: Predict | None) -> tuple[Tensor, Tensor]:
+    """Return the logits, and the loss of each example."""
     moved = move(batch, runner.device)
-    logits = extract_logits(isolated_forward(runner.model, moved), predict, len(batch))
+    logits = extract_logits(isolated_forward(runner, moved), predict, len(batch))
     refuse_unshifted_loss(loss, logits, moved)
-    losses = example_losses(loss, logits, moved.targets).double().cpu()
+    losses = example_losses(loss, logits, moved.targets)
     refuse_bad_losses(losses, "a batch")
-    return losses
+    return logits, losses
+
+
+def _warn_of_dependence(
+    runner: Runner, batch: Batch, logits: Tensor, losses: Tensor, loss: Loss | None, predict: Predict | None
+) -> None:
+    """Warn if examples have other losses without their batch, which is not kept together."""
+    found = dependence(lambda part: _losses(runner, part, loss, predict), batch, logits, losses)
+    if found:
+        warn(f"{found}. The examples were chosen by their losses within their batches, and are put into another one")
 
 
 def _gathered(shares: list[tuple[dict[Group, _Hardest], set[Any]]], top: int) -> dict[Group, _Hardest]:

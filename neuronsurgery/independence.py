@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neuronsurgery.batches import Batch, Examples
 from neuronsurgery.errors import warn
-from neuronsurgery.forward import draws_within
+from neuronsurgery.forward import LogitsShapeError, draws_within
 
 ALONE = 4
 """So many examples at most are run without the others."""
@@ -21,8 +21,8 @@ Forward = Callable[[Batch], tuple[Tensor, Tensor]]
 """A batch -> its logits and losses."""
 
 
-def refuse_dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -> None:
-    """Raise if the first examples of a batch have other logits or losses alone than within the batch.
+def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -> str:
+    """Return how the first examples of a batch differ alone from what they are within the batch; "" if they do not.
 
     Args:
         forward: runs the model on a batch, and its loss.
@@ -31,31 +31,39 @@ def refuse_dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Te
         losses: of the batch.
 
     Raises:
-        ValueError: if they differ by more than rounding, or in shape; says by how much.
+        ValueError: if the logits of these examples alone are not one per example: a dimension that is none of examples
+            was taken for one.
 
     Warns:
         UserWarning: if these examples cannot be run alone; says why.
     """
     count = min(ALONE, len(batch) - 1)
     if count < 1:
-        return
+        return ""
     alone = Examples.of(batch).take(range(count)).batch()
     try:
         with torch.no_grad():
             parts = forward(alone)
+    except LogitsShapeError as error:
+        raise ValueError(
+            f"{count} examples cannot be told from their batch: {error}. Of a tensor whose first dimension is not the "
+            f"example, and which has as many entries there as the batch has examples ({len(batch)}), a part was taken: "
+            f"put the example first, or keep batches together (regroup=False, or a mapping group -> loader)"
+        ) from error
     except Exception as error:
         warn(f"whether examples depend on each other was not checked: {count} of a batch fail alone ({error})")
-        return
+        return ""
     for what, whole, part in (("logits", logits, parts[0]), ("losses", losses, parts[1])):
         difference = _difference(whole[:count], part)
         if difference > TOLERANCE * (50 if whole.dtype in (torch.float16, torch.bfloat16) else 1):
             if draws_within(lambda: forward(alone)):
-                return  # a model that draws gives other values to other shapes
-            raise ValueError(
+                return ""  # a model that draws gives other values to other shapes
+            return (
                 f"the {what} of {count} examples alone differ from those within their batch, by {difference:.2g} of "
                 f"the largest: the model or the loss looks at the whole batch (batch norm without running statistics, "
-                f"in-batch negatives), and mixed batches are taken apart: pass regroup=False"
+                f"in-batch negatives)"
             )
+    return ""
 
 
 def _difference(whole: Tensor, part: Tensor) -> float:

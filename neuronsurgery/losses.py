@@ -186,6 +186,14 @@ def refuse_other_than_probabilities(targets: Tensor, instead: str) -> None:
         )
 
 
+def are_probabilities(values: Tensor) -> bool:
+    """Return whether outputs are non-negative and sum to 1 over the classes."""
+    axis = 1 if values.dim() != 3 else 2
+    if values.dim() < 2 or values.shape[axis] < 2 or values.min() < 0:
+        return False
+    return torch.allclose(values.sum(axis), torch.ones_like(values.sum(axis)), atol=1e-3)
+
+
 def is_token_classification(logits: Tensor, targets: Tensor) -> bool:
     """Return whether the classes are on the last axis: 3-D logits (n, tokens, classes) and targets (n, tokens).
 

@@ -17,11 +17,31 @@ from typing_extensions import override
 
 from neuronsurgery.copies import copy_structure, make_runner
 from neuronsurgery.edits import Edit
+from neuronsurgery.errors import inline
+from neuronsurgery.habits import overwriting, type_of
 from neuronsurgery.objects import tensors_in_attributes
-from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class, parametrizations, remove_parametrization
+from neuronsurgery.parametrized import (
+    TENSOR_ORDER,
+    give_own_class,
+    parametrizations,
+    remove_parametrization,
+    tensor_attributes,
+)
 from neuronsurgery.plans import Plan, TensorPlan, plan
-from neuronsurgery.surveys import Survey, SurveyedTensor, Use, held_elsewhere, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, is_a, survey
 from neuronsurgery.types import Buffers
+
+SAVING = (
+    ("PreTrainedModel", "transformers.modeling_utils"),
+    ("PeftModel", "peft.peft_model"),
+    ("ModelHubMixin", "huggingface_hub.hub_mixin"),
+)
+"""Classes that write their state dict to files, by `save_pretrained` and `push_to_hub`, and where they are defined."""
+
+UNEDITED = (
+    "the state dict of a view has the unedited weights, under the names of parametrizations: bake the edit first, and "
+    "save that model"
+)
 
 SHARED = (
     "this view shares its weights with the model it was made from: convert the model and apply again, or use bake for "
@@ -42,13 +62,16 @@ def with_grad_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -
 class EditedRows(nn.Module):
     """The parametrization of a view: the edited weight as a function of the shared one."""
 
-    def __init__(self, tensor_plan: TensorPlan) -> None:
+    def __init__(self, tensor_plan: TensorPlan, origin: _Origin) -> None:
         super().__init__()
         self.plan = tensor_plan
+        self.origin = origin
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
         """Return the edited weight."""
+        if not torch.compiler.is_compiling():
+            self.origin.refuse_replaced(weight)
         return with_grad_flag(self.plan(weight), weight, trainable=self.plan.trainable)
 
     @override
@@ -104,14 +127,15 @@ again, or use bake for an independent copy
     surveyed = survey(model)
     planned = plan(edit, surveyed)
     refuse_unreachable(planned, held_elsewhere(surveyed))
+    refuse_computed(planned, computed_elsewhere(surveyed))
     copied = copy_structure(surveyed, buffers=buffers)
+    origin = _Origin(surveyed)
     for name, tensor_plan in planned.tensors.items():
         tensor = surveyed.tensors[name]
         uses = [use._replace(module=copied.modules[use.module]) for use in tensor.uses]
-        _parametrize(uses, EditedRows(tensor_plan), tensor.parametrized)
+        _parametrize(uses, EditedRows(tensor_plan, origin), tensor.parametrized)
     for module in copied.model.modules():
-        for method in ("_apply", "load_state_dict", "_load_from_state_dict"):
-            module.__dict__[method] = _Refusal(module, method)
+        _refuse_writing(module)
     return copied.model
 
 
@@ -138,7 +162,9 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
         (True, ['weight', 'bias'])
     """
     surveyed = survey(model)
-    planned = plan(edit, surveyed).tensors
+    whole = plan(edit, surveyed)
+    refuse_computed(whole, computed_elsewhere(surveyed))
+    planned = whole.tensors
     computed = make_runner(surveyed).parameters
     values = {}
     for name, tensor in surveyed.tensors.items():
@@ -193,6 +219,7 @@ def edited_parameters(edit: Edit, model: nn.Module, params: Mapping[str, Tensor]
     if params is not None:
         return planned(params)
     refuse_unreachable(planned, held_elsewhere(surveyed))
+    refuse_computed(planned, computed_elsewhere(surveyed))
     tensors = [surveyed.tensors[name] for name in planned.tensors]
     wrong = [tensor.name for tensor in tensors if tensor.parametrized]
     if wrong:
@@ -247,6 +274,25 @@ def _parametrize(uses: list[Use], edited: EditedRows, parametrized: bool) -> Non
         delattr(made_by_torch, attribute)
 
 
+def refuse_computed(planned: Plan, computed: Mapping[str, str]) -> None:
+    """Raise if a plain attribute may have been computed from an edited parameter, as it was before the edit.
+
+    Args:
+        planned: what is edited.
+        computed: see `surveys.computed_elsewhere`.
+
+    Raises:
+        ValueError: if there is one; names the parameter, the attribute and the module.
+    """
+    for name in planned.tensors:
+        if name in computed:
+            raise ValueError(
+                f"the forward computes with {computed[name]}, which may come of {name} as it was before the edit, and "
+                f"nothing says how to compute it anew: set it back to what it was before the model was first run (None "
+                f"or empty, in the constructor, too), or register it as a buffer if it comes of no parameter"
+            )
+
+
 def refuse_unreachable(planned: Plan, held: Mapping[str, str]) -> None:
     """Raise if an edited parameter is also held by a plain attribute, whose use an edit would not reach.
 
@@ -265,6 +311,57 @@ def refuse_unreachable(planned: Plan, held: Mapping[str, str]) -> None:
             )
 
 
+class _Origin:
+    """The parameters that a view shares with the model it was made from, all of them held weakly."""
+
+    def __init__(self, surveyed: Survey) -> None:
+        self.shared = [
+            (weakref.ref(use.module), use.attribute, weakref.ref(parameter), tensor.name)
+            for tensor in surveyed.tensors.values()
+            if not tensor.parametrized
+            for use, parameter in zip(tensor.uses, tensor.parameters, strict=True)
+        ]
+        # Alive as long as the view is, which asks.
+        self.parameters = {id(parameter()) for _, _, parameter, _ in self.shared}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Origin:
+        return self
+
+    def refuse_replaced(self, weight: Tensor) -> None:
+        """Raise if the model has another parameter now in the place of one that the view goes on to use.
+
+        Args:
+            weight: of the view; where it is none of the shared parameters, the view is independent by now.
+
+        Raises:
+            RuntimeError: if there is one; names them.
+        """
+        if id(weight) not in self.parameters:
+            return
+        replaced = [
+            name
+            for reference, attribute, parameter, name in self.shared
+            if (module := reference()) is not None
+            and (now := module._parameters.get(attribute)) is not None
+            and now is not parameter()
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"the model that this view was made from has other parameters now: {inline(replaced)} were replaced "
+                f"(load_state_dict(assign=True)?), and the view has the old ones: apply the edit again"
+            )
+
+
+def _refuse_writing(module: nn.Module) -> None:
+    """Put refusals in the place of the methods of a view's module that would write into the shared weights or files."""
+    own = frozenset(tensor_attributes(module))
+    for method in ("_apply", "load_state_dict", "_load_from_state_dict", *overwriting(type_of(module), own)):
+        module.__dict__[method] = _Refusal(module, method, SHARED)
+    if any(is_a(module, kind, at) for kind, at in SAVING):
+        for method in ("save_pretrained", "push_to_hub"):
+            module.__dict__[method] = _Refusal(module, method, UNEDITED)
+
+
 class _Refusal:
     """Stands in the instance of a view's module for a method that would change the shared weights.
 
@@ -272,21 +369,21 @@ class _Refusal:
     as it is dropped. In a deep copy, which owns its weights, the method works again.
     """
 
-    def __init__(self, module: nn.Module, method: str, *, shared: bool = True) -> None:
+    def __init__(self, module: nn.Module, method: str, reason: str) -> None:
         self.module = weakref.ref(module)
         self.method = method
-        self.shared = shared
+        self.reason = reason
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.shared:
-            raise RuntimeError(SHARED)
+        if self.reason:
+            raise RuntimeError(self.reason)
         module = self.module()
         method: Callable[..., Any] = getattr(type(module), self.method)
         return method(module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
         copied = memo.get(id(self.module()))
-        return self if copied is None else _Refusal(copied, self.method, shared=False)
+        return self if copied is None else _Refusal(copied, self.method, "")
 
 
 def _is_view_of(tensor: SurveyedTensor) -> bool:
@@ -316,9 +413,8 @@ def _own_parameters(surveyed: Survey) -> dict[int, Tensor]:
 
 def _release(module: nn.Module) -> None:
     """Take off a copy that owns its weights whatever kept it from changing them."""
-    for name in ("_apply", "load_state_dict", "_load_from_state_dict"):
-        if isinstance(vars(module).get(name), _Refusal):
-            del module.__dict__[name]
+    for name in [name for name, value in vars(module).items() if isinstance(value, _Refusal)]:
+        del module.__dict__[name]
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("flatten_parameters", None)
     if is_parametrized(module):

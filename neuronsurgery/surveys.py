@@ -20,7 +20,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
-from neuronsurgery.errors import listed
+from neuronsurgery.caches import computed_attributes
+from neuronsurgery.errors import inline, listed
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
 
@@ -380,3 +381,21 @@ def held_elsewhere(surveyed: Survey) -> dict[str, str]:
             if id(tensor) in names:
                 held.setdefault(names[id(tensor)], f"module '{path}' ({type(module).__name__})")
     return held
+
+
+def computed_elsewhere(surveyed: Survey) -> dict[str, str]:
+    """Return the parameters that a plain attribute may have been computed from, by name, and the attribute in words.
+
+    These are the parameters within the module that has the attribute. An attribute that can be computed anew is none:
+    in a copy it is blank.
+    """
+    known = {id(module): None for module in surveyed.modules}
+    found: dict[str, str] = {}
+    for module, path in surveyed.modules.items():
+        attributes = computed_attributes(module, known)
+        if attributes:
+            prefix = f"{path}." if path else ""
+            where = f"{inline(map(repr, attributes))} of module '{path}' ({type(module).__name__})"
+            within = [t.name for t in surveyed.tensors.values() if any(use.path.startswith(prefix) for use in t.uses)]
+            found |= {name: where for name in within if name not in found}
+    return found

@@ -27,8 +27,8 @@ from neuronsurgery.loaders import iterate_groups
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Plan, plan
-from neuronsurgery.surgery import refuse_unreachable
-from neuronsurgery.surveys import held_elsewhere, survey
+from neuronsurgery.surgery import refuse_computed, refuse_unreachable
+from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 BASELINE = compose()
@@ -194,13 +194,14 @@ def _planned(model: nn.Module, edits: Mapping[str, Edit]) -> tuple[Runner, dict[
     """Return the model to run, and the edited tensors of each distinct edit."""
     surveyed = survey(model)
     runner = make_runner(surveyed)
-    held = held_elsewhere(surveyed)
+    held, computed = held_elsewhere(surveyed), computed_elsewhere(surveyed)
     edited: dict[Edit, Mapping[str, Tensor]] = {BASELINE: {}}
     for label, edit in edits.items():
         if edit not in edited:
             try:
                 planned = plan(edit, surveyed)
                 refuse_unreachable(planned, held)
+                refuse_computed(planned, computed)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"edit '{label}': {error}") from error
             edited[edit] = _Edited(planned, runner.parameters)

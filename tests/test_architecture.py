@@ -22,7 +22,7 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "results", "digests", "draws", "atomic", "precision", "distributed", "paired"),
-    *("objects", "parametrized"),
+    *("objects", "parametrized", "habits", "caches"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "independence", "gradients", "hard"),
     *("edits", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes", "sweeps", "fragile"),

@@ -59,7 +59,7 @@ def work(rank: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks have left their weights."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    mp.start_processes(work, (str(folder),), nprocs=RANKS, start_method="fork")
     return folder
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -372,3 +375,242 @@ def test_sure_and_right_in_half_precision(weight: float, value: float, count: in
     (expected,) = torch.autograd.grad(F.cross_entropy(x.double() @ wide.T, y), wide)
     found = ns.group_grad_norms(model, [(x, y)]).values.double()
     torch.testing.assert_close(found, expected.abs().T, rtol=0.02, atol=0)
+
+
+# --- what modules keep from one forward pass to the next ------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Computes a bias table from a parameter, and may keep it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 3))
+
+    def compute(self) -> Tensor:
+        return self.table.T.softmax(0)
+
+    def kept(self) -> Tensor:
+        return self.compute()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.compute() if self.training else self.kept()).T
+
+
+class InADictionary(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+
+    def kept(self) -> Tensor:
+        return self.cache.setdefault("bias", self.compute())
+
+
+class InAnAttribute(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Any:
+        self.bias = None
+        return super().train(mode)
+
+    def kept(self) -> Tensor:
+        if self.bias is None:
+            self.bias = self.compute()
+        return self.bias
+
+
+class MadeLate(Table):
+    def kept(self) -> Tensor:
+        if not hasattr(self, "_late"):
+            self._late = self.compute()
+        return self._late
+
+
+class AsAProperty(Table):
+    @functools.cached_property
+    def bias(self) -> Tensor:
+        return self.compute()
+
+    def kept(self) -> Tensor:
+        return self.bias
+
+
+class OfTheClass(Table):
+    shared: ClassVar[dict[int, Tensor]] = {}
+
+    def kept(self) -> Tensor:
+        if 0 not in self.shared:
+            self.shared[0] = self.compute()
+        return self.shared[0]
+
+
+class ByLruCache(Table):
+    @functools.lru_cache(maxsize=4)  # noqa: B019  # the fault that is meant
+    def kept(self) -> Tensor:
+        return self.compute()
+
+
+class Store:
+    value: Tensor | None = None
+
+
+class InAnObject(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store()
+
+    def kept(self) -> Tensor:
+        if self.store.value is None:
+            self.store.value = self.compute()
+        return self.store.value
+
+
+class FromTheStart(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = self.compute()
+
+    def kept(self) -> Tensor:
+        return self.bias
+
+
+CACHES = (InADictionary, InAnAttribute, MadeLate, AsAProperty, OfTheClass, ByLruCache)
+every_cache = pytest.mark.parametrize("kind", CACHES)
+
+
+def cached(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Table]:
+    """A model that has run, so that its cache is full, and one of the same weights that keeps nothing."""
+    model, plain = kind().eval(), Table()
+    if kind is OfTheClass:
+        OfTheClass.shared.clear()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model(X)
+    return model, plain
+
+
+@every_cache
+def test_a_cache_of_a_parameter_does_not_survive_into_copies(kind: Callable[[], nn.Module]) -> None:
+    model, plain = cached(kind)
+    before = snapshot(model)
+    edits = {f"{i}": ns.zero_out(ns.select(ns.find_layout(model), {"table": i})) for i in range(4)}
+    data = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no part of the model's forward is shared")
+        swept = ns.sweep(model, edits, data, metric=ns.cross_entropy)
+    for label, edit in edits.items():
+        right = ns.bake(edit, plain)(X)
+        for edited in (ns.apply(edit, model), ns.bake(edit, model), ns.apply(edit, ns.apply(ns.compose(), model))):
+            assert torch.equal(edited(X), right)
+        assert swept[label] == ns.evaluate(ns.bake(edit, plain), data, metric=ns.cross_entropy)
+    assert_unchanged(before, model)
+
+
+@every_cache
+def test_a_cache_of_a_parameter_does_not_survive_into_a_second_backward_pass(kind: Callable[[], nn.Module]) -> None:
+    model, plain = cached(kind)
+    for data in ([(X[:4], Y[:4]), (X[4:], Y[4:])], MIXED):
+        torch.testing.assert_close(ns.group_grad_norms(model, data).values, ns.group_grad_norms(plain, data).values)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(InAnObject, "store"), (FromTheStart, "bias")])
+@pytest.mark.filterwarnings("ignore:no gradient reached")
+def test_what_cannot_be_computed_anew_is_refused_or_warned_of(kind: Callable[[], nn.Module], name: str) -> None:
+    model, _ = cached(kind)
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"table": 0}))
+    message = rf"the forward computes with '{name}' of module '' \({kind.__name__}\), which may come of table as it was"  # type: ignore[attr-defined]
+    for refused in (ns.apply, ns.bake, ns.edited_parameters):
+        with pytest.raises(ValueError, match=message + r" before .*: set it back to what it was before"):
+            refused(edit, model)
+    with pytest.raises(ValueError, match=r"edit 'cut': " + message):
+        ns.sweep(model, {"cut": edit}, [(X, Y)])
+    with pytest.warns(UserWarning, match=rf"held by plain attributes, too: table \(by '{name}' of module ''"):
+        ns.group_grad_norms(model, [(X, Y)])
+
+
+def test_what_the_constructor_or_the_caller_puts_into_an_attribute_is_no_cache() -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.scale, self.masks, self.mask = torch.full((2,), 3.0), {"a": torch.ones(2)}, None
+            self.seen: list[Tensor] = []
+
+        def set_mask(self, mask: Tensor) -> None:
+            self.mask = mask  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            return super().forward(x) * self.scale * self.masks["a"] * self.mask  # type: ignore[operator]
+
+    model = Masked()
+    model.set_mask(torch.tensor([0.0, 1.0]))
+    model(X)
+    view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"weight": 1})), model)
+    assert torch.equal(
+        view(X), (torch.stack([model.weight[0], torch.zeros(4)]) @ X.T).T * 0 + model.bias * 3 * model.mask
+    )
+
+
+# --- methods that would reach the model through a view --------------------------------------------------------------
+
+
+def test_what_writes_into_the_weights_is_refused_by_a_view_and_not_by_its_copies() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.delta = nn.Linear(4, 2), nn.Parameter(torch.ones(2, 4))
+            self.data = "an attribute of this name is the module's own"
+
+        def merge(self) -> None:
+            self.base.weight.data += self.delta
+
+        def restart(self) -> None:
+            nn.init.zeros_(self.delta)
+
+        def rows(self, count: int) -> None:
+            self.base.weight.data[:count] = 0
+
+        def rename(self) -> None:
+            self.data = "another"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + x @ self.delta.T  # type: ignore[no-any-return]
+
+    model = Adapted()
+    before = snapshot(model)
+    view: Any = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"delta": 0})), model)
+    for call in (view.merge, view.restart, lambda: view.rows(1), view.base.reset_parameters):
+        with pytest.raises(RuntimeError, match=r"this view shares its weights with the model .*, or use bake"):
+            call()
+    view.rename()
+    assert_unchanged(before, model)
+    for independent in (copy.deepcopy(view), ns.bake(ns.compose(), view)):
+        independent.rows(2)
+        assert independent.base.weight.abs().max() == 0
+    weight = model.base.weight.detach().clone()
+    model.merge()
+    assert torch.equal(model.base.weight, weight + 1)
+
+
+def test_a_view_whose_model_got_other_parameters_says_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    cut = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0}))
+    view, independent = ns.apply(cut, model), copy.deepcopy(ns.apply(cut, model))
+    view(X)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    view(X)  # written into, not replaced
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    for run in (lambda: view(X), lambda: ns.evaluate(view, [(X, Y)])):
+        with pytest.raises(
+            RuntimeError, match=r"other parameters now: 0\.weight, 0\.bias, 1\.weight, 1\.bias were repl"
+        ):
+            run()
+    independent(X)
+    ns.apply(cut, model)(X)
+    layer = model[1]
+    view = ns.apply(cut, model)
+    layer.bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match=r"other parameters now: 1\.bias were replaced .*: apply the edit again"):
+        view(X)

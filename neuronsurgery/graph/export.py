@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import threading
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from neuronsurgery.caches import collect_containers, give_contents_back
 from neuronsurgery.copies import Runner
 from neuronsurgery.distributed import without_mha_fastpath
 from neuronsurgery.errors import CaptureError, inline
@@ -135,26 +135,14 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in model.modules()}
     contents: dict[int, tuple[Any, Any]] = {}
     for values in attributes.values():
-        _collect_containers(list(values.values()), contents)
+        collect_containers(list(values.values()), contents)
     try:
         yield
     finally:
         for module, values in attributes.items():
             vars(module).clear()
             vars(module).update(values)
-        for container, content in contents.values():
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
-
-
-def _collect_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Add every list, dict and set within `value` to `found`, by its id, with a copy of what it holds."""
-    if not isinstance(value, (list, tuple, dict, set)) or id(value) in found:
-        return
-    if not isinstance(value, tuple):
-        found[id(value)] = (value, copy.copy(value))
-    for item in value.values() if isinstance(value, dict) else value:
-        _collect_containers(item, found)
+        give_contents_back(contents)
 
 
 def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> ExportedProgram:

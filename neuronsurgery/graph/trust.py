@@ -131,7 +131,10 @@ class CheckedForward:
             args, kwargs = map_tensors(inputs.call(inputs.tensors), lambda tensor: as_parameter(tensor.clone(), tensor))
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
-            logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))
+            try:
+                logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))
+            finally:
+                self._runner.attributes.restore()  # what was computed from these weights is none of the next ones
             given = {name: placed[self._places[name][0]] for name in buffers}
         for name, tensor in self._runner.model.named_buffers():
             if not same_bits(given[name], changed.get(name, tensor)):

@@ -1,0 +1,159 @@
+"""What the code of a module computes in one forward pass and keeps in a plain attribute for the next one.
+
+A cache that was computed from a parameter is wrong as soon as that parameter is another one: in a copy with edited
+weights, in a replay, in a second backward pass. Whether an attribute is one says the code of the module's class (see
+`habits`): its forward, or its `train`, writes it, and its forward reads it. Where the constructor leaves such an
+attribute empty it can be emptied again. What the constructor or the caller has put into an attribute is no cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+from torch import Tensor, nn
+
+from neuronsurgery.habits import habits_of, type_of
+from neuronsurgery.objects import kept_attributes, tensors_within
+
+ABSENT = object()
+"""Stands for an attribute that is not there."""
+
+CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+
+
+def blank_caches(module: nn.Module, known: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the caches of a module, as they were before anything was computed: the value, or `ABSENT`.
+
+    Args:
+        module: of a model; not changed.
+        known: ids of objects that are not looked into, the model's modules.
+    """
+    # A container of the class is one of all instances, where those of a copy would meet those of the model.
+    blank = {
+        name: _emptied(value) for name, value in _of_the_class(type_of(module)).items() if name not in vars(module)
+    }
+    for name, value in _holding_tensors(module, known):
+        start = habits_of(type_of(module)).starts.get(name)
+        if isinstance(inspect.getattr_static(type_of(module), name, None), functools.cached_property):
+            blank[name] = ABSENT
+        elif start == "empty" and _is_cache(module, name) and isinstance(value, CONTAINERS):
+            blank[name] = _emptied(value)
+        elif start in ("none", None) and _is_cache(module, name):
+            blank[name] = None if start == "none" else ABSENT
+    return blank
+
+
+def computed_attributes(module: nn.Module, known: Mapping[int, Any]) -> list[str]:
+    """Return the attributes of a module that its forward computes with and that may come of a parameter.
+
+    These are the caches that the constructor has filled, objects of other classes than a container's that it has made
+    empty, and tensors that autograd says were computed. Nobody knows what they were before.
+
+    Args:
+        module: of a model; not changed.
+        known: ids of objects that are not looked into, the model's modules.
+    """
+    blank = blank_caches(module, known)
+    return [
+        name
+        for name, value in _holding_tensors(module, known)
+        if name not in blank and (_is_cache(module, name) or _is_computed(module, name, value, known))
+    ]
+
+
+def _holding_tensors(module: nn.Module, known: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in kept_attributes(module).items():
+        if name in ("_parameters", "_buffers", "_modules") or name.endswith("_hooks"):
+            continue
+        if isinstance(value, _SIMPLE) or isinstance(module, nn.RNNBase):
+            continue
+        if next(tensors_within([value], known), None) is not None:
+            yield name, value
+
+
+_SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType, nn.Module)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_the_class(kind: Any) -> Mapping[str, Any]:
+    """Return the containers that the forward of a class fills and reads and that belong to the class."""
+    habits = habits_of(kind)
+    attributes = {name: inspect.getattr_static(kind, name, None) for name in habits.written & habits.read}
+    return {name: value for name, value in attributes.items() if isinstance(value, CONTAINERS)}
+
+
+def _emptied(container: Any) -> Any:
+    empty = copy.copy(container)
+    empty.clear()
+    return empty
+
+
+def _is_cache(module: nn.Module, name: str) -> bool:
+    habits = habits_of(type_of(module))
+    return name in habits.written and name in habits.read
+
+
+def _is_computed(module: nn.Module, name: str, value: Any, known: Mapping[int, Any]) -> bool:
+    habits = habits_of(type_of(module))
+    made_empty = habits.starts.get(name) == "empty" and not isinstance(value, Tensor)
+    return name in habits.read and (made_empty or any(not held.is_leaf for held in tensors_within([value], known)))
+
+
+class Attributes:
+    """The attributes of a copy's modules as they are now, to be given back after each forward pass.
+
+    What methods keep by `functools.lru_cache` is forgotten.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [(module, vars(module)) for module in model.modules()]
+        self._values = [(values, dict(values)) for _, values in modules]
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for module, values in modules:
+            for name, value in values.items():
+                if not (_is_registry(name) or isinstance(module, nn.RNNBase)):
+                    collect_containers(value, self._contents)
+        self._buffers = [(module._buffers, dict(module._buffers)) for module, _ in modules if module._buffers]
+        kinds = {type_of(module) for module, _ in modules}
+        found = [value for kind in kinds for base in kind.__mro__ for value in vars(base).values()]
+        self._memories = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
+
+    def restore(self) -> None:
+        """Give the modules their attributes back, the containers in these what they held, and cut buffers off."""
+        for values, before in self._values:
+            if len(values) != len(before) or any(values.get(name) is not value for name, value in before.items()):
+                values.clear()
+                values.update(before)
+        give_contents_back(self._contents)
+        for buffers, before in self._buffers:
+            if any(buffer is not None and buffer.requires_grad for buffer in buffers.values()):
+                buffers.update(before)  # computed from a parameter: the graph of that is gone after one backward pass
+        for memory in self._memories:
+            memory.cache_clear()
+
+
+def _is_registry(name: str) -> bool:
+    """Return whether an attribute is one of torch's own, for what is registered with a module."""
+    return "hooks" in name or name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def collect_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Add every list, dict and set within a value to `found`, by its id, with a copy of what it holds."""
+    if not isinstance(value, (list, tuple, dict, set)) or id(value) in found:
+        return
+    if not isinstance(value, tuple):
+        found[id(value)] = (value, copy.copy(value))
+    for item in value.values() if isinstance(value, dict) else value:
+        collect_containers(item, found)
+
+
+def give_contents_back(contents: Mapping[int, tuple[Any, Any]]) -> None:
+    """Give the containers that `collect_containers` found what they held then."""
+    for container, content in contents.values():
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
