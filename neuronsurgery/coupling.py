@@ -7,8 +7,7 @@ entries belong to a neuron is read off the captured graph of the forward pass, n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -18,7 +17,17 @@ from neuronsurgery.discovery import layout_of, refuse_unfit
 from neuronsurgery.errors import inline, warn
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import capture
-from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, JOINS, NORMS, WEIGHTED, argument, operator_name
+from neuronsurgery.graph.operators import (
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    JOINS,
+    NORMS,
+    SCALINGS,
+    SUMS,
+    WEIGHTED,
+    argument,
+    operator_name,
+)
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
@@ -37,10 +46,11 @@ def coupled(
 ) -> Neurons:
     """Return the neurons and whatever must be zeroed with them for their units to be silent.
 
-    Added are the neuron's own bias entry, and the scale and shift entries of an affine normalisation that reads this
-    output and nothing else, channel for channel, perhaps through element-wise operators and dropout. Zeroing the result
-    makes the normalised (or biased) output of each unit exactly zero. Where the output is first added to something (a
-    residual) or its channels are mixed before a normalisation, only the bias is added.
+    Added are the neuron's own bias entry, the scale and shift entries of an affine normalisation that reads this output
+    and nothing else, channel for channel, perhaps through element-wise operators and dropout, and the entry of any
+    other parameter that is added to this channel. Zeroing the result makes the normalised (or biased) output of each
+    unit exactly zero. Where the output is first added to something (a residual), its channels are mixed before a
+    normalisation, or it is shifted by a buffer or a number (a frozen norm), the unit stays loud, which is warned of.
 
     Args:
         neurons: the neurons, as `topk` or `select` give them.
@@ -53,7 +63,7 @@ def coupled(
         The widened set; it has entries of 1-D parameters, each a neuron of row shape ().
 
     Warns:
-        UserWarning: once, listing the neurons whose unit a later normalisation will not leave silent.
+        UserWarning: once, listing the neurons whose unit will not be silent.
 
     Raises:
         CaptureError: if the forward pass cannot be captured; says why.
@@ -80,8 +90,9 @@ def coupled(
         found.couple(names[layer.parameter], layer, indices)
     if found.standing:
         warn(
-            f"the units of {inline(found.standing, 8)} are joined with others before anything normalises them: only "
-            f"the bias was added, and a later normalisation will not leave them silent"
+            f"the units of {inline(found.standing, 8)} are joined with others before anything normalises them, or "
+            f"shifted by what is no entry of a parameter of their own (a buffer, a number): they will not be silent. "
+            f"What else belongs to them was added"
         )
     return neurons | found.neurons
 
@@ -95,9 +106,8 @@ def _refuse_other_patterns(neurons: Neurons) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """The affine entries of a normalisation, as placeholders; None where it has none."""
+class _Norm(NamedTuple):
+    """The affine entries of a normalisation, or of a shift alone; None where it has none."""
 
     scale: fx.Node | None
     shift: fx.Node | None
@@ -109,6 +119,7 @@ class _Found:
     def __init__(self, graph: Graph, layout: Layout) -> None:
         self.graph = graph
         self.layout = layout
+        self.moving = _depending(graph)
         self.neurons = Neurons()
         self.standing: list[str] = []
 
@@ -120,20 +131,72 @@ class _Found:
             if channel is None:
                 silent = False
                 continue
-            self._add(bias, indices)
-            for norm in _followers(node, channel):
-                if norm is None:
-                    silent = False
-                    continue
-                self._add(norm.scale, indices)
-                self._add(norm.shift, indices)
+            found = [_Norm(None, bias), *self._followers(node, channel)]
+            for norm in found:
+                silent &= norm is not None and self._is_parameter(norm.scale) and self._is_parameter(norm.shift)
+            for entry in (entry for norm in found if norm is not None for entry in norm if self._is_parameter(entry)):
+                self._add(entry, indices)
         if not silent:
             self.standing += [str(Neuron(layer, index)) for index in indices]
+
+    def _is_parameter(self, node: fx.Node | None) -> bool:
+        """Return whether an entry can be zeroed, or is not there."""
+        return node is None or self.graph.parameter(node) is not None
+
+    def _followers(self, node: fx.Node, channel: int) -> Iterator[_Norm | None]:
+        """Yield what else belongs to a unit's output, and None where it is joined with others, or shifted for good."""
+        for user in node.users:
+            operator = operator_name(user)
+            others = [other for other in user.all_input_nodes if other is not node]
+            constant = bool(others) and all(other not in self.moving for other in others)
+            if operator in NORMS:
+                yield _affine(user, node, channel)
+            elif operator in WEIGHTED or operator == "sym_size":
+                continue  # the next layer: what comes after reads other units
+            elif operator in ("permute", "transpose"):
+                yield from self._followers(user, _moved(user, channel))
+            elif (operator in ELEMENTWISE and not others) or (
+                operator in SCALINGS and user.args[0] is node and constant
+            ):
+                yield from self._followers(user, channel)
+            elif operator in SUMS and constant:
+                shift = _shift(others[0], node, channel)
+                yield None if shift is None else _Norm(None, shift)
+                if shift is not None:
+                    yield from self._followers(user, channel)
+            elif operator in SUMS and not others and any(isinstance(arg, int | float) and arg for arg in user.args):
+                yield None  # by a number
+            elif (operator in JOINS and others) or constant or self._reaches_shift(user):
+                yield None
+
+    def _reaches_shift(self, node: fx.Node) -> bool:
+        """Return whether a norm reads what comes of a node, or something constant is added to it, before a layer does."""
+        queue, seen = [node], {node}
+        while queue:
+            current = queue.pop()
+            operator = operator_name(current)
+            constant = any(other not in self.moving for other in current.all_input_nodes)
+            if operator in NORMS or (operator in SUMS and constant):
+                return True
+            if operator not in WEIGHTED:
+                new = set(current.users) - seen
+                seen |= new
+                queue.extend(new)
+        return False
 
     def _add(self, node: fx.Node | None, indices: tuple[int, ...]) -> None:
         name = None if node is None else self.graph.parameter(node)
         if name is not None:
             self.neurons |= Neurons({self.layout[name]: indices})
+
+
+def _depending(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values depend on the inputs."""
+    moving = set(graph.inputs)
+    for node in graph.nodes:
+        if not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
+    return moving
 
 
 def _dims(node: fx.Node) -> int:
@@ -156,20 +219,15 @@ def _node(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _followers(node: fx.Node, channel: int) -> Iterator[_Norm | None]:
-    """Yield the norms that read a unit's output alone, and None where it is joined with others before a norm."""
-    for user in node.users:
-        operator = operator_name(user)
-        if operator in NORMS:
-            yield _affine(user, node, channel)
-        elif operator in WEIGHTED:
-            continue  # the next layer: what comes after reads other units
-        elif operator in ("permute", "transpose"):
-            yield from _followers(user, _moved(user, channel))
-        elif operator in ELEMENTWISE and len(user.all_input_nodes) == 1:
-            yield from _followers(user, channel)
-        elif (operator in JOINS and len(user.all_input_nodes) > 1) or _reaches_norm(user):
-            yield None
+def _shift(other: fx.Node, source: fx.Node, channel: int) -> fx.Node | None:
+    """Return the parameter whose entries are added channel by channel, reshaped perhaps; None for anything else."""
+    shape, dims = Graph.shape(other) or (), _dims(source)
+    placed = (1,) * (dims - len(shape)) + tuple(shape)
+    size = (Graph.shape(source) or ())[channel]
+    fits = all(entry == (size if axis == channel else 1) for axis, entry in enumerate(placed))
+    while operator_name(other) in ("reshape", "view", "unsqueeze") and len(other.users) == 1:
+        other = other.all_input_nodes[0]
+    return other if fits and _dims(other) == 1 and len(other.users) == 1 and other.op == "placeholder" else None
 
 
 def _moved(node: fx.Node, channel: int) -> int:
@@ -198,18 +256,3 @@ def _affine(norm: fx.Node, source: fx.Node, channel: int) -> _Norm | None:
     # A norm that is used twice would silence this unit's neighbour, too.
     alone = all(len(node.users) == 1 for node in (scale, shift) if node is not None)
     return _Norm(scale, shift) if fits and alone and scale is not None else None
-
-
-def _reaches_norm(node: fx.Node) -> bool:
-    """Return whether a norm reads what comes of a node before a further layer does."""
-    queue, seen = [node], {node}
-    while queue:
-        current = queue.pop()
-        operator = operator_name(current)
-        if operator in NORMS:
-            return True
-        if operator not in WEIGHTED:
-            new = set(current.users) - seen
-            seen |= new
-            queue.extend(new)
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -217,3 +218,68 @@ def test_a_norm_behind_a_permutation_is_found(model: nn.Module, shape: tuple[int
     torch.manual_seed(0)
     settled(model)
     assert not silenced(model, "layer.weight", [1, 3], "norm", torch.randn(shape), axis).any()
+
+
+# --- shifts that are no part of a norm's operator --------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    """A convolution and an affine layer of a kind of its own."""
+
+    def __init__(self, affine: Callable[[Tensor, dict[str, Tensor]], Tensor], frozen: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.after = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Identity()
+        self.affine = affine
+        self.tensors = nn.ParameterDict() if not frozen else nn.Module()
+        for name in ("gamma", "beta", "mean", "var"):
+            tensor = torch.rand(4) + 0.5
+            if frozen:
+                self.tensors.register_buffer(name, tensor)
+            else:
+                self.tensors[name] = nn.Parameter(tensor)  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = {name: getattr(self.tensors, name) for name in ("gamma", "beta", "mean", "var")}
+        return self.head(self.after(self.affine(self.conv(x), tensors)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def frozen_norm(x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    scale = t["gamma"] * (t["var"] + 1e-5).rsqrt()
+    return x * scale.reshape(1, -1, 1, 1) + (t["beta"] - t["mean"] * scale).reshape(1, -1, 1, 1)
+
+
+def affine(x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    return x * t["gamma"][:, None, None] + t["beta"].view(-1, 1, 1)
+
+
+SHIFTS: dict[str, tuple[Callable[..., Tensor], bool, bool]] = {
+    "a frozen batch norm by hand": (frozen_norm, True, False),
+    "a norm by hand whose shift is computed": (frozen_norm, False, False),
+    "an affine layer by hand": (affine, False, True),
+    "an affine layer of buffers": (affine, True, False),
+    "a functional norm of buffers": (
+        lambda x, t: nn.functional.batch_norm(x, t["mean"], t["var"], t["gamma"], t["beta"]),
+        True,
+        False,
+    ),
+    "a norm without scale and shift": (lambda x, t: nn.functional.batch_norm(x, t["mean"], t["var"]), True, False),
+    "a number": (lambda x, t: x + 0.31, True, False),
+    "a shift of the wrong axis": (lambda x, t: x[..., :4] + t["beta"], False, False),
+    "one operator for both": (
+        lambda x, t: torch.addcmul(t["beta"][:, None, None], x, t["gamma"][:, None, None]),
+        False,
+        False,
+    ),
+    "a scale alone": (lambda x, t: x * t["gamma"][:, None, None] / 3, True, True),
+    "two shifts": (lambda x, t: affine(x, t) - t["mean"][:, None, None], False, True),
+}
+
+
+@pytest.mark.parametrize(("shift", "frozen", "silent"), SHIFTS.values(), ids=SHIFTS)
+def test_any_shift_behind_a_unit_is_added_or_warned_of(
+    shift: Callable[[Tensor, dict[str, Tensor]], Tensor], frozen: bool, silent: bool
+) -> None:
+    model, images = ByHand(shift, frozen).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="not be silent") if not silent else contextlib.nullcontext():
+        left = silenced(model, "conv.weight", [1, 2], "after", images)
+    assert (left.abs().max() == 0) == silent

@@ -33,6 +33,9 @@ JOINS = {"add", "sub", "cat", "stack"}
 SUMS = {"add", "sub", "rsub"}
 """Operators that do nothing but add their operands up."""
 
+SCALINGS = {"mul", "div"}
+"""Operators that leave zero zero, whatever number it is multiplied with or divided by."""
+
 LOOKUPS = WEIGHTED | {"embedding", "embedding_bag", "index", "index_select", "gather"}
 """Operators that make an activation of token ids and a parameter; adding a table of biases to a mask does not."""
 
