@@ -19,6 +19,7 @@ from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
@@ -31,7 +32,7 @@ from neuronsurgery.parametrized import (
     remove_parametrization,
     tensor_attributes,
 )
-from neuronsurgery.surveys import Survey, survey, unwrap
+from neuronsurgery.surveys import Survey, is_a, is_checkpointed, survey, unwrap
 from neuronsurgery.types import Buffers
 
 
@@ -258,17 +259,25 @@ class Runner:
         object.__setattr__(self, "attributes", Attributes(self.model))
 
 
-def make_runner(surveyed: Survey) -> Runner:
+def make_runner(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run.
 
     A parametrized tensor is computed once and stands in the copy as a parameter of its own, under its plain name and in
     its plain place.
+
+    Args:
+        surveyed: the model.
+        checkpoints: whether modules that are checkpointed in training are so in the copy, too, though it evaluates.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
     """
     copied = copy_structure(surveyed, replace=_renormalised(surveyed))
     _set_eval(copied.model)
+    if checkpoints:
+        children = [child for module in surveyed.modules for child in module._modules.values() if child is not None]
+        for child in filter(is_checkpointed, children):
+            _checkpoint(copied.modules[unwrap(child)])
     computed: dict[int, Tensor] = {}
     for module in [module for module in copied.model.modules() if is_parametrized(module)]:
         for attribute, held in parametrizations(module).items():
@@ -323,6 +332,19 @@ def _set_eval(module: nn.Module) -> None:
     """
     for child in module.modules():
         child.training = False
+
+
+def _checkpoint(module: nn.Module) -> None:
+    """Have a module of a copy run again in the backward pass, without the cache of keys that it would write to twice."""
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kwargs = {
+            key: None if is_a(value, "Cache", "transformers.cache_utils") else value for key, value in kwargs.items()
+        }
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    module.__dict__["forward"] = run
 
 
 def _renormalised(surveyed: Survey) -> dict[int, Tensor]:

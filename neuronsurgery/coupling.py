@@ -170,7 +170,7 @@ class _Found:
                 yield None
 
     def _reaches_shift(self, node: fx.Node) -> bool:
-        """Return whether a norm reads what comes of a node, or something constant is added to it, before a layer does."""
+        """Return whether a norm reads what comes of a node, or a constant is added to it, before a layer does."""
         queue, seen = [node], {node}
         while queue:
             current = queue.pop()

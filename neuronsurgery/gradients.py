@@ -94,7 +94,7 @@ def _objective(
             "which this function works"
         )
     surveyed = survey(model)
-    runner = make_runner(surveyed)
+    runner = make_runner(surveyed, checkpoints=True)
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
     refuse_non_finite(norms(scored, layout), layout, "the model's weights are")

@@ -355,8 +355,10 @@ class _Origin:
 def _refuse_writing(module: nn.Module) -> None:
     """Put refusals in the place of the methods of a view's module that would write into the shared weights or files."""
     own = frozenset(tensor_attributes(module))
-    for method in ("_apply", "load_state_dict", "_load_from_state_dict", *overwriting(type_of(module), own)):
+    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(type_of(module), own)}
+    for method in writing:
         module.__dict__[method] = _Refusal(module, method, SHARED)
+    module.__dict__["_apply"] = _Conversion(module, "_apply", SHARED)
     if any(is_a(module, kind, at) for kind, at in SAVING):
         for method in ("save_pretrained", "push_to_hub"):
             module.__dict__[method] = _Refusal(module, method, UNEDITED)
@@ -383,7 +385,20 @@ class _Refusal:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
         copied = memo.get(id(self.module()))
-        return self if copied is None else _Refusal(copied, self.method, "")
+        return self if copied is None else type(self)(copied, self.method, "")
+
+
+class _Conversion(_Refusal):
+    """Stands for `_apply`, through which a module is converted: trainers move a model to where it is already."""
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        if self.reason and module is not None:
+            with torch.no_grad():
+                if all(args[0](tensor) is tensor for tensor in (*module.parameters(), *module.buffers())):
+                    return module
+        return super().__call__(*args, **kwargs)
 
 
 def _is_view_of(tensor: SurveyedTensor) -> bool:

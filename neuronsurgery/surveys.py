@@ -96,6 +96,16 @@ def _segment(module: nn.Module, name: str) -> str:
     return "" if transparent else f"{name}."
 
 
+def is_checkpointed(module: nn.Module) -> bool:
+    """Return whether a module runs again in the backward pass of training, instead of keeping its activations."""
+    wrapped = is_a(module, "CheckpointWrapper", WRAPPERS[1][2])
+    return wrapped or (is_a(module, "GradientCheckpointingLayer", "transformers.modeling_layers") and _is_on(module))
+
+
+def _is_on(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
 # Names of others
 
 

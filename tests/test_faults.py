@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -339,6 +340,41 @@ def test_regrouping_or_not_gives_the_same_where_examples_are_independent() -> No
     assert len(passes) == 2, "one forward pass a batch, whatever the groups in it"
 
 
+class BySteps(nn.Module):
+    """Its inputs have the time first, and are as many steps long as the batch has examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[1][0])  # type: ignore[no-any-return]
+
+
+def test_a_first_dimension_that_is_no_example_by_chance() -> None:
+    model, x = BySteps(), torch.randn(8, 8, 4)
+    message = r"\d examples cannot be told from their batch: the model returned logits of shape \(8, 2\) for \d .*"
+    with pytest.raises(ValueError, match=message + r"example first, or keep batches together \(regroup=False"):
+        ns.group_grad_norms(model, [(x, Y, torch.zeros(8, dtype=torch.long))])
+    with pytest.raises(ValueError, match=message):
+        ns.hard_batch(model, [(x, Y)])
+    found = ns.group_grad_norms(model, [(x, Y, G)], regroup=False)
+    right = {group: [(x, Y)] for group in (0, 1)}
+    loss = {
+        group: lambda logits, targets, group=group: ns.cross_entropy(logits, targets) * (group == G) for group in right
+    }
+    for group, data in right.items():
+        by_hand = ns.group_grad_norms(model, {group: data}, loss=loss[group])
+        torch.testing.assert_close(found[group].values, by_hand.values * 2)
+
+
+def test_the_hardest_of_dependent_examples_are_warned_of() -> None:
+    with pytest.warns(
+        UserWarning, match=r"the logits of 4 examples alone differ .*\. The examples were chosen by their"
+    ):
+        ns.hard_batch(batch_norm(), [(X, Y)], top=4, sample=2)
+
+
 def test_what_cannot_be_checked_is_said() -> None:
     class OfFour(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -614,3 +650,80 @@ def test_a_view_whose_model_got_other_parameters_says_so() -> None:
     layer.bias = nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"other parameters now: 1\.bias were replaced .*: apply the edit again"):
         view(X)
+
+
+# --- trainers, hooks, checkpoints -----------------------------------------------------------------------------------
+
+
+def test_a_view_may_be_moved_to_where_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0})), model)
+    for unchanged in (view.to("cpu"), view.to(torch.float32), view.float(), view.cpu()):
+        assert unchanged is view
+    for change in (
+        view.double,
+        view.bfloat16,
+        lambda: view.to("meta"),
+        view.share_memory,
+        lambda: view.to_empty(device="cpu"),
+    ):
+        with pytest.raises(RuntimeError, match="this view shares its weights"):
+            change()
+    assert copy.deepcopy(view).double()[0].bias.dtype == torch.float64
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    model: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **sizes))
+    return model.eval()
+
+
+TOKENS = {"input_ids": torch.arange(48).reshape(8, 6) % 20, "labels": Y}
+
+
+def test_idle_hooks_of_transformers_do_not_keep_a_sweep_from_sharing() -> None:
+    model = bert()
+    model(TOKENS["input_ids"], output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    edits = {"cut": ns.zero_out(ns.select(ns.find_layout(model), {"*layer.2.output.dense.weight": 0}))}
+    swept = ns.sweep(model, edits, [TOKENS], metric=ns.cross_entropy)
+    assert swept.reasons == ()
+    assert swept["cut"] == ns.evaluate(ns.apply(edits["cut"], model), [TOKENS], metric=ns.cross_entropy)
+
+
+def saved_bytes(model: nn.Module, data: list[Any]) -> tuple[int, ns.Scores]:
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scores = ns.group_grad_norms(model, data)
+    return sum(kept), scores
+
+
+def test_checkpoints_of_transformers_are_kept_where_scores_are_computed() -> None:
+    model: Any = bert()
+    data = [TOKENS | {"input_ids": TOKENS["input_ids"].repeat(1, 8)}]
+    whole, expected = saved_bytes(model, data)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    less, scores = saved_bytes(model, data)
+    assert less < whole
+    torch.testing.assert_close(scores.values, expected.values)
+
+
+def test_checkpoints_of_torch_are_kept_where_scores_are_computed() -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 4)) for _ in range(2)]
+    plain = nn.Sequential(*blocks, nn.Linear(4, 2))
+    wrapped = nn.Sequential(*(checkpoint_wrapper(block) for block in blocks), plain[2])
+    runs: list[int] = []
+    blocks[0][1].register_forward_hook(lambda *_: runs.append(1))
+    expected = ns.group_grad_norms(plain, {"all": [(X, Y)]})
+    assert len(runs) == 1
+    scores = ns.group_grad_norms(wrapped, {"all": [(X, Y)]})
+    assert len(runs) == 3, "once more in the backward pass"
+    assert torch.equal(scores.values, expected.values)
+    ns.evaluate(wrapped, [(X, Y)])
+    assert len(runs) == 4
