@@ -335,14 +335,12 @@ def _set_eval(module: nn.Module) -> None:
 
 
 def _checkpoint(module: nn.Module) -> None:
-    """Have a module of a copy run again in the backward pass, without the cache of keys that it would write to twice."""
+    """Have a module of a copy run again in the backward pass, without a cache of keys, which it would fill twice."""
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        kwargs = {
-            key: None if is_a(value, "Cache", "transformers.cache_utils") else value for key, value in kwargs.items()
-        }
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        cached = [key for key, value in kwargs.items() if is_a(value, "Cache", "transformers.cache_utils")]
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs | dict.fromkeys(cached))
 
     module.__dict__["forward"] = run
 

@@ -88,6 +88,11 @@ class _Switch:
                     self._write(self._before)
 
 
+def _set_cudnn(enabled: bool) -> None:
+    torch.backends.cudnn.enabled = enabled
+
+
+_CUDNN = _Switch(lambda: torch.backends.cudnn.enabled, _set_cudnn)
 _MHA_FASTPATH = _Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 
 
@@ -103,3 +108,8 @@ def without_mha_fastpath() -> Iterator[None]:
             yield
         finally:
             torch.clear_autocast_cache()
+
+
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Turn cuDNN off, which cannot differentiate a recurrent layer in evaluation mode, and restore it afterwards."""
+    return _CUDNN.off()

@@ -22,7 +22,7 @@ from typing_extensions import override
 from neuronsurgery.batches import Batch, Unpack, group_members, move, named_loaders, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import given_layout
-from neuronsurgery.distributed import add_up, agreed, exchange
+from neuronsurgery.distributed import add_up, agreed, exchange, without_cudnn
 from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
@@ -221,11 +221,11 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
 
 
 def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which recurrent layers in evaluation mode can be differentiated: cuDNN's cannot."""
+    """Return a context in which recurrent layers in evaluation mode can be differentiated."""
     on_gpu = runner.device is not None and runner.device.type == "cuda"
     if not on_gpu or not any(isinstance(module, nn.RNNBase) for module in runner.model.modules()):
         return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=False)
+    return without_cudnn()
 
 
 # Gradients of groups

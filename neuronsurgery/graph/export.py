@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,18 +179,42 @@ def _functionalise(program: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch.export's advice, and the graph that it prints where it fails: both are for those who deploy it."""
+    """Silence torch.export's advice, and the graph that it prints where it fails: both are for those who deploy it.
+
+    Standard error is the whole process's: beside other threads, which may redirect it meanwhile and put back what they
+    found, it is let alone.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    alone = threading.active_count() == 1
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _warnings_ignored(), redirect_stderr(io.StringIO()) if alone else nullcontext():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _warnings_ignored() -> Iterator[None]:
+    """Ignore warnings by one filter that is taken out again, whatever other threads do with the list of filters.
+
+    `catch_warnings` would put back a list that another thread has replaced meanwhile.
+    """
+    warnings.filterwarnings("ignore", module=ANY_MODULE)
+    filters, ours = warnings.filters, warnings.filters[0]
+    try:
+        yield
+    finally:
+        for each in (filters, warnings.filters):
+            if ours in each:
+                each.remove(ours)  # type: ignore[attr-defined]  # a list; declared as a sequence
+
+
+ANY_MODULE = "(?:while neuronsurgery captures)?"
+"""A pattern that every name begins with, and that nobody else gives."""
 
 
 def _first_line(error: Exception) -> str:
