@@ -33,6 +33,7 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.surveys import Survey, is_a, is_checkpointed, survey, unwrap
+from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
 
 
@@ -259,6 +260,7 @@ class Runner:
         object.__setattr__(self, "attributes", Attributes(self.model))
 
 
+@restoring
 def make_runner(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run.
 

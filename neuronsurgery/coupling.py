@@ -33,9 +33,11 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.surveys import survey
+from neuronsurgery.switches import restoring
 from neuronsurgery.types import Predict
 
 
+@restoring
 def coupled(
     neurons: Neurons,
     model: nn.Module,

@@ -1,13 +1,10 @@
-"""What several processes agree on, and switches of the whole process that several threads may want at once."""
+"""What several processes agree on."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -61,55 +58,3 @@ def add_up(process_group: dist.ProcessGroup | None, tensors: Iterable[Tensor]) -
     if process_group is not None:
         for tensor in tensors:
             dist.all_reduce(tensor, group=process_group)
-
-
-class _Switch:
-    """A switch of the whole process: turned off while anyone needs it off, and then as it was."""
-
-    def __init__(self, read: Callable[[], bool], write: Callable[[bool], None]) -> None:
-        self._read, self._write = read, write
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._before = True
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        with self._lock:
-            if self._holders == 0:
-                self._before = self._read()
-                self._write(False)
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if self._holders == 0:
-                    self._write(self._before)
-
-
-def _set_cudnn(enabled: bool) -> None:
-    torch.backends.cudnn.enabled = enabled
-
-
-_CUDNN = _Switch(lambda: torch.backends.cudnn.enabled, _set_cudnn)
-_MHA_FASTPATH = _Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
-
-
-@contextlib.contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """Turn torch's fast path of multi-head attention off, whose last bits differ, and restore it afterwards.
-
-    Casts of weights that autocast has kept meanwhile are forgotten too: made without gradient, they would cut the
-    caller's next backward pass off.
-    """
-    with _MHA_FASTPATH.off():
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
-
-
-def without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """Turn cuDNN off, which cannot differentiate a recurrent layer in evaluation mode, and restore it afterwards."""
-    return _CUDNN.off()

@@ -14,13 +14,14 @@ from typing_extensions import override
 
 from neuronsurgery.batches import Unpack, group_members, named_loaders, ordered_groups
 from neuronsurgery.copies import make_runner
-from neuronsurgery.distributed import exchange, without_mha_fastpath
+from neuronsurgery.distributed import exchange
 from neuronsurgery.errors import EXHAUSTED, inline, listed
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.loaders import iterate_groups
 from neuronsurgery.losses import accuracy, example_values, is_larger_better, refuse_unshifted_metrics
 from neuronsurgery.results import ByName
 from neuronsurgery.surveys import survey
+from neuronsurgery.switches import restoring, without_mha_fastpath
 from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 
@@ -203,6 +204,7 @@ def evaluate(
 ) -> dict[str, GroupMetrics]: ...
 
 
+@restoring
 def evaluate(
     model: nn.Module,
     loaders: Loaders,

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
 from neuronsurgery.copies import Runner
+from neuronsurgery.switches import undoing
 from neuronsurgery.types import Predict
 
 
@@ -40,20 +41,17 @@ def random_state_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
     Beside other threads only where something was drawn within: what they have drawn meanwhile must not come again.
     """
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    if threading.active_count() == 1:
-        with torch.random.fork_rng(devices=devices):
-            yield
-        return
     before = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-    draws = _Draws()
-    try:
-        with draws:
-            yield
-    finally:
-        if draws.seen:
+    draws = _Draws() if threading.active_count() > 1 else None
+
+    def restore() -> None:
+        if draws is None or draws.seen:
             torch.set_rng_state(before[0])
             for device, state in zip(devices, before[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
+
+    with undoing(restore), draws or contextlib.nullcontext():
+        yield
 
 
 def draws_within(call: Callable[[], object]) -> bool:

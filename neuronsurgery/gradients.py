@@ -22,7 +22,7 @@ from typing_extensions import override
 from neuronsurgery.batches import Batch, Unpack, group_members, move, named_loaders, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import given_layout
-from neuronsurgery.distributed import add_up, agreed, exchange, without_cudnn
+from neuronsurgery.distributed import add_up, agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
@@ -32,6 +32,7 @@ from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_l
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
+from neuronsurgery.switches import restoring, without_cudnn
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
@@ -231,6 +232,7 @@ def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[An
 # Gradients of groups
 
 
+@restoring
 def group_grad_norms(
     model: nn.Module,
     loaders: Loaders,

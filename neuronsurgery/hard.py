@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.batches import Batch, Examples, Unpack, group_members, join, move, ordered_groups, signature
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.distributed import exchange, without_mha_fastpath
+from neuronsurgery.distributed import exchange
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import EXHAUSTED, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
@@ -18,9 +18,11 @@ from neuronsurgery.independence import dependence
 from neuronsurgery.loaders import iterate
 from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.surveys import survey
+from neuronsurgery.switches import restoring, without_mha_fastpath
 from neuronsurgery.types import Group, Loader, Loss, Predict
 
 
+@restoring
 def hard_batch(
     model: nn.Module,
     loader: Loader,

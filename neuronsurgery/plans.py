@@ -16,6 +16,7 @@ from neuronsurgery.edits import Edit, Part, edited_weight, leaves
 from neuronsurgery.errors import inline, listed
 from neuronsurgery.layers import Layer
 from neuronsurgery.surveys import Survey, SurveyedTensor, same_names, survey
+from neuronsurgery.switches import restoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,7 @@ def _names_of(tensor: TensorPlan, params: Mapping[str, Tensor]) -> list[str]:
     return names or [name for name in same_names([tensor.name], params).values() if name is not None]
 
 
+@restoring
 @torch.inference_mode(mode=False)  # what it makes outlives the caller's mode
 def plan(edit: Edit, model: nn.Module | Survey) -> Plan:
     """Return an edit as a pure function of a model's tensors: params -> the edited ones alone, by name.

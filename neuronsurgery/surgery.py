@@ -29,6 +29,7 @@ from neuronsurgery.parametrized import (
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
 from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, is_a, survey
+from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
 
 SAVING = (
@@ -83,6 +84,7 @@ class EditedRows(nn.Module):
 # The three ways to apply
 
 
+@restoring
 def apply(edit: Edit, model: nn.Module, *, buffers: Buffers = "own") -> nn.Module:
     """Return a view of the model under an edit: a new module of the same classes that shares its parameters.
 
@@ -139,6 +141,7 @@ again, or use bake for an independent copy
     return copied.model
 
 
+@restoring
 @torch.inference_mode(mode=False)  # its weights outlive the caller's mode
 def bake(edit: Edit, model: nn.Module) -> nn.Module:
     """Return an independent, plain copy of the model with the edit in its own weights.
@@ -187,6 +190,7 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
     return copied.model
 
 
+@restoring
 def edited_parameters(edit: Edit, model: nn.Module, params: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the edited tensors alone, by their names in the bare model, for `torch.func.functional_call`.
 

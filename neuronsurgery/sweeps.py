@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from neuronsurgery.batches import Unpack, named_loaders
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.distributed import exchange, without_mha_fastpath
+from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
 from neuronsurgery.evaluation import Tally, named_directions, named_metrics
 from neuronsurgery.forward import default_predict, extract_logits
@@ -29,6 +29,7 @@ from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Plan, plan
 from neuronsurgery.surgery import refuse_computed, refuse_unreachable
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
+from neuronsurgery.switches import restoring, without_mha_fastpath
 from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 BASELINE = compose()
@@ -86,6 +87,7 @@ def sweep(
 ) -> dict[str, Sweep]: ...
 
 
+@restoring
 def sweep(
     model: nn.Module,
     edits: Mapping[str, Edit],

@@ -21,7 +21,7 @@ import neuronsurgery
 
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
-    *("types", "errors", "results", "digests", "draws", "atomic", "precision", "distributed", "paired"),
+    *("types", "errors", "results", "digests", "draws", "atomic", "precision", "switches", "distributed", "paired"),
     *("objects", "parametrized", "habits", "caches"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "independence", "gradients", "hard"),

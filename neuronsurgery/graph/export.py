@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +17,12 @@ from typing_extensions import override
 
 from neuronsurgery.caches import collect_containers, give_contents_back
 from neuronsurgery.copies import Runner
-from neuronsurgery.distributed import without_mha_fastpath
 from neuronsurgery.errors import CaptureError, inline
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.graph.writes import AliasedWriteError, attribute, make_functional
+from neuronsurgery.switches import undoing, without_mha_fastpath
 from neuronsurgery.types import Predict
 
 if TYPE_CHECKING:  # importing it takes as long as all of the library
@@ -186,31 +187,26 @@ def _quiet() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    alone = threading.active_count() == 1
-    try:
-        with _warnings_ignored(), redirect_stderr(io.StringIO()) if alone else nullcontext():
-            yield
-    finally:
+    errors, filters = sys.stderr, warnings.filters
+
+    def restore() -> None:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _warnings_ignored() -> Iterator[None]:
-    """Ignore warnings by one filter that is taken out again, whatever other threads do with the list of filters.
-
-    `catch_warnings` would put back a list that another thread has replaced meanwhile.
-    """
-    warnings.filterwarnings("ignore", module=ANY_MODULE)
-    filters, ours = warnings.filters, warnings.filters[0]
-    try:
-        yield
-    finally:
+        if sys.stderr is silent:
+            sys.stderr = errors
+        # Not catch_warnings, which would put back a list that another thread has replaced meanwhile.
         for each in (filters, warnings.filters):
-            if ours in each:
+            for ours in [one for one in each if getattr(one[3], "pattern", one[3]) == ANY_MODULE]:
                 each.remove(ours)  # type: ignore[attr-defined]  # a list; declared as a sequence
+
+    silent = io.StringIO()
+    with undoing(restore):
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module=ANY_MODULE)
+        if threading.active_count() == 1:
+            sys.stderr = silent
+        yield
 
 
 ANY_MODULE = "(?:while neuronsurgery captures)?"

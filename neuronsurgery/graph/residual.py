@@ -21,6 +21,7 @@ from neuronsurgery.graph.operators import FILLED, LOOKUPS, RECURRENT, SUMS, oper
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.layouts import Layout
 from neuronsurgery.surveys import survey
+from neuronsurgery.switches import restoring
 from neuronsurgery.types import Predict
 
 
@@ -44,6 +45,7 @@ class Branch:
     shape: tuple[int, ...]
 
 
+@restoring
 def residual_branches(
     model: nn.Module,
     batch: Any,

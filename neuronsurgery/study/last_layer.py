@@ -20,10 +20,10 @@ from torch.nn import functional
 import neuronsurgery as ns
 from neuronsurgery.batches import Unpack, move, unpack_batch
 from neuronsurgery.copies import eval_copy
-from neuronsurgery.distributed import without_mha_fastpath
 from neuronsurgery.forward import extract_logits
 from neuronsurgery.loaders import iterate_groups
 from neuronsurgery.study.data import permutation
+from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Group, Loaders, Predict
 
 Penalty: TypeAlias = Literal["l1", "l2"]

@@ -25,7 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import neuronsurgery as ns
 from neuronsurgery.copies import eval_copy
-from neuronsurgery.distributed import without_mha_fastpath
 from neuronsurgery.loaders import iterate
 from neuronsurgery.objectives import group_dro, supervised_contrastive
 from neuronsurgery.study import readers
@@ -33,6 +32,7 @@ from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
 from neuronsurgery.study.readers import FromDisk, ImageBatches
 from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest, made_once
 from neuronsurgery.surveys import unwrap
+from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Loader, Where
 
 SplitSource: TypeAlias = Embedded | FromDisk
