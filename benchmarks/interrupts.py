@@ -12,86 +12,17 @@ the grad mode, the switches of torch, the warnings' filters, standard error and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import logging
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from calls import CALLS, Drawing, Setting, run, setting  # noqa: E402
-from snapshot import differences, snapshot  # noqa: E402
-
-import neuronsurgery  # noqa: E402
-
-WATCHED = (
-    str(Path(neuronsurgery.__file__).parent),
-    contextlib.__file__,
-    *(
-        str(Path(torch.__file__).parent / name)
-        for name in ("utils/_contextlib.py", "autograd/grad_mode.py", "random.py")
-    ),
-)
-
-
-class Interrupter:
-    """Counts the lines that run in the watched files, and interrupts at one of them."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at = at
-        self.lines = 0
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Trace the frames of the watched files."""
-        return self.step if frame.f_code.co_filename.startswith(WATCHED) else None
-
-    def step(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Count a line, and interrupt if it is the one."""
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                sys.settrace(None)
-                raise KeyboardInterrupt(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        return self.step
-
-
-def world(given: Setting) -> tuple[Any, Any]:
-    """What has to be as it was."""
-    more = {
-        "standard error": sys.stderr,
-        "filters of warnings": list(warnings.filters),
-        "dispatch modes": len(_get_current_dispatch_mode_stack()),
-        "log levels": [
-            logging.getLogger(name).level for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")
-        ],
-    }
-    return snapshot(given.model, given.data, given.state), more
-
-
-def interrupted(name: str, given: Setting, at: int | None) -> tuple[int, str]:
-    """Run a call that is interrupted at a line; return the lines that ran, and where it was interrupted or ""."""
-    interrupter, where = Interrupter(at), ""
-    sys.settrace(interrupter)
-    try:
-        run(name, given)
-    except KeyboardInterrupt as interrupt:
-        where = str(interrupt)
-    finally:
-        sys.settrace(None)
-    return interrupter.lines, where
-
-
-def changes(before: tuple[Any, Any], after: tuple[Any, Any]) -> list[str]:
-    other = [key for key in before[1] if before[1][key] != after[1][key]]
-    return differences(before[0], after[0]) + other
+from calls import CALLS, Drawing, interrupted, run, setting, world, world_changes  # noqa: E402
 
 
 def main() -> int:
@@ -100,6 +31,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(CALLS), choices=list(CALLS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     total, wrong = 0, 0
     for name in options.only:
         given = setting(Drawing)
@@ -111,7 +43,7 @@ def main() -> int:
             before = world(given)
             _, where = interrupted(name, given, 1 + point * lines // points)
             gc.collect()
-            found = changes(before, world(given))
+            found = world_changes(before, world(given))
             total += bool(where)
             if found:
                 failed.append(f"  at {where}: {'; '.join(found[:4])}")

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
 from neuronsurgery.copies import Runner
-from neuronsurgery.switches import undoing
+from neuronsurgery.switches import KERNELS, undoing
 from neuronsurgery.types import Predict
 
 
@@ -28,7 +28,7 @@ def isolated_forward(runner: Runner, batch: Batch) -> Any:
 
     args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), own)
     try:
-        with random_state_kept(copies):
+        with random_state_kept(copies), KERNELS.steady():
             return runner.model(*args, **kwargs)
     finally:
         runner.attributes.restore()
@@ -70,8 +70,19 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's cla
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        self.seen |= _may_draw(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _may_draw(operator: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operator draws: attention may, and does only where its dropout is not 0."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    return bool(kwargs.get("dropout_p", args[place] if place < len(args) else 0.0))
 
 
 class LogitsShapeError(ValueError):

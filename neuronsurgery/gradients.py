@@ -32,7 +32,7 @@ from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_l
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
-from neuronsurgery.switches import restoring, without_cudnn
+from neuronsurgery.switches import KERNELS, restoring, without_cudnn
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
@@ -151,7 +151,7 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
         seen: what was seen so far; updated.
     """
     batch = move(batch, objective.runner.device)
-    with torch.enable_grad(), _differentiable_rnns(objective.runner):
+    with torch.enable_grad(), _differentiable_rnns(objective.runner), KERNELS.steady():
         arguments = (_gradients, objective, batch, groups, seen)
         within = _Within(objective.runner.model)
         try:

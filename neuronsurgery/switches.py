@@ -119,6 +119,46 @@ class _Switch:
                 self._holders.remove(holder)
 
 
+class _Kernels:
+    """Which kernels torch runs is set for the whole process: nobody computes while somebody has set it otherwise."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._computing: set[object] = set()
+        self._changing: object | None = None
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Compute, beside others who do."""
+        own = object()
+        with undoing(lambda: self._leave(own)):
+            with self._condition:
+                self._condition.wait_for(lambda: self._changing is None)
+                self._computing.add(own)
+            yield
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Be alone; not within `steady` of the same thread."""
+        own = object()
+        with undoing(lambda: self._leave(own)):
+            with self._condition:
+                self._condition.wait_for(lambda: self._changing is None and not self._computing)
+                self._changing = own
+            yield
+
+    def _leave(self, own: object) -> None:
+        with self._condition:
+            self._computing.discard(own)
+            if self._changing is own:
+                self._changing = None
+            self._condition.notify_all()
+
+
+KERNELS = _Kernels()
+"""torch.export turns oneDNN, NNPACK and cuDNN off while it traces, and other kernels round otherwise."""
+
+
 def _set_cudnn(enabled: bool) -> None:
     torch.backends.cudnn.enabled = enabled
 

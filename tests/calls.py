@@ -6,15 +6,22 @@ benchmarks.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from snapshot import differences, snapshot, torch_flags
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import neuronsurgery as ns
 from neuronsurgery.copies import eval_copy
@@ -88,7 +95,7 @@ def gradients(given: Setting) -> ns.Scores:
 
 
 def memorized(given: Setting) -> Any:
-    return memorization_scores(lambda kept, seed: kept.double() * 0.5 + 0.25, 6, models=8, seed=0).values
+    return memorization_scores(lambda kept: torch.arange(6) % 2 == 0, 6, models=12, share=0.5, seed=0).values
 
 
 CALLS: dict[str, Callable[[Setting], Any]] = {
@@ -104,12 +111,12 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     "sample": lambda given: ns.sample(ns.find_layout(given.model), 3, seed=1),
     "hard_batch": lambda given: ns.hard_batch(given.model, given.data, top=4, sample=2).args[0],
     "evaluate": lambda given: ns.evaluate(given.model, given.data),
-    "apply": lambda given: ns.apply(given.edit, given.model).eval()(given.data[0][0]),
-    "bake": lambda given: ns.bake(given.edit, given.model).eval()(given.data[0][0]),
+    "apply": lambda given: ns.apply(given.edit, given.model).conv.weight,  # type: ignore[union-attr]
+    "bake": lambda given: dict(ns.bake(given.edit, given.model).state_dict()),
     "edited_parameters": lambda given: ns.edited_parameters(given.edit, given.model),
     "plan": lambda given: ns.plan(given.edit, given.model)(dict(given.model.named_parameters())),
     "rewind": lambda given: ns.bake(ns.rewind(given.edit.neurons, given.state), given.model).conv.weight,  # type: ignore[attr-defined,union-attr]
-    "eval_copy": lambda given: eval_copy(given.model)(given.data[0][0]),
+    "eval_copy": lambda given: dict(eval_copy(given.model).state_dict()),
     "sweep": swept,
     "residual_branches": lambda given: ns.residual_branches(given.model, given.data[0]),
     "coupled": lambda given: ns.coupled(given.edit.neurons, given.model, given.data[0]),  # type: ignore[attr-defined]
@@ -122,9 +129,7 @@ CAPTURING = ("sweep", "residual_branches", "coupled")
 
 def run(name: str, given: Setting) -> Any:
     """What a call returns; what it warns of is none of these tests' business."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return CALLS[name](given)
+    return CALLS[name](given)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -137,3 +142,94 @@ def same(one: Any, other: Any) -> bool:
         )
         return len(one) == len(other) and all(same(a, b) for a, b in pairs)
     return bool(one == other)
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def process() -> dict[str, Any]:
+    """What belongs to the whole process."""
+    names = ("torch.export", "torch.fx.experimental.symbolic_shapes")
+    return {
+        **torch_flags(),
+        "standard error": sys.stderr,
+        "filters of warnings": list(warnings.filters),
+        "log levels": [logging.getLogger(name).level for name in names],
+    }
+
+
+def at_once(*work: Callable[[], Any]) -> list[Any]:
+    """Return what each function gives, all of them run at the same time; an exception in the place of its result."""
+    found: list[Any] = [None] * len(work)
+    ready = threading.Barrier(len(work))
+
+    def do(place: int) -> None:
+        ready.wait()
+        try:
+            found[place] = work[place]()
+        except Exception as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=do, args=(place,)) for place in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+# --- interrupts -----------------------------------------------------------------------------------------------------
+
+WATCHED = (
+    str(Path(ns.__file__).parent),
+    contextlib.__file__,
+    *(
+        str(Path(torch.__file__).parent / name)
+        for name in ("utils/_contextlib.py", "autograd/grad_mode.py", "random.py")
+    ),
+)
+
+
+class Interrupter:
+    """Counts the lines that run in the watched files, and interrupts at one of them."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.lines = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Trace the frames of the watched files."""
+        return self.step if frame.f_code.co_filename.startswith(WATCHED) else None
+
+    def step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Count a line, and interrupt if it is the one."""
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        return self.step
+
+
+def world(given: Setting) -> tuple[Any, Any]:
+    """What has to be as it was."""
+    modes = {"dispatch modes": len(_get_current_dispatch_mode_stack())}
+    return snapshot(given.model, given.data, given.state), process() | modes
+
+
+def interrupted(name: str, given: Setting, at: int | None) -> tuple[int, str]:
+    """Run a call that is interrupted at a line; return the lines that ran, and where it was interrupted or ""."""
+    interrupter, where = Interrupter(at), ""
+    sys.settrace(interrupter)
+    try:
+        run(name, given)
+    except KeyboardInterrupt as interrupt:
+        where = str(interrupt)
+    finally:
+        sys.settrace(None)
+    return interrupter.lines, where
+
+
+def world_changes(before: tuple[Any, Any], after: tuple[Any, Any]) -> list[str]:
+    other = [key for key in before[1] if before[1][key] != after[1][key]]
+    return differences(before[0], after[0]) + other

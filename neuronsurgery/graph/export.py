@@ -22,7 +22,7 @@ from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.graph.writes import AliasedWriteError, attribute, make_functional
-from neuronsurgery.switches import undoing, without_mha_fastpath
+from neuronsurgery.switches import KERNELS, undoing, without_mha_fastpath
 from neuronsurgery.types import Predict
 
 if TYPE_CHECKING:  # importing it takes as long as all of the library
@@ -74,7 +74,7 @@ def capture(
         dims = batch_dims(inputs.tensors)
     forward = _Forward(runner.model, predict, inputs)
     # One at a time: export has state of the whole process, and so have the warnings and streams that are silenced.
-    with _EXPORTING, evaluating(), _attributes_kept(runner.model):
+    with KERNELS.changing(), evaluating(), _attributes_kept(runner.model):
         program = _export(forward, inputs.tensors, dims)
         try:
             make_functional(program.graph_module)
@@ -87,8 +87,6 @@ def capture(
 
 IDLE_HOOKS = ("transformers.utils.output_capturing",)
 """Where hooks come from that note outputs for somebody who asks for them, stay afterwards, and change nothing."""
-
-_EXPORTING = threading.RLock()
 
 PREFIX = "model."
 """Where the model stands in what is exported."""

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.errors import CaptureError
 from neuronsurgery.graph.inputs import Dims, Inputs
+from neuronsurgery.switches import KERNELS
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -252,7 +253,7 @@ def _bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _execute(graph: Graph, instructions: Iterable[Instruction], values: list[Any]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
+    with KERNELS.steady(), torch.inference_mode(False), torch.no_grad():
         for slot, free in instructions:
             args, kwargs = graph.fetches[slot](values)
             call: Any = graph.nodes[slot].target

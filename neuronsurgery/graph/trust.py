@@ -18,6 +18,7 @@ from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
 from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, schedule
+from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
 
 PATIENCE = 3
@@ -124,7 +125,7 @@ class CheckedForward:
             edited: parameters to put in the place of the model's.
             changed: buffers as earlier batches left them, by name; updated with those that this one changes.
         """
-        with evaluating():
+        with KERNELS.steady(), evaluating():
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
             weights = {name: as_parameter(edited[name], self._runner.parameters[name]) for name in edited}
             given = {**weights, **buffers}
