@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from einops import EinopsError, rearrange
+from einops import rearrange
 from torch import Tensor
 
+from neuronsurgery.checks import LARGEST, is_integer, refuse, unfit
 from neuronsurgery.precision import widened
 
 ROWS = "n ... -> n ..."
@@ -61,7 +62,8 @@ class Layer:
         row_shape: the shape of one neuron.
 
     Raises:
-        ValueError: if the pattern does not fit the shape, or has no neuron; says why in one line.
+        ValueError: if the pattern does not fit the shape, or has no neuron (says why in one line), or an argument is of
+            another type or out of range (lists all).
 
     Example:
         >>> heads = Layer("o_proj.weight", "e (head d) -> head e d", {"d": 2}, (3, 8))
@@ -86,11 +88,14 @@ class Layer:
     _cut: _Cut = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes, shape = dict(self.sizes), tuple(self.shape)
+        refuse("a layer", _unfit_fields(self), "find_layout makes layers")
+        sizes = {name: int(size) for name, size in self.sizes.items()}
+        shape = tuple(map(int, self.shape))
         try:
             cut = _cut_of(self.pattern, tuple(sizes.items()), shape)
-        except (EinopsError, _PatternError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+        # einops raises a RuntimeError of its own, torch any; a name that is no axis is whatever Python says of it.
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
             raise ValueError(
                 f"{self.parameter}: the pattern {self.pattern!r} does not fit shape {shape} with sizes {sizes}: "
                 f"{reason}"
@@ -229,6 +234,21 @@ class Layer:
     def covered(self, mask: Tensor) -> Tensor:
         """Return which neurons have only entries that a mask of the parameter's shape marks, bool, shape (count,)."""
         return self.slices(mask).reshape(self.count, -1).all(1)
+
+
+def _unfit_fields(layer: Layer) -> list[str]:
+    sizes, shape = layer.sizes, layer.shape
+    named = isinstance(sizes, Mapping) and all(isinstance(k, str) and is_integer(v, 1) for k, v in sizes.items())
+    sized = isinstance(shape, tuple | list) and all(is_integer(size, 0) for size in shape)
+    return [
+        *unfit("parameter", isinstance(layer.parameter, str), "the name of a parameter", layer.parameter),
+        *unfit("pattern", isinstance(layer.pattern, str), "a string", layer.pattern),
+        *unfit("sizes", named, "a mapping from axes to integers of at least 1", sizes),
+        *unfit(
+            "shape", sized and math.prod(shape) <= LARGEST, "integers of at least 0, with a product below 2**63", shape
+        ),
+        *unfit("position", is_integer(layer.position, 0), "an integer of at least 0", layer.position),
+    ]
 
 
 def _strided(edited: Tensor, weight: Tensor) -> Tensor:

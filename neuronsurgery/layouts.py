@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuronsurgery.checks import are_strings, make_tuples, refuse, unfit
 from neuronsurgery.digests import digest
 from neuronsurgery.errors import counted, listed, nearest
 from neuronsurgery.layers import Layer
@@ -33,7 +34,7 @@ class Layout:
         starts: the flat number of each layer's first neuron.
 
     Raises:
-        ValueError: if two layers are of one parameter.
+        ValueError: if two layers are of one parameter, or the layers and aliases are something else (lists all).
 
     Example:
         >>> from torch import nn
@@ -54,6 +55,8 @@ class Layout:
     _by_name: Mapping[str, Layer] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        make_tuples(self, "layers", "aliases")
+        refuse("a layout", _unfit_fields(self), "Make it with find_layout")
         starts, flat = {}, 0
         for layer in self.layers:
             starts[layer] = flat
@@ -162,6 +165,19 @@ class Layout:
             lines = [*lines[:9], f"  ... and {len(lines) - 17} more", *lines[-8:]]
         said = f"{counted(self.count, 'neuron')} in {counted(len(self), 'layer')}"
         return "\n".join([f"Layout: {said}", *lines])
+
+
+def _unfit_fields(layout: Layout) -> list[str]:
+    layers = isinstance(layout.layers, tuple) and all(isinstance(layer, Layer) for layer in layout.layers)
+    aliases, names = layout.aliases, {layer.parameter for layer in layout.layers} if layers else set()
+    paired = isinstance(aliases, tuple) and all(are_strings(pair) and len(pair) == 2 for pair in aliases)
+    if paired:
+        known = dict(aliases)
+        paired = len(known) == len(aliases) and names.isdisjoint(known)
+    return [
+        *unfit("layers", layers, "a tuple of layers", layout.layers),
+        *unfit("aliases", paired, "pairs of another name, which is no layer's, and a layer's name", aliases),
+    ]
 
 
 # Selecting by hand

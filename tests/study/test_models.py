@@ -243,10 +243,10 @@ def test_the_weights_of_another_network_are_summed_up(source: dict[str, Tensor],
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, r"expected a state dict, found a dict: save model.state_dict\(\)"),
-        (torch.ones(3), r"expected a state dict, found a Tensor: save model.state_dict\(\)"),
-        (nn.Linear(2, 2), r"neither safetensors nor a state dict that torch.load\(weights_only=True\) reads \("),
-        ({"args": argparse.Namespace(), "model": {}}, r"neither safetensors nor .*save model.state_dict\(\) alone"),
+        ({"epoch": 3}, r"w.pt holds no tensors: save model.state_dict\(\)"),
+        (torch.ones(3), r"w.pt holds a Tensor, not a state dict: save model.state_dict\(\)"),
+        (nn.Linear(2, 2), r"neither a safetensors file nor a state dict that torch.load\(weights_only=True\) reads \("),
+        ({"args": argparse.Namespace(), "model": {}}, r"neither a safetensors file nor .*save model.state_dict\(\) alone"),
     ],
 )
 def test_files_without_a_state_dict(content: object, message: str, tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_files_without_a_state_dict(content: object, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("w.safetensors", b"<html>", r"w.safetensors: expected safetensors, found .*: fetch or write the file again"),
-        ("w.pt", b"\x08\0\0\0\0\0\0\0{broken}", r"w.pt: expected safetensors, found "),
-        ("w.pt", b"<html>not found</html>", r"w.pt: neither safetensors nor a state dict"),
-        ("w.pt", b"", r"w.pt: neither safetensors nor a state dict"),
+        ("w.safetensors", b"<html>", r"w.safetensors is no readable safetensors file .*: write it again"),
+        ("w.pt", b"\x08\0\0\0\0\0\0\0{broken}", r"w.pt is no readable safetensors file "),
+        ("w.pt", b"<html>not found</html>", r"w.pt is neither a safetensors file nor a state dict"),
+        ("w.pt", b"", r"w.pt is neither a safetensors file nor a state dict"),
     ],
 )
 def test_files_that_are_something_else(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_files_that_are_something_else(name: str, content: bytes, message: str, 
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.pt: no such file: pass the path of a safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none.pt: give the path of a safetensors file"):
         build_model("small_resnet", 2, tmp_path / "none.pt")
 
 
