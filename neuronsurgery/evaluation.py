@@ -55,6 +55,8 @@ class GroupMetrics(ByName[Group, float]):
     def __post_init__(self) -> None:
         make_tuples(self, "groups", "values", "counts")
         refuse("a value of GroupMetrics", self._unfit(), "evaluate makes metrics")
+        # One and the same NaN equals itself within a tuple, so metrics that are loaded equal those that were saved.
+        object.__setattr__(self, "values", tuple(math.nan if math.isnan(value) else value for value in self.values))
 
     def _unfit(self) -> list[str]:
         size, direction = size_of(self.groups), self.larger_is_better

@@ -8,6 +8,7 @@ they held right are those with the smallest margins: `fragility` ranks the examp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -182,13 +183,14 @@ class InferredGroups(Table):
     def _unfit(self) -> list[str]:
         size, classes, examples = size_of(self.classes), self.classes, size_of(self.groups)
         pairs = isinstance(self.counts, tuple) and all(are_integers(pair, 2, 0) for pair in self.counts)
+        bounds = are_numbers(self.thresholds, size) and not any(map(math.isnan, self.thresholds))
         ascending = are_integers(classes, size) and list(classes) == sorted(set(classes))
         wrong = [
             *unfit("groups", is_tensor(self.groups, (examples,), torch.int64), "int64, one per example", self.groups),
             *unfit("fragile", is_tensor(self.fragile, (examples,), torch.bool), f"bool, ({examples},)", self.fragile),
             *unfit("classes", ascending, "ascending integers", classes),
             *unfit("counts", pairs and len(self.counts) == size, f"{size} pairs of integers", self.counts),
-            *unfit("thresholds", are_numbers(self.thresholds, size), f"{size} numbers", self.thresholds),
+            *unfit("thresholds", bounds, f"{size} numbers, none of them NaN", self.thresholds),
         ]
         if not wrong:
             cells = torch.tensor(self.counts, dtype=torch.int64, device="cpu").flatten().tolist()

@@ -242,9 +242,10 @@ class Sweep(ByName[str, GroupMetrics]):
         order = sorted(self.labels, key=lambda label: -max(map(abs, changes[label].values()), default=0.0))
         intervals = {label: self.interval(label) for label in order[:ROWS_SHOWN]}
         rows = [
-            [label, *(_change_in_a_cell(changes[label][g], intervals[label][g]) for g in groups)] for label in intervals
+            [str(label), *(_change_in_a_cell(changes[label][g], intervals[label][g]) for g in groups)]
+            for label in intervals
         ]
-        rows += [[label] for label in order[ROWS_SHOWN:]]
+        rows += [[str(label)] for label in order[ROWS_SHOWN:]]
         caption = f"{len(order)} edits over {len(self.members)} examples: change of {self.metric}; bold is settled"
         return caption, ["edit", *first(map(str, self.baseline.groups), GROUPS_SHOWN)], rows
 

@@ -246,7 +246,10 @@ def test_the_weights_of_another_network_are_summed_up(source: dict[str, Tensor],
         ({"epoch": 3}, r"w.pt holds no tensors: save model.state_dict\(\)"),
         (torch.ones(3), r"w.pt holds a Tensor, not a state dict: save model.state_dict\(\)"),
         (nn.Linear(2, 2), r"neither a safetensors file nor a state dict that torch.load\(weights_only=True\) reads \("),
-        ({"args": argparse.Namespace(), "model": {}}, r"neither a safetensors file nor .*save model.state_dict\(\) alone"),
+        (
+            {"args": argparse.Namespace(), "model": {}},
+            r"neither a safetensors file nor .*save model.state_dict\(\) alone",
+        ),
     ],
 )
 def test_files_without_a_state_dict(content: object, message: str, tmp_path: Path) -> None:
