@@ -176,6 +176,8 @@ class Neurons:
 def _ascending(indices: object) -> tuple[int, ...] | None:
     """Return indices in ascending order, each once, or None where these are no integers."""
     given = tuple(indices) if isinstance(indices, Iterable) else (None,)
+    if isinstance(indices, range) and indices.step > 0:
+        return given
     if not set(map(type, given)) <= {int}:  # by their types: there may be a million
         if not all(is_integer(index) for index in given):
             return None

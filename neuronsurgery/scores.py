@@ -27,6 +27,9 @@ from neuronsurgery.results import ByName, same_fields
 from neuronsurgery.surveys import Survey, same_names, survey
 from neuronsurgery.types import Group, Per, Where
 
+WORTH_NARROWING = 10_000
+"""Of fewer neurons, sorting all of them is faster than finding those that need sorting."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scores(ByName[Group, "Scores"]):
@@ -342,6 +345,8 @@ def _largest(scores: Scores, share: Callable[[int], int], per: Per) -> Neurons:
 
 def _first_largest(values: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest values, ties to the lower index, of which torch.topk alone says nothing."""
+    if len(values) < WORTH_NARROWING:
+        return values.sort(descending=True, stable=True).indices[:k]
     least = values.topk(k).values[-1]
     candidates = (~(values < least)).nonzero().flatten()  # so written, NaN is among them, as it is the largest to topk
     order = values[candidates].sort(descending=True, stable=True).indices
