@@ -112,7 +112,7 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
     except (OSError, CheckpointError):
         raise  # of the checkpoint that a rewind is from, which they name
     except Exception as error:  # a digest can be made for anything, and then every type may be another one
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        reason = str(error) if isinstance(error, ValueError | TypeError) else repr(error)
         raise ValueError(f"{path} is damaged: {reason}\nSave it again") from error
     return loaded
 

@@ -27,6 +27,9 @@ COLUMNS = "i n ... -> n i ..."
 GROUPED_COLUMNS = "(g i) n ... -> (g n) i ..."
 """The patterns that layers have unless somebody says otherwise."""
 
+MOST_AXES = 32
+"""More than anybody has, and less than what torch can compute with."""
+
 Axes = tuple[tuple[int, int], ...]
 """For each axis its size and its stride in the parameter, were that contiguous: together they say what is cut."""
 
@@ -305,6 +308,8 @@ def _cut_of(pattern: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, 
     apart, together = f"{left} -> {' '.join((*names, *row))}", f"{' '.join((*names, *row))} -> {left}"
     # Of a contiguous tensor, the strides of a view say which of its entries each axis runs through.
     view: Tensor = rearrange(torch.empty(shape, device="meta"), apart, **dict(sizes))
+    if view.dim() > MOST_AXES:
+        raise _PatternError(f"it has {view.dim()} axes, more than {MOST_AXES}")
     axes = tuple(zip(view.shape, view.stride(), strict=True))
     neuron, rows = _joined(axes[: len(names)]), tuple(axis if axis[0] != 1 else (1, 0) for axis in axes[len(names) :])
     defaults = _default_cuts(shape, rows)

@@ -21,6 +21,7 @@ from neuronsurgery.memorization import MemorizationScores
 
 ROWS = "n ... -> n ..."
 LAYER = ns.Layer("w", ROWS, {}, (4, 3))
+ONES = [f"a{i}" for i in range(31)]
 SWEPT = sweep(torch.tensor([[1.0, 0, 1, 1, 0]] * 3))
 REWOUND = ns.rewind(NEURONS, THEN)
 BOTH = ns.select(HEADS, {"head.weight": 1}) | ns.select(LAYOUT, {"head.weight": 2})
@@ -56,6 +57,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "layer: a bool": (layer("w", ROWS, {}, (True, 3)), r"shape: expected integers of at least 0"),
     "layer: a float": (layer("w", ROWS, {"g": 2.0}, (4, 3)), r"sizes: expected a mapping"),
     "layer: what einops calls its own": (layer("w", ROWS, {"pattern": 2}, (4, 3)), r"w: the pattern .* does not fit"),
+    "layer: axes that torch has no room for": (
+        layer("w", f"(n {' '.join(ONES)}) i -> n {' '.join(ONES)} i", dict.fromkeys(ONES, 1), (4, 3)),
+        r"it has 33 axes, more than 32$",
+    ),
     "neurons: a list": (lambda: ns.Neurons([3]), r"Neurons are made of a mapping layer -> indices, not of a list"),
     "neurons: everything": (
         lambda: ns.Neurons({"w": (0,), LAYER: (4, 1), ns.Layer("v", ROWS, {}, (2,)): (0.5,)}),
