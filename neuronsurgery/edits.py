@@ -213,7 +213,7 @@ class RandomEdit(Edit):
         flat = widened(rows.detach().reshape(len(rows), -1))
         root_mean_square = flat.square().mean(1).sqrt().reshape(-1, *[1] * (rows.dim() - 1))
         if self.relative_std is None:
-            return torch.full_like(root_mean_square, self.std or 0.0)
+            return torch.ones_like(root_mean_square) * (self.std or 0.0)  # full_like raises beyond float32, not this
         return self.relative_std * root_mean_square
 
     @property

@@ -349,7 +349,7 @@ def _leaves(kind: str, content: Any) -> Sequence[Any]:
 
 
 def _tensors_of_edit(content: Any) -> _Tensors:
-    return {name: (ANY, None) for leaf in content.get("edits", [content]) for name in leaf.get("rows", ())}
+    return {str(name): (ANY, None) for leaf in content.get("edits", [content]) for name in leaf.get("rows", ())}
 
 
 _Tensors: TypeAlias = "Mapping[str, tuple[str, int | None]]"

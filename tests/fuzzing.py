@@ -174,9 +174,8 @@ def changed_tensor(rng: random.Random, old: Tensor) -> Tensor:
         return old.to(rng.choice(DTYPES))
     new = old.clone().reshape(-1)
     if len(new):
-        number = rng.choice([0, 1, -1, 2**40, math.nan, math.inf, -math.inf, 0.5])
-        whole = not new.is_floating_point() and not math.isfinite(number)
-        new[rng.randrange(len(new))] = 7 if whole else bool(number) if new.dtype == torch.bool else number
+        number = torch.tensor(rng.choice([0, 1, -1, 2**40, math.nan, math.inf, -math.inf, 0.5]), dtype=torch.float64)
+        new[rng.randrange(len(new))] = number.to(new.dtype)
     return new.reshape(old.shape)
 
 

@@ -295,6 +295,7 @@ UNLIKE: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
         "kind 'graft'; .*registers a kind of your",
     ),
     "a kind that is no name": (lambda c, t: c["edits"][1].update(kind=3), r"the header of .* is damaged \(TypeError"),
+    "rows without names": (lambda c, t: c["edits"][0].update(rows=[3, "a"]), rf"{TENSORS}3: missing\n  a: missing\n"),
     "no edits": (lambda c, t: c.pop("edits"), r"the header of .* is damaged \(KeyError\('edits'\)\): save it again"),
 }
 

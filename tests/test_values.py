@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzzing import HEADS, LAYOUT, NEURONS, THEN, objects, sweep
+from fuzzing import HEADS, LAYOUT, MODEL, NEURONS, THEN, objects, sweep
 
 import neuronsurgery as ns
 from neuronsurgery import scores as scores_module
@@ -168,6 +168,12 @@ def test_lists_and_numpys_numbers_do() -> None:
 def test_metrics_with_a_nan_equal_themselves_however_they_came_about() -> None:
     one, other = (metrics(values=(float("nan"), 1.0)) for _ in range(2))
     assert one == other and hash(one) == hash(other) and one != metrics(values=(1.0, math.nan))
+
+
+def test_a_scale_beyond_float32_is_an_infinity_and_no_error() -> None:
+    for edit in (ns.random_init(NEURONS, std=1e300), ns.random_noise(NEURONS, std=1e300), ns.scale(NEURONS, 1e300)):
+        assert ns.bake(edit, MODEL).state_dict()["out.weight"][1].isinf().all()
+        assert ns.apply(edit, MODEL)["out"].weight[1].isinf().all()
 
 
 def test_numbers_of_numpy_are_saved(tmp_path: Any) -> None:
