@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -213,7 +215,64 @@ def test_weights_from_before_batches_were_counted_fit(source: dict[str, Tensor],
     assert build_model(SHUFFLENET, 2, save(old, tmp_path / "old.pt")).pretrained
 
 
+def net(tensors: dict[str, Tensor]) -> object:
+    return {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}, "epoch": 3}
+
+
+def averaged(tensors: dict[str, Tensor]) -> object:
+    return {"ema": {"shadow": tensors}, "critic": {"x": torch.ones(2)}, "optimizer": {"stem.weight": torch.ones(1)}}
+
+
+def cyclic(tensors: dict[str, Tensor]) -> object:
+    checkpoint: dict[str, object] = {"model": tensors}
+    checkpoint["state_dict"] = checkpoint
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Tensor]:
+    return weights_of(build_model("small_resnet", 2, seed=1))
+
+
+@pytest.mark.parametrize("style", [net, averaged, cyclic])
+def test_what_is_unambiguous_is_read(
+    style: Callable[[dict[str, Tensor]], object], small: dict[str, Tensor], tmp_path: Path
+) -> None:
+    assert same(weights_of(build_model("small_resnet", 2, save(style(small), tmp_path / "w.pt"))), small)
+
+
+def test_of_two_dictionaries_that_fit_none_is_taken(small: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save({"net": {f"module.{name}": t for name, t in small.items()}, "ema": dict(small)}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w\.pt holds the dictionaries 'net', 'ema', each of which fits: pass the one"
+    ):
+        build_model("small_resnet", 2, path)
+
+
+def test_a_folder_in_shards(small: dict[str, Tensor], tmp_path: Path) -> None:
+    files = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(small)}
+    for file in set(files.values()):
+        part = {name: small[name].contiguous() for name in small if files[name] == file}
+        safetensors.torch.save_file(part, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    built = build_model("small_resnet", 2, tmp_path)
+    assert same(weights_of(built), small) and built.note.endswith(f"weights of {tmp_path}, head included")
+
+
+def test_a_name_of_a_million_prefixes_takes_little_time() -> None:
+    started = time.monotonic()
+    assert models._bare_name("module." * 200_000 + "x", {"weight"}) == "module." * 200_000 + "x"
+    assert models._bare_name("module." * 200_000 + "weight", {"weight"}) == "weight"
+    assert time.monotonic() - started < 5
+
+
 # Files that do not do
+
+
+def test_tensors_of_no_plain_numbers_are_listed(small: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save({**small, "stem.weight": small["stem.weight"].cfloat()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"  1 of no plain numbers: stem\.weight \(complex64, strided, on cpu\)"):
+        build_model("small_resnet", 2, path)
 
 
 def test_every_misfit_is_listed_at_once(source: dict[str, Tensor], tmp_path: Path) -> None:
