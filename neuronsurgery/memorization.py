@@ -430,4 +430,7 @@ def _load(run: _Run, model: int, folder: Path) -> Tensor:
         raise ValueError(f"{path} is of another run; {differing}: choose another folder or empty this one")
     if found.get("sha256") != digest(outcomes):
         raise ValueError(f"{path} was altered or damaged after it was written, its digest does not match: {again}")
-    return _checked_outcomes(outcomes, model, run.n_examples)
+    try:
+        return _checked_outcomes(outcomes, model, run.n_examples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error
