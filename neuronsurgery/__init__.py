@@ -3,6 +3,7 @@
 from neuronsurgery import memorization, objectives, types
 from neuronsurgery.batches import Batch
 from neuronsurgery.checkpoints import rewind
+from neuronsurgery.comparisons import contrast, overlap, ranks
 from neuronsurgery.coupling import coupled
 from neuronsurgery.discovery import find_layout
 from neuronsurgery.edits import Edit, compose, file_kind, random_init, random_noise, scale, zero_out
@@ -20,7 +21,7 @@ from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
 from neuronsurgery.outcomes import Sweep
 from neuronsurgery.plans import Plan, plan
-from neuronsurgery.scores import Scores, contrast, grad_norms, magnitudes, overlap, ranks, sample, top_fraction, topk
+from neuronsurgery.scores import Scores, grad_norms, magnitudes, sample, top_fraction, topk
 from neuronsurgery.surgery import apply, bake, edited_parameters
 from neuronsurgery.sweeps import sweep
 

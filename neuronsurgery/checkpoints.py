@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from neuronsurgery.checks import finite, is_tensor, refuse, unfit
 from neuronsurgery.digests import digest
-from neuronsurgery.edits import Edit, checked_neurons, file_kind, finite, without_overlap
+from neuronsurgery.edits import Edit, checked_neurons, file_kind, without_overlap
 from neuronsurgery.errors import listed, nearest
 from neuronsurgery.layers import Layer
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.precision import widened
-from neuronsurgery.surveys import same_names
+from neuronsurgery.state_dicts import CheckpointError, choose_dictionary, find_dictionaries, wanted_names
 from neuronsurgery.types import Checkpoint
+
+SHOWN = 10
+"""So many layers that do not fit are listed."""
+
 
 # The edit
 
@@ -35,6 +38,16 @@ class Rewind(Edit):
     digest: str
     kept: tuple[Tensor, ...] = field(compare=False)
     path: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", _checked_share(self.neurons, self.alpha))
+        shapes = [(len(indices), *layer.row_shape) for layer, indices in self.neurons.by_layer().items()]
+        kept = self.kept if isinstance(self.kept, tuple) else ()
+        rows = len(kept) == len(shapes) and all(map(is_tensor, kept, shapes))
+        known = isinstance(self.digest, str) and isinstance(self.path, str | None)
+        wrong = unfit("kept", rows, f"floating-point rows of the shapes {shapes}", self.kept)
+        wrong += unfit("digest and path", known, "strings, or no path", (self.digest, self.path))
+        refuse("a rewind", wrong, "Make it with rewind(neurons, checkpoint)")
 
     @override
     def constants(self, layer: Layer, indices: Sequence[int]) -> Tensor:
@@ -69,13 +82,18 @@ class Rewind(Edit):
             ValueError: if the rows are no longer those that the edit was made with.
         """
         path = values["path"]
+        if not isinstance(path, str | None):
+            raise ValueError(f"the path of a rewind is a string, not {path!r}")
         kept = tuple(tensors) if path is None else checkpoint_rows(neurons, path)
-        if path is not None and rows_digest(neurons, kept) != values["digest"]:
-            raise ValueError(
-                f"the rows of {neurons} in {path} are no longer those that this rewind was made with: make it again "
-                f"with rewind(neurons, path), or give the original file back"
-            )
-        return cls(neurons, values["alpha"], values["digest"], kept, path)
+        edit = cls(neurons, values["alpha"], values["digest"], kept, path)
+        if rows_digest(neurons, kept) == edit.digest:
+            return edit
+        if path is None:
+            raise ValueError(f"the rows of {neurons} are not those of the digest beside them")
+        raise CheckpointError(
+            f"the rows of {neurons} in {path} are no longer those that this rewind was made with: make it again with "
+            f"rewind(neurons, path), or give the original file back"
+        )
 
     def __repr__(self) -> str:
         source = self.path if self.path is not None else f"{self.digest[:12]}..."
@@ -87,16 +105,17 @@ def rewind(neurons: Neurons, checkpoint: Checkpoint, alpha: float = 1.0) -> Rewi
 
     Args:
         neurons: which neurons.
-        checkpoint: the path of a safetensors file or of a state dict saved by torch, or a mapping of tensors. Prefixes
-            of wrappers and a nested `state_dict` or `model` entry are understood. The rows are read now, once; a file
-            of an edit that was made from a path keeps the path.
+        checkpoint: the path of a safetensors file, of a state dict saved by torch, of the index of a sharded one or of
+            a folder of Hugging Face's, or a mapping of tensors. Prefixes of wrappers and of trainers are understood,
+            and so is a nested dictionary (`state_dict`, `model`, `net`, `ema`, ...) if no other one fits. The rows are
+            read now, once; a file of an edit that was made from a path keeps the path.
         alpha: the share of the way back; 0 changes nothing.
 
     Raises:
         TypeError: if `neurons` are not a set of neurons, or the checkpoint is neither path nor mapping.
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, a layer is missing in it or has another shape (lists all), `alpha` is not
-            finite, or two neurons share entries with alpha other than 1.
+        ValueError: if the file is damaged, several dictionaries in it fit, a layer is missing in it or has another
+            shape (lists all), `alpha` is not finite, or two neurons share entries with alpha other than 1.
 
     Example:
         >>> from neuronsurgery import find_layout, select
@@ -107,13 +126,19 @@ def rewind(neurons: Neurons, checkpoint: Checkpoint, alpha: float = 1.0) -> Rewi
     Source:
         Zhang et al., "Are all layers created equal?", 2019; You et al., "The Silent Majority", 2025.
     """
-    neurons = checked_neurons(neurons)
-    alpha = finite("alpha", alpha)
-    if alpha != 1:
-        without_overlap(neurons, "a rewind by a share")
+    alpha = _checked_share(neurons, alpha)
     rows = checkpoint_rows(neurons, checkpoint)
     path = None if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
     return Rewind(neurons, alpha, rows_digest(neurons, rows), rows, path)
+
+
+def _checked_share(neurons: Neurons, alpha: float) -> float:
+    """Return the share as a float, or raise where it is none or would go to shared entries twice."""
+    checked_neurons(neurons)
+    share = finite("alpha", alpha)
+    if share != 1:
+        without_overlap(neurons, "a rewind by a share")
+    return share
 
 
 # Reading
@@ -125,25 +150,51 @@ def checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, .
     Raises:
         TypeError: if the checkpoint is neither path nor mapping.
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or a layer is missing in it or has another shape; lists all.
+        ValueError: if the file is damaged, several dictionaries in it fit, or a layer is missing or is no plain
+            floating-point tensor of its shape; lists all.
     """
-    tensors = _read(checkpoint, {layer.parameter for layer in neurons.by_layer()})
-    rows, wrong = [], []
-    for layer, indices in neurons.by_layer().items():
-        tensor = tensors.get(layer.parameter)
-        if not isinstance(tensor, Tensor):
-            wrong.append(f"{layer.parameter}: not in the checkpoint{nearest(layer.parameter, tensors)}")
-        elif tuple(tensor.shape) != layer.shape:
-            wrong.append(f"{layer.parameter}: expected shape {layer.shape}, the checkpoint has {tuple(tensor.shape)}")
+    layers = neurons.by_layer()
+    dictionaries = find_dictionaries(checkpoint)
+    where = "the given mapping" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+    tensors = choose_dictionary(dictionaries, lambda found: _fitting(layers, found), where)
+    keys = wanted_names([layer.parameter for layer in layers], tensors)
+    rows: list[Tensor] = []
+    wrong: list[str] = []
+    for layer, indices in layers.items():
+        key = keys[layer.parameter]
+        tensor = None if key is None else tensors[key]
+        if tensor is None:
+            near = nearest(layer.parameter, tensors) if len(wrong) < SHOWN else ""  # it looks at every name
+            wrong.append(f"{layer.parameter}: not in the checkpoint{near}")
+        elif reason := _misfit(layer, tensor):
+            wrong.append(f"{layer.parameter}: {reason}")
         else:
             index = torch.tensor(indices, device=tensor.device)
             rows.append(layer.take(tensor.detach(), index).cpu().clone())
     if wrong:
-        where = "the given mapping" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-        raise ValueError(
-            f"{len(wrong)} layers cannot be rewound to {where}:\n{listed(wrong)}\nGive a checkpoint of this model"
+        raise CheckpointError(
+            f"{len(wrong)} layers cannot be rewound to {where}:\n{listed(wrong, SHOWN)}\nGive a checkpoint of this "
+            f"model"
         )
     return tuple(rows)
+
+
+def _misfit(layer: Layer, tensor: Tensor) -> str:
+    """Return why a tensor has no rows for a layer, or ""."""
+    if tuple(tensor.shape) != layer.shape:
+        return f"expected shape {layer.shape}, the checkpoint has {tuple(tensor.shape)}"
+    if not is_tensor(tensor, layer.shape) or tensor.is_meta:
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        return f"expected plain floating-point numbers, the checkpoint has {kind}"
+    return ""
+
+
+def _fitting(layers: Iterable[Layer], tensors: Mapping[str, Tensor]) -> int:
+    """Return how many of some layers have rows in a dictionary."""
+    every = list(layers)
+    keys = wanted_names([layer.parameter for layer in every], tensors)
+    found = [(layer, keys[layer.parameter]) for layer in every]
+    return sum(key is not None and not _misfit(layer, tensors[key]) for layer, key in found)
 
 
 def rows_digest(neurons: Neurons, rows: Iterable[Tensor]) -> str:
@@ -152,51 +203,3 @@ def rows_digest(neurons: Neurons, rows: Iterable[Tensor]) -> str:
     for (layer, indices), tensor in zip(neurons.by_layer().items(), rows, strict=True):
         pieces += [f"{layer.key}\0{indices}\0{tuple(tensor.shape)}\0{tensor.dtype}\0", tensor]
     return digest(*pieces)
-
-
-def _read(checkpoint: Checkpoint, wanted: set[str]) -> Mapping[str, Any]:
-    """Return the checkpoint's tensors by name, those that are wanted by the names they are wanted by."""
-    if isinstance(checkpoint, Mapping):
-        return _by_wanted_name(_state_dict(checkpoint), wanted)
-    try:
-        path = Path(os.fspath(checkpoint))
-    except TypeError:
-        raise TypeError(
-            f"a checkpoint is a path or a mapping of tensors, not a {type(checkpoint).__name__}: of a model give "
-            f"model.state_dict()"
-        ) from None
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a safetensors file or a torch state dict")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            keys = dict.fromkeys(file.keys())
-            found = {name: key for name, key in same_names(wanted, keys).items() if key is not None}
-            return keys | {name: file.get_tensor(key) for name, key in found.items()}
-    except safetensors.SafetensorError as not_safetensors:
-        if path.suffix == ".safetensors":
-            raise ValueError(f"{path} is no readable safetensors file ({not_safetensors}): write it again") from None
-    return _by_wanted_name(_state_dict(_unpickled(path)), wanted)
-
-
-def _unpickled(path: Path) -> Mapping[str, Any]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is neither a safetensors file nor a state dict that torch.load(weights_only=True) reads: {error}"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    return loaded
-
-
-def _state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    return {str(name): tensor for name, tensor in checkpoint.items()}
-
-
-def _by_wanted_name(tensors: Mapping[str, Any], wanted: set[str]) -> dict[str, Any]:
-    found = same_names(wanted, tensors)
-    return {**tensors, **{name: tensors[key] for name, key in found.items() if key is not None}}

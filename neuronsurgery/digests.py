@@ -16,10 +16,10 @@ def digest(*pieces: str | bytes | Tensor) -> str:
     """
     said = hashlib.sha256()
     for piece in pieces:
-        said.update(piece.encode() if isinstance(piece, str) else piece if isinstance(piece, bytes) else _bytes(piece))
+        said.update(_bytes(piece) if isinstance(piece, Tensor) else piece.encode() if isinstance(piece, str) else piece)
     return said.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return content.numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor where they lie, if that is in their order in the memory of the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from neuronsurgery.checks import finite, make_tuples, refuse, unfit
 from neuronsurgery.draws import checked_seed, normals
 from neuronsurgery.errors import first
 from neuronsurgery.layers import Layer
@@ -142,6 +143,9 @@ class ZeroOut(Edit):
 
     neurons: Neurons
 
+    def __post_init__(self) -> None:
+        checked_neurons(self.neurons)
+
     @override
     def rows(self, layer: Layer, indices: Tensor, weight: Tensor, constants: Tensor | None = None) -> Tensor:
         """Return zeros; never by multiplication, since 0 * NaN is NaN."""
@@ -158,6 +162,10 @@ class Scale(Edit):
 
     neurons: Neurons
     factor: float
+
+    def __post_init__(self) -> None:
+        without_overlap(self.neurons, "a scale")
+        object.__setattr__(self, "factor", finite("factor", self.factor))
 
     @override
     def rows(self, layer: Layer, indices: Tensor, weight: Tensor, constants: Tensor | None = None) -> Tensor:
@@ -176,6 +184,12 @@ class RandomEdit(Edit):
     seed: int
     std: float | None = None
     relative_std: float | None = None
+
+    def __post_init__(self) -> None:
+        without_overlap(self.neurons, "a draw")
+        seed, (std, relative_std) = checked_seed(self.seed), _one_scale(self.std, self.relative_std)
+        for name, value in (("seed", seed), ("std", std), ("relative_std", relative_std)):
+            object.__setattr__(self, name, value)
 
     @override
     def constants(self, layer: Layer, indices: Sequence[int]) -> Tensor:
@@ -199,7 +213,7 @@ class RandomEdit(Edit):
         flat = widened(rows.detach().reshape(len(rows), -1))
         root_mean_square = flat.square().mean(1).sqrt().reshape(-1, *[1] * (rows.dim() - 1))
         if self.relative_std is None:
-            return torch.full_like(root_mean_square, self.std or 0.0)
+            return torch.ones_like(root_mean_square) * (self.std or 0.0)  # full_like raises beyond float32, not this
         return self.relative_std * root_mean_square
 
     @property
@@ -246,6 +260,15 @@ class Compose(Edit):
 
     edits: tuple[Edit, ...]
 
+    def __post_init__(self) -> None:
+        make_tuples(self, "edits")
+        flat = isinstance(self.edits, tuple) and all(
+            isinstance(edit, Edit) and not isinstance(edit, Compose) for edit in self.edits
+        )
+        refuse(
+            "a composed edit", unfit("edits", flat, "edits, none of them composed", self.edits), "Write compose(...)"
+        )
+
     @property
     def neurons(self) -> Neurons:  # type: ignore[override]
         """The neurons of all of the edits."""
@@ -290,7 +313,7 @@ def zero_out(neurons: Neurons) -> ZeroOut:
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    return ZeroOut(checked_neurons(neurons))
+    return ZeroOut(neurons)
 
 
 def scale(neurons: Neurons, factor: float) -> Scale:
@@ -305,7 +328,7 @@ def scale(neurons: Neurons, factor: float) -> Scale:
         >>> scale(select(find_layout(torch.nn.Linear(3, 2)), {"weight": 0}), 0.5)
         scale(1 neuron in 1 layer: weight[0], factor=0.5)
     """
-    return Scale(without_overlap(neurons, "a scale"), finite("factor", factor))
+    return Scale(neurons, factor)
 
 
 def random_init(
@@ -332,7 +355,7 @@ def random_init(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    return RandomInit(without_overlap(neurons, "a draw"), checked_seed(seed), *_one_scale(std, relative_std))
+    return RandomInit(neurons, seed, std, relative_std)
 
 
 def random_noise(
@@ -359,7 +382,7 @@ def random_noise(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    return RandomNoise(without_overlap(neurons, "a draw"), checked_seed(seed), *_one_scale(std, relative_std))
+    return RandomNoise(neurons, seed, std, relative_std)
 
 
 def compose(*edits: Edit) -> Edit:
@@ -406,20 +429,6 @@ def without_overlap(neurons: Neurons, what: str) -> Neurons:
             f"ways; edit one way after the other with compose"
         )
     return neurons
-
-
-def finite(name: str, value: float) -> float:
-    """Return a number as a float.
-
-    Raises:
-        TypeError: if it is none.
-        ValueError: if it is NaN or infinite.
-    """
-    if not isinstance(value, float | int | np.number):
-        raise TypeError(f"{name} must be a finite number, not {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value}")
-    return float(value)
 
 
 def _one_scale(std: float | None, relative_std: float | None) -> tuple[float | None, float | None]:

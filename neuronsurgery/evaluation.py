@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from neuronsurgery.batches import Unpack, group_members, named_loaders, ordered_groups
+from neuronsurgery.checks import are_groups, are_integers, are_numbers, make_tuples, refuse, size_of, unfit
 from neuronsurgery.copies import make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.errors import EXHAUSTED, inline, listed
@@ -35,6 +36,10 @@ class GroupMetrics(ByName[Group, float]):
         counts: the number of examples of each group.
         larger_is_better: the direction of the metric; None where nobody knows it, and then there is no `worst`.
 
+    Raises:
+        ValueError: if there is no group or example, a group is there twice, there is not one mean and one count for
+            each, or an argument is of another type; lists all.
+
     Example:
         >>> metrics = GroupMetrics(("landbird", "waterbird"), (0.9, 0.5), (30, 10), larger_is_better=True)
         >>> metrics["waterbird"], metrics.worst, metrics.average, metrics.balanced
@@ -47,6 +52,22 @@ class GroupMetrics(ByName[Group, float]):
     values: tuple[float, ...]
     counts: tuple[int, ...]
     larger_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "groups", "values", "counts")
+        refuse("a value of GroupMetrics", self._unfit(), "evaluate makes metrics")
+        # One and the same NaN equals itself within a tuple, so metrics that are loaded equal those that were saved.
+        object.__setattr__(self, "values", tuple(math.nan if math.isnan(value) else value for value in self.values))
+
+    def _unfit(self) -> list[str]:
+        size, direction = size_of(self.groups), self.larger_is_better
+        counted = are_integers(self.counts, size, 0) and any(self.counts)
+        return [
+            *unfit("groups", are_groups(self.groups) and size > 0, "distinct integers or strings", self.groups),
+            *unfit("values", are_numbers(self.values, size), f"{size} numbers", self.values),
+            *unfit("counts", counted, f"{size} integers of at least 0, one of them larger", self.counts),
+            *unfit("larger_is_better", isinstance(direction, bool | None), "True, False or None", direction),
+        ]
 
     @override
     def _names(self) -> tuple[Group, ...]:

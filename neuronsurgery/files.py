@@ -9,19 +9,22 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from neuronsurgery.atomic import KEY, write_atomically
+from neuronsurgery.checks import are_groups, are_strings, is_integer
 from neuronsurgery.digests import digest
 from neuronsurgery.edits import KINDS, Compose, Edit
+from neuronsurgery.errors import inline, listed
 from neuronsurgery.evaluation import GroupMetrics
 from neuronsurgery.fragile import InferredGroups
 from neuronsurgery.layers import COLUMNS, GROUPED_COLUMNS, ROWS, Layer
@@ -30,6 +33,7 @@ from neuronsurgery.memorization import MemorizationScores
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.scores import Scores
+from neuronsurgery.state_dicts import CheckpointError
 
 SCHEMA = 2
 
@@ -69,7 +73,7 @@ def save_file(obj: Artifact, path: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"schema": SCHEMA, "kind": kind.name, "content": content}
     header["sha256"] = _content_digest(header, tensors)
-    data = safetensors.torch.save(tensors, metadata={KEY: json.dumps(header)})
+    data = safetensors.torch.save(tensors, metadata={KEY: json.dumps(header, default=_plain)})
     write_atomically(Path(path), data)
 
 
@@ -91,42 +95,90 @@ def load_file(path: str | os.PathLike[str]) -> Artifact:
         0 neurons in 0 layers
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # not path.is_file, which raises for names that are too long
         raise FileNotFoundError(f"no file at {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = _header(path, file.metadata() or {})
+            kind = next(kind for kind in _kinds() if kind.name == header["kind"])
+            _refuse_other_tensors(path, kind, header["content"], file)  # before any of them is read
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): save it again") from error
+    if header.pop("sha256", None) != _content_digest(header, tensors):
+        raise ValueError(f"{path} was altered or damaged after it was saved, its digest does not match: save it again")
+    try:
+        loaded: Artifact = kind.read(header["content"], tensors, header["schema"])
+    except (OSError, CheckpointError):
+        raise  # of the checkpoint that a rewind is from, which they name
+    except Exception as error:  # a digest can be made for anything, and then every type may be another one
+        reason = str(error) if isinstance(error, ValueError | TypeError) else repr(error)
+        raise ValueError(f"{path} is damaged: {reason}\nSave it again") from error
+    return loaded
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return our part of a file's header, of a schema and of kinds that are known."""
     if KEY not in metadata:
         raise ValueError(
             f"{path} is a safetensors file, but none that neuronsurgery wrote: for a checkpoint of a model use rewind "
             f"or safetensors.torch.load_file"
         )
     try:
-        header = json.loads(metadata[KEY])
-        schema, name = int(header["schema"]), str(header["kind"])
-    except (ValueError, KeyError, TypeError) as error:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        json.dumps(header)  # as the digest will, which nests less deeply than loading
+        schema, names = header["schema"], [header["kind"]]
+        if is_integer(schema, 1) and schema <= SCHEMA:
+            names += [leaf["kind"] for leaf in _leaves(header["kind"], header["content"])]
+        if not is_integer(schema, 1) or not are_strings(tuple(names)):
+            raise TypeError(f"schema {schema!r}, kinds {names!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the header of {path} is damaged ({error!r}): save it again") from error
-    kind = next((kind for kind in _kinds() if kind.name == name), None)
-    if schema > SCHEMA or kind is None:
+    known = {kind.name for kind in _kinds()}
+    unknown = [name for name in names if name not in known]
+    if schema > SCHEMA or unknown:
         raise ValueError(
-            f"{path} is of schema {schema}, kind '{name}'; this version reads up to schema {SCHEMA}: update "
-            f"neuronsurgery"
+            f"{path} is of schema {schema}, kind '{(unknown or names)[0]}'; this version reads up to schema {SCHEMA}: "
+            f"update neuronsurgery, or import what registers a kind of your own"
         )
-    if header.pop("sha256", None) != _content_digest(header, tensors):
-        raise ValueError(f"{path} was altered or damaged after it was saved, its digest does not match: save it again")
-    loaded: Artifact = kind.read(header["content"], tensors, schema)
-    return loaded
+    return header
+
+
+def _refuse_other_tensors(path: Path, kind: _Kind, content: Any, file: Any) -> None:
+    """Raise if the tensors in an open file are not those that its kind has, by their names, dtypes and dimensions."""
+    try:
+        expected = kind.tensors(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the header of {path} is damaged ({error!r}): save it again") from error
+    names = set(file.keys())
+    wrong = [f"{name}: missing" for name in sorted(expected.keys() - names)]
+    wrong += [f"{name}: unknown" for name in sorted(names - expected.keys())]
+    for name in sorted(names & expected.keys()):
+        dtypes, dimensions = expected[name]
+        dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+        if dtype not in dtypes.split() or (dimensions is not None and len(shape) != dimensions):
+            said = dtypes if dimensions is None else f"{dtypes} of {dimensions} dimensions"
+            wrong.append(f"{name}: expected {said}, found {dtype} of shape {shape}")
+    if wrong:
+        raise ValueError(
+            f"{path} was altered or damaged after it was saved, its tensors are not those of its kind, '{kind.name}':\n"
+            f"{listed(wrong)}\nSave it again"
+        )
 
 
 def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    pieces: list[str | Tensor] = [json.dumps(header, sort_keys=True)]
+    pieces: list[str | Tensor] = [json.dumps(header, sort_keys=True, default=_plain)]
     for name in sorted(tensors):
         tensor = tensors[name]
         pieces += [f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0", tensor]
     return digest(*pieces)
+
+
+def _plain(value: object) -> Any:
+    """Return a number of numpy, which counts may be, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a file keeps numbers, strings, lists and dictionaries, not a {type(value).__name__}")
 
 
 # One pair of functions per kind
@@ -139,9 +191,10 @@ def _write_layer(layer: Layer) -> list[Any]:
 def _read_layer(said: list[Any], schema: int, position: int) -> Layer:
     """Return a layer; in files of version 0.1 it has an axis in place of a pattern, and no position."""
     if schema > 1:
-        parameter, pattern, sizes, shape, position = said
-        return Layer(parameter, pattern, sizes, tuple(shape), position)
+        return Layer(*said)
     parameter, axis, count, row_shape, groups = said
+    if not all(map(is_integer, (axis, count, groups, *row_shape))):
+        raise ValueError(f"a layer has integers for its axis, count, row and groups, not {said}")
     if groups > 1:
         shape = (groups * row_shape[0], count // groups, *row_shape[1:])
         return Layer(parameter, GROUPED_COLUMNS, {"g": groups}, shape, position)
@@ -154,7 +207,7 @@ def _write_layout(layout: Layout) -> dict[str, Any]:
 
 def _read_layout(said: Mapping[str, Any], schema: int) -> Layout:
     layers = tuple(_read_layer(layer, schema, position) for position, layer in enumerate(said["layers"]))
-    return Layout(layers, tuple((alias, name) for alias, name in said["aliases"]))
+    return Layout(layers, tuple(map(tuple, said["aliases"])))
 
 
 def _write_neurons(neurons: Neurons, tensors: dict[str, Tensor]) -> list[Any]:
@@ -163,9 +216,11 @@ def _write_neurons(neurons: Neurons, tensors: dict[str, Tensor]) -> list[Any]:
 
 def _read_neurons(said: list[Any], tensors: Mapping[str, Tensor], schema: int) -> Neurons:
     # In files of version 0.1 each layer's first flat number follows its indices.
-    return Neurons(
-        {_read_layer(layer, schema, start[0] if start else 0): tuple(indices) for layer, indices, *start in said}
-    )
+    pairs = [(_read_layer(layer, schema, start[0] if start else 0), indices) for layer, indices, *start in said]
+    chosen = dict(pairs)
+    if len(chosen) < len(pairs):
+        raise ValueError("a layer is there twice")
+    return Neurons(chosen)
 
 
 def _write_scores(scores: Scores, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -180,7 +235,7 @@ def _write_scores(scores: Scores, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _read_scores(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Scores:
     layout = _read_layout(said["layout"], schema)
-    return Scores(tensors["values"], tuple(said["groups"]), tuple(said["counts"]), layout, said["criterion"])
+    return Scores(tensors["values"], said["groups"], said["counts"], layout, said["criterion"])
 
 
 def _write_metrics(metrics: GroupMetrics, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -200,7 +255,7 @@ def _read_metrics(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema
 def _metrics_from(said: Mapping[str, Any], values: Tensor) -> GroupMetrics:
     # Files of version 0.1 do not say which direction is better.
     direction = said.get("larger_is_better")
-    return GroupMetrics(tuple(said["groups"]), tuple(values.tolist()), tuple(said["counts"]), direction)
+    return GroupMetrics(said["groups"], tuple(values.tolist()), said["counts"], direction)
 
 
 def _write_layout_alone(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -215,6 +270,10 @@ def _write_sweep(sweep: Sweep, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Numbers in tensors: one row for no edit, then one for each edit."""
     metrics = [sweep.baseline, *sweep.metrics.values()]
     rows = [sweep.values(), *map(sweep.values, sweep.labels)]
+    if not are_groups(sweep.labels):
+        raise TypeError(
+            f"a file keeps a sweep whose labels are strings or integers, not {inline(map(repr, sweep.labels))}"
+        )
     tensors["means"] = torch.tensor([each.values for each in metrics], dtype=torch.float64, device="cpu")
     tensors["values"] = torch.stack(rows).to(torch.bool if sweep.is_binary else torch.float64)
     tensors["indices"], tensors["ranks"] = sweep.indices, sweep.ranks
@@ -225,14 +284,16 @@ def _write_sweep(sweep: Sweep, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _read_sweep(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Sweep:
     metrics = [_metrics_from(said, row) for row in tensors["means"]]
     outcomes = [Outcomes.of(row.double()) for row in tensors["values"]]
-    labels, members, reasons = (tuple(said[key]) for key in ("labels", "members", "reasons"))
+    labels = tuple(said["labels"])
+    if not are_groups(labels):
+        raise ValueError(f"the labels of a sweep are distinct strings or integers, not {inline(map(repr, labels))}")
     return Sweep(
         metrics[0],
         dict(zip(labels, metrics[1:], strict=True)),
-        members,
+        said["members"],
         tensors["indices"],
         tensors["ranks"],
-        reasons,
+        said["reasons"],
         said["metric"],
         dict(zip(labels, outcomes[1:], strict=True)),
         outcomes[0],
@@ -246,9 +307,8 @@ def _write_inferred(inferred: InferredGroups, tensors: dict[str, Tensor]) -> dic
 
 
 def _read_inferred(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> InferredGroups:
-    counts = tuple(tuple(pair) for pair in said["counts"])
-    thresholds = tuple(tensors["thresholds"].tolist())
-    return InferredGroups(tensors["groups"], tensors["fragile"], tuple(said["classes"]), counts, thresholds)
+    counts, thresholds = tuple(map(tuple, said["counts"])), tuple(tensors["thresholds"].tolist())
+    return InferredGroups(tensors["groups"], tensors["fragile"], said["classes"], counts, thresholds)
 
 
 def _write_memorization(scores: MemorizationScores, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -280,26 +340,59 @@ def _read_edit(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: i
 
 
 def _read_composed(said: Mapping[str, Any], tensors: Mapping[str, Tensor], schema: int) -> Edit:
-    return Compose(tuple(_named(leaf["kind"]).read(leaf, tensors, schema) for leaf in said["edits"]))
+    return Compose(tuple(_read_edit(leaf, tensors, schema, kind=KINDS[leaf["kind"]]) for leaf in said["edits"]))
+
+
+def _leaves(kind: str, content: Any) -> Sequence[Any]:
+    """Return what a file says of the edits of which one is composed."""
+    return content["edits"] if kind == "compose" else ()
+
+
+def _tensors_of_edit(content: Any) -> _Tensors:
+    return {str(name): (ANY, None) for leaf in content.get("edits", [content]) for name in leaf.get("rows", ())}
+
+
+_Tensors: TypeAlias = "Mapping[str, tuple[str, int | None]]"
+"""The dtypes that each tensor of a file may have, and how many dimensions; None is any number."""
+
+FLOATS = "F16 BF16 F32 F64"
+ANY = f"BOOL U8 I8 I16 I32 I64 {FLOATS} F8_E4M3 F8_E5M2"
+"""The dtypes that a tensor of an edit may have: an edit of one's own may keep anything."""
+
+
+def _has(**tensors: tuple[str, int]) -> Callable[[Any], _Tensors]:
+    return lambda content: tensors
 
 
 @dataclass(frozen=True)
 class _Kind:
+    """A kind of value: its name in files, its class, how it is written and read, and the tensors that it has."""
+
     name: str
     type: type
     write: Callable[[Any, dict[str, Tensor]], Any]
     read: Callable[[Any, Mapping[str, Tensor], int], Any]
+    tensors: Callable[[Any], _Tensors]
 
 
 _VALUES = (
-    _Kind("neurons", Neurons, _write_neurons, _read_neurons),
-    _Kind("scores", Scores, _write_scores, _read_scores),
-    _Kind("metrics", GroupMetrics, _write_metrics, _read_metrics),
-    _Kind("compose", Compose, _write_edit, _read_composed),
-    _Kind("layout", Layout, _write_layout_alone, _read_layout_alone),
-    _Kind("sweep", Sweep, _write_sweep, _read_sweep),
-    _Kind("inferred groups", InferredGroups, _write_inferred, _read_inferred),
-    _Kind("memorization scores", MemorizationScores, _write_memorization, _read_memorization),
+    _Kind("neurons", Neurons, _write_neurons, _read_neurons, _has()),
+    _Kind("scores", Scores, _write_scores, _read_scores, _has(values=("F32", 2))),
+    _Kind("metrics", GroupMetrics, _write_metrics, _read_metrics, _has(values=("F64", 1))),
+    _Kind("compose", Compose, _write_edit, _read_composed, _tensors_of_edit),
+    _Kind("layout", Layout, _write_layout_alone, _read_layout_alone, _has()),
+    _Kind(
+        *("sweep", Sweep, _write_sweep, _read_sweep),
+        _has(means=("F64", 2), values=("BOOL F64", 2), indices=("I64", 1), ranks=("I64", 1)),
+    ),
+    _Kind(
+        *("inferred groups", InferredGroups, _write_inferred, _read_inferred),
+        _has(groups=("I64", 1), fragile=("BOOL", 1), thresholds=("F64", 1)),
+    ),
+    _Kind(
+        *("memorization scores", MemorizationScores, _write_memorization, _read_memorization),
+        _has(values=(FLOATS, 1), standard_errors=(FLOATS, 1), seen=("I64", 1), unseen=("I64", 1)),
+    ),
 )
 
 
@@ -307,11 +400,7 @@ def _kinds() -> Iterator[_Kind]:
     """Yield every kind of value that has a file format, the kinds of edit that callers have registered among them."""
     yield from _VALUES
     for name, kind in KINDS.items():
-        yield _Kind(name, kind, _write_edit, functools.partial(_read_edit, kind=kind))
-
-
-def _named(name: str) -> _Kind:
-    return next(kind for kind in _kinds() if kind.name == name)
+        yield _Kind(name, kind, _write_edit, functools.partial(_read_edit, kind=kind), _tensors_of_edit)
 
 
 def _kind_of(obj: object) -> _Kind:

@@ -8,6 +8,7 @@ they held right are those with the smallest margins: `fragility` ranks the examp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from neuronsurgery.checks import are_integers, are_numbers, is_tensor, make_tuples, refuse, size_of, unfit
 from neuronsurgery.errors import first, inline, listed, warn
 from neuronsurgery.outcomes import Sweep
 from neuronsurgery.results import Table, same_fields
@@ -158,6 +160,10 @@ class InferredGroups(Table):
         counts: the number of examples of each class that are (not fragile, fragile).
         thresholds: of each class; fragile is what lies above.
 
+    Raises:
+        ValueError: if the groups are not what the classes, `fragile` and the counts say, or an argument is of another
+            type; lists all.
+
     Example:
         >>> scores = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 7.0, 8.0, 9.0])
         >>> infer_groups(scores, torch.zeros(9).long(), rule=1 / 3).groups
@@ -169,6 +175,28 @@ class InferredGroups(Table):
     classes: tuple[int, ...]
     counts: tuple[tuple[int, int], ...]
     thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "classes", "counts", "thresholds")
+        refuse("a value of InferredGroups", self._unfit(), "infer_groups makes inferred groups")
+
+    def _unfit(self) -> list[str]:
+        size, classes, examples = size_of(self.classes), self.classes, size_of(self.groups)
+        pairs = isinstance(self.counts, tuple) and all(are_integers(pair, 2, 0) for pair in self.counts)
+        bounds = are_numbers(self.thresholds, size) and not any(map(math.isnan, self.thresholds))
+        ascending = are_integers(classes, size) and list(classes) == sorted(set(classes))
+        wrong = [
+            *unfit("groups", is_tensor(self.groups, (examples,), torch.int64), "int64, one per example", self.groups),
+            *unfit("fragile", is_tensor(self.fragile, (examples,), torch.bool), f"bool, ({examples},)", self.fragile),
+            *unfit("classes", ascending, "ascending integers", classes),
+            *unfit("counts", pairs and len(self.counts) == size, f"{size} pairs of integers", self.counts),
+            *unfit("thresholds", bounds, f"{size} numbers, none of them NaN", self.thresholds),
+        ]
+        if not wrong:
+            cells = torch.tensor(self.counts, dtype=torch.int64, device="cpu").flatten().tolist()
+            same = bool((self.groups % 2 == self.fragile).all()) and _counted(self.groups, 2 * size) == cells
+            wrong = unfit("groups", same, f"2 * place of the class + fragile, {self.counts} of them", self.groups)
+        return wrong
 
     def __eq__(self, other: object) -> bool:
         return same_fields(self, other)
@@ -191,6 +219,14 @@ class InferredGroups(Table):
             (f"class {c}: {own} of {others + own} fragile (above {at:.4g})" for c, (others, own), at in rows), 18
         )
         return f"InferredGroups of {len(self.groups)} examples, {int(self.fragile.sum())} fragile\n{lines}"
+
+
+def _counted(groups: Tensor, number: int) -> list[int] | None:
+    """Return how many examples are in each of so many groups, or None where one is in another."""
+    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < number:
+        return None
+    counts: list[int] = groups.cpu().bincount(minlength=number).tolist()
+    return counts
 
 
 def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | float = "tukey") -> InferredGroups:

@@ -16,15 +16,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from einops import EinopsError, rearrange
+from einops import rearrange
 from torch import Tensor
 
+from neuronsurgery.checks import LARGEST, is_integer, refuse, unfit
 from neuronsurgery.precision import widened
 
 ROWS = "n ... -> n ..."
 COLUMNS = "i n ... -> n i ..."
 GROUPED_COLUMNS = "(g i) n ... -> (g n) i ..."
 """The patterns that layers have unless somebody says otherwise."""
+
+MOST_AXES = 32
+"""More than anybody has, and less than what torch can compute with."""
 
 Axes = tuple[tuple[int, int], ...]
 """For each axis its size and its stride in the parameter, were that contiguous: together they say what is cut."""
@@ -61,7 +65,8 @@ class Layer:
         row_shape: the shape of one neuron.
 
     Raises:
-        ValueError: if the pattern does not fit the shape, or has no neuron; says why in one line.
+        ValueError: if the pattern does not fit the shape, or has no neuron (says why in one line), or an argument is of
+            another type or out of range (lists all).
 
     Example:
         >>> heads = Layer("o_proj.weight", "e (head d) -> head e d", {"d": 2}, (3, 8))
@@ -86,11 +91,14 @@ class Layer:
     _cut: _Cut = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes, shape = dict(self.sizes), tuple(self.shape)
+        refuse("a layer", _unfit_fields(self), "find_layout makes layers")
+        sizes = {name: int(size) for name, size in self.sizes.items()}
+        shape = tuple(map(int, self.shape))
         try:
             cut = _cut_of(self.pattern, tuple(sizes.items()), shape)
-        except (EinopsError, _PatternError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+        # einops raises a RuntimeError of its own, torch any; a name that is no axis is whatever Python says of it.
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[-1].strip()
             raise ValueError(
                 f"{self.parameter}: the pattern {self.pattern!r} does not fit shape {shape} with sizes {sizes}: "
                 f"{reason}"
@@ -231,6 +239,21 @@ class Layer:
         return self.slices(mask).reshape(self.count, -1).all(1)
 
 
+def _unfit_fields(layer: Layer) -> list[str]:
+    sizes, shape = layer.sizes, layer.shape
+    named = isinstance(sizes, Mapping) and all(isinstance(k, str) and is_integer(v, 1) for k, v in sizes.items())
+    sized = isinstance(shape, tuple | list) and all(is_integer(size, 0) for size in shape)
+    return [
+        *unfit("parameter", isinstance(layer.parameter, str), "the name of a parameter", layer.parameter),
+        *unfit("pattern", isinstance(layer.pattern, str), "a string", layer.pattern),
+        *unfit("sizes", named, "a mapping from axes to integers of at least 1", sizes),
+        *unfit(
+            "shape", sized and math.prod(shape) <= LARGEST, "integers of at least 0, with a product below 2**63", shape
+        ),
+        *unfit("position", is_integer(layer.position, 0), "an integer of at least 0", layer.position),
+    ]
+
+
 def _strided(edited: Tensor, weight: Tensor) -> Tensor:
     """Return an edited tensor with the strides of the weight: by them kernels are chosen, and so the last bits."""
     if edited.stride() == weight.stride() or 0 in weight.stride():
@@ -285,6 +308,8 @@ def _cut_of(pattern: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, 
     apart, together = f"{left} -> {' '.join((*names, *row))}", f"{' '.join((*names, *row))} -> {left}"
     # Of a contiguous tensor, the strides of a view say which of its entries each axis runs through.
     view: Tensor = rearrange(torch.empty(shape, device="meta"), apart, **dict(sizes))
+    if view.dim() > MOST_AXES:
+        raise _PatternError(f"it has {view.dim()} axes, more than {MOST_AXES}")
     axes = tuple(zip(view.shape, view.stride(), strict=True))
     neuron, rows = _joined(axes[: len(names)]), tuple(axis if axis[0] != 1 else (1, 0) for axis in axes[len(names) :])
     defaults = _default_cuts(shape, rows)

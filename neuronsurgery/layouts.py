@@ -6,6 +6,7 @@ import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuronsurgery.checks import are_strings, make_tuples, refuse, unfit
 from neuronsurgery.digests import digest
 from neuronsurgery.errors import counted, listed, nearest
 from neuronsurgery.layers import Layer
@@ -33,7 +35,7 @@ class Layout:
         starts: the flat number of each layer's first neuron.
 
     Raises:
-        ValueError: if two layers are of one parameter.
+        ValueError: if two layers are of one parameter, or the layers and aliases are something else (lists all).
 
     Example:
         >>> from torch import nn
@@ -54,6 +56,8 @@ class Layout:
     _by_name: Mapping[str, Layer] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        make_tuples(self, "layers", "aliases")
+        refuse("a layout", _unfit_fields(self), "Make it with find_layout")
         starts, flat = {}, 0
         for layer in self.layers:
             starts[layer] = flat
@@ -125,11 +129,9 @@ class Layout:
         numbers = np.unique(np.fromiter(flat, dtype=np.int64))
         if len(numbers) and not 0 <= numbers[0] <= numbers[-1] < self.count:
             raise IndexError(f"flat numbers {numbers[0]}..{numbers[-1]} are not all in 0..{self.count - 1}")
-        chosen = {}
-        for layer, start in self.starts.items():
-            low, high = np.searchsorted(numbers, (start, start + layer.count))
-            chosen[layer] = (numbers[low:high] - start).tolist()
-        return Neurons(chosen)
+        bounds = np.searchsorted(numbers, [*self.starts.values(), self.count]).tolist()
+        within = zip(self.starts.items(), bounds, bounds[1:], strict=False)
+        return Neurons({layer: (numbers[low:high] - at).tolist() for (layer, at), low, high in within if low < high})
 
     def flat(self, neurons: Neurons) -> Tensor:
         """Return the flat numbers of some neurons in this layout, int64, in their order.
@@ -164,6 +166,19 @@ class Layout:
         return "\n".join([f"Layout: {said}", *lines])
 
 
+def _unfit_fields(layout: Layout) -> list[str]:
+    layers = isinstance(layout.layers, tuple) and all(isinstance(layer, Layer) for layer in layout.layers)
+    aliases, names = layout.aliases, {layer.parameter for layer in layout.layers} if layers else set()
+    paired = isinstance(aliases, tuple) and all(are_strings(pair) and len(pair) == 2 for pair in aliases)
+    if paired:
+        known = dict(aliases)
+        paired = len(known) == len(aliases) and names.isdisjoint(known)
+    return [
+        *unfit("layers", layers, "a tuple of layers", layout.layers),
+        *unfit("aliases", paired, "pairs of another name, which is no layer's, and a layer's name", aliases),
+    ]
+
+
 # Selecting by hand
 
 
@@ -191,14 +206,15 @@ def select(layout: Layout, chosen: Mapping[str, Indices]) -> Neurons:
     """
     if not isinstance(layout, Layout):
         raise TypeError(f"select takes a Layout, not a {type(layout).__name__}: write select(find_layout(model), ...)")
-    picked: dict[Layer, list[int]] = {}
+    picked: dict[Layer, list[Sequence[int]]] = {}
     for glob, indices in chosen.items():
-        matched = dict.fromkeys(layout[name] for name in matching(glob, layout.names))
+        matched = dict.fromkeys(layout[name] for name in ([glob] if glob in layout else matching(glob, layout.names)))
         if not matched:
             raise KeyError(f"no layer matches '{glob}'{nearest(glob, layout.names)}")
         for layer in matched:
-            picked.setdefault(layer, []).extend(_indices(layer, indices))
-    return Neurons(picked)
+            picked.setdefault(layer, []).append(_indices(layer, indices))
+    # One entry is handed on as it is: all of a layer is a range, which is in order.
+    return Neurons({layer: each[0] if len(each) == 1 else chain(*each) for layer, each in picked.items()})
 
 
 def _indices(layer: Layer, indices: Indices) -> Sequence[int]:
@@ -216,17 +232,18 @@ def _indices(layer: Layer, indices: Indices) -> Sequence[int]:
             f"{layer.parameter}: neurons are chosen by integers, a slice, a boolean mask or ..., not by "
             f"{array.dtype} of shape {array.shape}"
         )
-    outside = [int(index) for index in np.atleast_1d(array) if not 0 <= index < layer.count]
+    array = np.atleast_1d(array)
+    outside = array[(array < 0) | (array >= layer.count)].tolist()
     if outside:
         raise IndexError(f"{layer.parameter} has neurons 0..{layer.count - 1}; out of range: {outside[:10]}")
-    return [int(index) for index in np.atleast_1d(array)]
+    return array.tolist()  # type: ignore[no-any-return]
 
 
 def _masked(layer: Layer, array: np.ndarray) -> Sequence[int]:
     full = tuple(layer.mask(()).shape)
     fits = array.shape in (full, layer.shape)
     if not fits and array.shape == (layer.count,):
-        return [int(index) for index in np.flatnonzero(array)]
+        return np.flatnonzero(array).tolist()
     if not fits:
         raise ValueError(
             f"{layer.parameter}: a mask has shape ({layer.count},) or {full}, not {array.shape}: give one entry per "
@@ -236,7 +253,7 @@ def _masked(layer: Layer, array: np.ndarray) -> Sequence[int]:
     partial = (rows.any(1) & ~rows.all(1)).nonzero().flatten().tolist()
     if partial:
         raise ValueError(f"{layer.parameter}: the mask marks a part of neurons {partial[:10]} only: mark all or none")
-    return [int(index) for index in rows.all(1).nonzero().flatten()]
+    return rows.all(1).nonzero().flatten().tolist()
 
 
 def matching(glob: str, names: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from neuronsurgery.atomic import KEY, write_atomically
 from neuronsurgery.batches import group_members, group_names, ordered_groups
+from neuronsurgery.checks import is_finite, is_integer, is_tensor, refuse, size_of, unfit
 from neuronsurgery.digests import digest
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import listed
@@ -62,6 +63,10 @@ class MemorizationScores(Table):
         unseen: how many were not.
         share: the share of the examples that each model was trained on.
         seed: of the subsets.
+
+    Raises:
+        ValueError: if the tensors are not of one length, the models are not the same number for every example, or an
+            argument is of another type or out of range; lists all.
     """
 
     values: Tensor
@@ -70,6 +75,25 @@ class MemorizationScores(Table):
     unseen: Tensor
     share: float
     seed: int
+
+    def __post_init__(self) -> None:
+        refuse("a value of MemorizationScores", self._unfit(), "memorization_scores makes them")
+
+    def _unfit(self) -> list[str]:
+        shape, sides = (max(1, size_of(self.values)),), (self.seen, self.unseen)
+        counted = all(is_tensor(side, shape, torch.int64) and bool((side >= 1).all()) for side in sides)
+        models = self.seen + self.unseen if counted else None
+        same = models is not None and bool((models == models[0]).all())
+        share = is_finite(self.share) and 0 < self.share < 1
+        return [
+            *unfit("values", is_tensor(self.values, shape), f"floating-point, shape {shape}", self.values),
+            *unfit(
+                "standard_errors", is_tensor(self.standard_errors, shape), f"as values, {shape}", self.standard_errors
+            ),
+            *unfit("seen, unseen", same, f"int64, shape {shape}, at least 1, of the same sum", sides),
+            *unfit("share", share, "a number between 0 and 1", self.share),
+            *unfit("seed", is_integer(self.seed, 0, math.inf), "an integer of at least 0", self.seed),
+        ]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -395,7 +419,7 @@ def _load(run: _Run, model: int, folder: Path) -> Tensor:
             found = json.loads((file.metadata() or {}).get(KEY, "{}"))
             names = list(file.keys())
             outcomes = file.get_tensor("outcomes") if names == ["outcomes"] else None
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): {again}") from error
     if not isinstance(found, dict) or found.get("kind") != "outcomes" or outcomes is None:
         raise ValueError(f"{path} holds no outcomes that memorization_scores wrote: choose another folder")
@@ -406,4 +430,7 @@ def _load(run: _Run, model: int, folder: Path) -> Tensor:
         raise ValueError(f"{path} is of another run; {differing}: choose another folder or empty this one")
     if found.get("sha256") != digest(outcomes):
         raise ValueError(f"{path} was altered or damaged after it was written, its digest does not match: {again}")
-    return _checked_outcomes(outcomes, model, run.n_examples)
+    try:
+        return _checked_outcomes(outcomes, model, run.n_examples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuronsurgery.checks import is_integer, refuse, unfit
 from neuronsurgery.errors import counted, first, listed
 from neuronsurgery.layers import Layer
 
@@ -41,6 +42,11 @@ class Neurons:
     Args:
         chosen: layer -> indices of its neurons, in any order. Layers without indices are left out.
 
+    Raises:
+        TypeError: if `chosen` is no mapping.
+        ValueError: if a key is no layer, an index is no integer or not one of its layer's, or two layers say that one
+            parameter has different shapes; lists all.
+
     Example:
         >>> from neuronsurgery import find_layout, select
         >>> layout = find_layout(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)))
@@ -56,8 +62,14 @@ class Neurons:
     _hash: int
 
     def __init__(self, chosen: Mapping[Layer, Iterable[int]] | None = None) -> None:
-        pairs = [(layer, tuple(sorted(set(indices)))) for layer, indices in (chosen or {}).items()]
-        pairs = [(layer, indices) for layer, indices in pairs if indices]
+        given = {} if chosen is None else chosen
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"Neurons are made of a mapping layer -> indices, not of a {type(given).__name__}: use select"
+            )
+        ascending = {layer: _ascending(indices) for layer, indices in given.items()}
+        refuse("a set of neurons", _unfit_indices(ascending), "Choose neurons with select, topk or sample")
+        pairs = [(layer, indices) for layer, indices in ascending.items() if indices]
         pairs.sort(key=lambda pair: (pair[0].position, pair[0].parameter, pair[0].slicing))
         object.__setattr__(self, "_chosen", dict(pairs))
         object.__setattr__(self, "_hash", hash(frozenset(pairs)))
@@ -159,6 +171,31 @@ class Neurons:
             shown.append(f"{layer.parameter}[{', '.join(labels)}{', ...' * (len(indices) > 8)}]")
         said = f"{counted(len(self), 'neuron')} in {counted(len(self._chosen), 'layer')}"
         return said + (": " + ", ".join(first(shown, 12)) if shown else "")
+
+
+def _ascending(indices: object) -> tuple[int, ...] | None:
+    """Return indices in ascending order, each once, or None where these are no integers."""
+    given = tuple(indices) if isinstance(indices, Iterable) else (None,)
+    if isinstance(indices, range) and indices.step > 0:
+        return given
+    if not set(map(type, given)) <= {int}:  # by their types: there may be a million
+        if not all(is_integer(index) for index in given):
+            return None
+        given = tuple(map(int, given))
+    return tuple(sorted(set(given)))
+
+
+def _unfit_indices(chosen: Mapping[Any, tuple[int, ...] | None]) -> Iterator[str]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, indices in chosen.items():
+        if not isinstance(layer, Layer):
+            yield from unfit("a key", False, "a layer", layer)
+        elif indices is None:
+            yield f"{layer.parameter}: expected integers"
+        elif indices and not 0 <= indices[0] <= indices[-1] < layer.count:
+            yield f"{layer.parameter}: expected indices in 0..{layer.count - 1}, given {indices[0]}..{indices[-1]}"
+        elif shapes.setdefault(layer.parameter, layer.shape) != layer.shape:
+            yield f"{layer.parameter}: of shape {shapes[layer.parameter]} in one layer and {layer.shape} in another"
 
 
 def _refuse_other_shapes(mine: Neurons, theirs: Neurons) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from neuronsurgery.batches import group_members
+from neuronsurgery.checks import are_names, are_strings, is_tensor, make_tuples, refuse, size_of, unfit
 from neuronsurgery.errors import first, inline, listed
 from neuronsurgery.evaluation import GroupMetrics
 from neuronsurgery.paired import paired_interval, paired_p_value
@@ -77,6 +79,10 @@ class Sweep(ByName[str, GroupMetrics]):
         reasons: why the forward pass could not be shared, where it could not; empty if it always was, or if no edit
             changes anything.
         metric: the name of the function that was the metric; of an object that is called, its class's.
+
+    Raises:
+        ValueError: if the metrics are not all of the same groups, there is not one outcome under each edit, one member,
+            index and rank for each example, or an argument is of another type; lists all.
     """
 
     baseline: GroupMetrics
@@ -88,6 +94,42 @@ class Sweep(ByName[str, GroupMetrics]):
     metric: str
     _outcomes: Mapping[str, Outcomes]
     _before: Outcomes
+
+    def __post_init__(self) -> None:
+        make_tuples(self, "members", "reasons")
+        refuse("a Sweep", [*self._unfit_metrics(), *self._unfit_examples()], "sweep makes sweeps")
+
+    def _unfit_metrics(self) -> list[str]:
+        one, every = self.baseline, dict(self.metrics)
+        of_one_kind = all(isinstance(each, GroupMetrics) for each in (one, *every.values()))
+        if not of_one_kind:
+            return unfit("baseline and metrics", of_one_kind, "GroupMetrics", [one, every])
+        same = all(
+            (other.groups, other.counts, other.larger_is_better) == (one.groups, one.counts, one.larger_is_better)
+            for other in every.values()
+        )
+        examples = dict(zip(one.groups, one.counts, strict=True))
+        members = are_names(self.members) and +Counter(self.members) == +Counter(examples)
+        return [
+            *unfit("metrics", same, "GroupMetrics of the baseline's groups, counts and direction", every),
+            *unfit("members", members, f"the group of every example, {examples}", self.members),
+        ]
+
+    def _unfit_examples(self) -> list[str]:
+        size = size_of(self.members)
+        outcomes = [self._before, *self._outcomes.values()]
+        lengths = {sum(n for n, _, _ in each.parts) for each in outcomes}
+        same = tuple(self._outcomes) == tuple(self.metrics) and lengths == {size}
+        ranked = is_tensor(self.ranks, (size,), torch.int64) and bool((self.ranks >= 0).all())
+        return [
+            *unfit(
+                "outcomes", same, f"{size} under each edit and none", f"{sorted(lengths)} of {list(self._outcomes)}"
+            ),
+            *unfit("indices", is_tensor(self.indices, (size,), torch.int64), f"int64, shape ({size},)", self.indices),
+            *unfit("ranks", ranked, f"int64, shape ({size},), none negative", self.ranks),
+            *unfit("reasons", are_strings(self.reasons), "strings", self.reasons),
+            *unfit("metric", isinstance(self.metric, str), "the name of a metric", self.metric),
+        ]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -200,9 +242,10 @@ class Sweep(ByName[str, GroupMetrics]):
         order = sorted(self.labels, key=lambda label: -max(map(abs, changes[label].values()), default=0.0))
         intervals = {label: self.interval(label) for label in order[:ROWS_SHOWN]}
         rows = [
-            [label, *(_change_in_a_cell(changes[label][g], intervals[label][g]) for g in groups)] for label in intervals
+            [str(label), *(_change_in_a_cell(changes[label][g], intervals[label][g]) for g in groups)]
+            for label in intervals
         ]
-        rows += [[label] for label in order[ROWS_SHOWN:]]
+        rows += [[str(label)] for label in order[ROWS_SHOWN:]]
         caption = f"{len(order)} edits over {len(self.members)} examples: change of {self.metric}; bold is settled"
         return caption, ["edit", *first(map(str, self.baseline.groups), GROUPS_SHOWN)], rows
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from neuronsurgery.checks import are_groups, are_integers, is_tensor, make_tuples, refuse, size_of, unfit
 from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
@@ -25,6 +26,9 @@ from neuronsurgery.neurons import Neurons
 from neuronsurgery.results import ByName, same_fields
 from neuronsurgery.surveys import Survey, same_names, survey
 from neuronsurgery.types import Group, Per, Where
+
+WORTH_NARROWING = 10_000
+"""Of fewer neurons, sorting all of them is faster than finding those that need sorting."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +43,7 @@ class Scores(ByName[Group, "Scores"]):
         criterion: what the numbers are.
 
     Raises:
-        ValueError: if the shapes do not agree.
+        ValueError: if the shapes do not agree, or an argument is of another type; lists all.
 
     Example:
         >>> scores = magnitudes(nn.Linear(2, 3, bias=False))
@@ -54,12 +58,26 @@ class Scores(ByName[Group, "Scores"]):
     criterion: str
 
     def __post_init__(self) -> None:
-        expected = (len(self.groups), self.layout.count)
+        make_tuples(self, "groups", "counts")
+        neurons = self.layout.count if isinstance(self.layout, Layout) else 0
+        refuse("a value of Scores", self._unfit(neurons), "group_grad_norms, grad_norms and magnitudes make scores")
+        expected = (len(self.groups), neurons)
         if self.values.shape != expected or len(self.counts) != len(self.groups):
             raise ValueError(
-                f"scores of {len(self.groups)} groups and {self.layout.count} neurons have shape {expected}, not "
+                f"scores of {len(self.groups)} groups and {neurons} neurons have shape {expected}, not "
                 f"{tuple(self.values.shape)}, and as many counts as groups, not {len(self.counts)}"
             )
+
+    def _unfit(self, neurons: int) -> list[str]:
+        shape = tuple(getattr(self.values, "shape", ()))
+        counted = are_integers(self.counts, size_of(self.counts), 0)
+        return [
+            *unfit("values", is_tensor(self.values, shape, torch.float32), "a plain float32 tensor", self.values),
+            *unfit("groups", are_groups(self.groups), "distinct integers or strings", self.groups),
+            *unfit("counts", counted, "integers of at least 0", self.counts),
+            *unfit("layout", neurons > 0, "a Layout that has a neuron", self.layout),
+            *unfit("criterion", isinstance(self.criterion, str), "what the numbers are", self.criterion),
+        ]
 
     @override
     def _names(self) -> tuple[Group, ...]:
@@ -316,13 +334,23 @@ def _largest(scores: Scores, share: Callable[[int], int], per: Per) -> Neurons:
             f"kind: choose per='layer', or score one kind at a time"
         )
     spans = [(start, layer.count) for layer, start in layout.starts.items()] if per == "layer" else [(0, layout.count)]
-    chosen: set[int] = set()
-    for row in scores.values:
-        for start, count in spans:
-            # A stable sort, since torch.topk says nothing of ties.
-            order = row[start : start + count].sort(descending=True, stable=True).indices
-            chosen.update((order[: share(count)] + start).tolist())
-    return layout.neurons(chosen)
+    chosen = [
+        start + _first_largest(row[start : start + count], min(share(count), count))
+        for row in scores.values
+        for start, count in spans
+        if count
+    ]
+    return layout.neurons(torch.cat(chosen).tolist() if chosen else ())
+
+
+def _first_largest(values: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest values, ties to the lower index, of which torch.topk alone says nothing."""
+    if len(values) < WORTH_NARROWING:
+        return values.sort(descending=True, stable=True).indices[:k]
+    least = values.topk(k).values[-1]
+    candidates = (~(values < least)).nonzero().flatten()  # so written, NaN is among them, as it is the largest to topk
+    order = values[candidates].sort(descending=True, stable=True).indices
+    return candidates[order[:k]]
 
 
 def sample(population: Layout | Neurons, k: int, *, seed: int = 0, exclude: Neurons | None = None) -> Neurons:
@@ -362,88 +390,3 @@ def sample(population: Layout | Neurons, k: int, *, seed: int = 0, exclude: Neur
         for layer, indices in left.by_layer().items()
     ]
     return left.where(smallest_tickets(np.concatenate(tickets), int(k)))
-
-
-def ranks(scores: Scores, of: Neurons) -> Tensor:
-    """Return where some neurons rank among all, as percentiles in (0, 100], 100 the largest.
-
-    The percentile of a neuron is the share of all neurons that score no more than it does.
-
-    Args:
-        scores: of G groups.
-        of: the neurons.
-
-    Returns:
-        float64, shape (G, len(of)), columns in the order of `of`.
-
-    Raises:
-        ValueError: if a neuron is not in the scores' layout.
-
-    Example:
-        >>> scores = magnitudes(nn.Linear(4, 8))
-        >>> ranks(scores, of=topk(scores, 1)).tolist()
-        [[100.0]]
-
-    Source:
-        You et al., "The Silent Majority", 2025 (the two histograms).
-    """
-    columns = scores.layout.flat(of)
-    ordered = scores.values.sort(dim=1).values
-    no_more = torch.searchsorted(ordered, scores.values[:, columns].contiguous(), right=True)
-    return 100.0 * no_more.double() / scores.layout.count
-
-
-def contrast(scores: Scores, of: Group, against: Group) -> Scores:
-    """Return log((a + eps) / (b + eps)) of two groups' scores, eps = 1e-12 of the largest of both.
-
-    Args:
-        scores: of at least these two groups, none negative.
-        of: the group a.
-        against: the group b.
-
-    Returns:
-        Scores of one group named "a / b".
-
-    Raises:
-        KeyError: if there is no such group.
-
-    Example:
-        >>> scores = magnitudes(nn.Linear(4, 8))
-        >>> contrast(scores, of="all", against="all").values.abs().max().item()
-        0.0
-    """
-    a, b = scores[of].values.double(), scores[against].values.double()
-    eps = 1e-12 * torch.maximum(a.max(), b.max())
-    if eps == 0:
-        eps = torch.ones((), dtype=torch.float64, device="cpu")  # all scores are zero: no contrast anywhere
-    values = torch.log((a + eps) / (b + eps)).float()
-    count = scores[of].counts[0] + scores[against].counts[0]
-    return Scores(values, (f"{of} / {against}",), (count,), scores.layout, f"log contrast of {scores.criterion}")
-
-
-def overlap(a: Neurons, b: Neurons) -> float:
-    """Return the Jaccard index |a & b| / |a | b| of two sets of neurons; 1 for two empty ones.
-
-    Where the two cut one parameter in several ways (heads and rows), entries are counted in place of neurons.
-
-    Example:
-        >>> from neuronsurgery import find_layout, select
-        >>> layout = find_layout(nn.Linear(2, 4))
-        >>> overlap(select(layout, {"weight": (0, 1)}), select(layout, {"weight": (1, 2)}))
-        0.3333333333333333
-
-    Source:
-        Jaccard, 1901.
-    """
-    both = a | b
-    if any(len(layers) > 1 for layers in both.by_parameter().values()):
-        ours, theirs, united = (_entries(neurons) for neurons in (a, b, both))
-        return (ours + theirs - united) / united
-    united = len(both)
-    return len(a & b) / united if united else 1.0
-
-
-def _entries(neurons: Neurons) -> int:
-    """Return how many entries some neurons cover."""
-    shapes = {layer.parameter: layer.shape for layer in neurons.by_layer()}
-    return sum(int(mask.expand(shapes[name]).sum()) for name, mask in neurons.masks().items())

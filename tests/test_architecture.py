@@ -21,11 +21,12 @@ import neuronsurgery
 
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
-    *("types", "errors", "results", "digests", "draws", "atomic", "precision", "switches", "distributed", "paired"),
-    *("objects", "parametrized", "habits", "caches"),
+    *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
+    *("paired", "objects", "parametrized", "habits", "caches"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
-    *("layers", "neurons", "layouts", "discovery", "scores", "independence", "gradients", "hard"),
-    *("edits", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes", "sweeps", "fragile"),
+    *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
+    *("edits", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes"),
+    *("sweeps", "fragile"),
     *("memorization", "files", "study"),
 ]
 GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "export", "trust", "residual"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import neuronsurgery as ns
+from neuronsurgery import files
 
 LAYOUT = ns.find_layout(built("unet_grouped"), extra="*.bias")
 NEURONS = ns.select(LAYOUT, {"up.weight": (0, 5), "out.weight": 1})
@@ -229,6 +230,131 @@ def test_the_changes_above_are_what_is_noticed(path: Path) -> None:
     """A header that is written again as it was is accepted."""
     path.write_bytes(with_header(path.read_bytes(), lambda header: None))
     assert ns.load_file(path) == rewound()
+
+
+Content = dict[str, Any]
+
+
+def with_content(data: bytes, change: Callable[[Content, dict[str, Tensor]], Any]) -> bytes:
+    """The file with what is in it changed, and a digest that is right for that."""
+    ours, tensors = json.loads(header_of(data)["__metadata__"]["neuronsurgery"]), safetensors.torch.load(data)
+    ours.pop("sha256")
+    change(ours["content"], tensors)
+    ours["sha256"] = files._content_digest(ours, tensors)
+    return safetensors.torch.save(tensors, metadata={"neuronsurgery": json.dumps(ours)})
+
+
+IS = r"edit\.safetensors is damaged: "
+TENSORS = r"edit\.safetensors was altered .*, its tensors are not those of its kind, 'compose':\n  "
+CONSISTENT: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
+    "a layer twice": (
+        lambda c, t: c["edits"][1]["neurons"].append(c["edits"][1]["neurons"][0]),
+        "a layer is there twi",
+    ),
+    "a neuron too far": (
+        lambda c, t: c["edits"][1]["neurons"][0][1].append(99),
+        r"a set of neurons cannot be made of th",
+    ),
+    "a neuron that is a bool": (lambda c, t: c["edits"][1]["neurons"][0][1].append(True), r"[\w.]+: expected integers"),
+    "a factor that is text": (
+        lambda c, t: c["edits"][2].update(factor="2"),
+        r"factor must be a finite number, not '2'",
+    ),
+    "an infinite factor": (
+        lambda c, t: c["edits"][2].update(factor=math.inf),
+        "factor must be a finite number, not inf",
+    ),
+    "an argument too many": (
+        lambda c, t: c["edits"][2].update(power=2),
+        r"unexpected keyword argument 'power'",
+    ),
+    "an argument too few": (lambda c, t: c["edits"][2].pop("factor"), r"missing 1 required .*'factor'"),
+    "a path that is none": (lambda c, t: c["edits"][0].update(path={}), r"the path of a rewind is a string, not \{\}"),
+    "rows of another digest": (
+        lambda c, t: c["edits"][0].update(digest="0"),
+        r"are not those of the digest beside them",
+    ),
+    "rows of another shape": (
+        lambda c, t: t.update({min(t): t[min(t)][None]}),
+        r"a rewind cannot be made of this, 1 wrong:\n  kept: .*\nMake it with rewind.*\nSave it again$",
+    ),
+    "composed within composed": (
+        lambda c, t: c["edits"].append({"kind": "compose", "edits": [], "neurons": []}),
+        r"KeyError\('compose'\)\nSave it again",
+    ),
+}
+UNLIKE: dict[str, tuple[Callable[[Content, dict[str, Tensor]], Any], str]] = {
+    "a tensor too many": (lambda c, t: t.update(x=torch.ones(1)), f"{TENSORS}x: unknown\nSave it again$"),
+    "a tensor too few": (lambda c, t: t.pop(min(t)), rf"{TENSORS}rows\.\w+: missing\nSave it again$"),
+    "a tensor of no numbers": (
+        lambda c, t: t.update({min(t): t[min(t)].to(torch.complex64)}),
+        rf"{TENSORS}rows\.\w+: expected BOOL U8 .* F8_E5M2, found C64 of shape \[",
+    ),
+    "an unknown kind within": (
+        lambda c, t: c["edits"][1].update(kind="graft"),
+        "kind 'graft'; .*registers a kind of your",
+    ),
+    "a kind that is no name": (lambda c, t: c["edits"][1].update(kind=3), r"the header of .* is damaged \(TypeError"),
+    "rows without names": (lambda c, t: c["edits"][0].update(rows=[3, "a"]), rf"{TENSORS}3: missing\n  a: missing\n"),
+    "no edits": (lambda c, t: c.pop("edits"), r"the header of .* is damaged \(KeyError\('edits'\)\): save it again"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [*((change, f"{IS}(.*\n)*.*{said}") for change, said in CONSISTENT.values()), *UNLIKE.values()],
+    ids=[*CONSISTENT, *UNLIKE],
+)
+def test_a_digest_that_is_right_makes_no_value(
+    change: Callable[[Content, dict[str, Tensor]], Any], message: str, path: Path
+) -> None:
+    ns.save_file(ns.compose(rewound(), ns.zero_out(NEURONS), ns.scale(NEURONS, 2.0)), path)
+    data = path.read_bytes()
+    path.write_bytes(with_content(data, lambda content, tensors: None))
+    assert isinstance(ns.load_file(path), ns.Edit)
+    path.write_bytes(with_content(data, change))
+    with pytest.raises(ValueError, match=message):
+        ns.load_file(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"schema": 1e400, "kind": "neurons"}', "[]", "NaN", "null", '{"a": ' * 2000]
+)
+def test_a_header_that_is_no_header(text: str, path: Path) -> None:
+    path.write_bytes(safetensors.torch.save({}, metadata={"neuronsurgery": text}))
+    with pytest.raises(ValueError, match=r"the header of .*edit\.safetensors is damaged \(\w+"):
+        ns.load_file(path)
+
+
+def test_the_header_is_looked_at_before_a_tensor_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ns.save_file(ns.GroupMetrics((0,), (0.5,), (2,)), path)
+    read, original = [], safetensors.safe_open
+
+    class Watched:
+        """An open file that says what is read of it."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.inner = original(*args, **options)
+
+        def __enter__(self) -> Watched:
+            self.inner.__enter__()
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.inner.__exit__(*_)
+
+        def __getattr__(self, name: str) -> Any:
+            read.append(name)
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    assert ns.load_file(path)[0] == 0.5 and "get_tensor" in read
+    read.clear()
+    tensors = {"values": torch.zeros(1000, 1000)}
+    path.write_bytes(safetensors.torch.save(tensors, metadata=header_of(path.read_bytes())["__metadata__"]))
+    with pytest.raises(ValueError, match=r"values: expected F64 of 1 dimensions, found F32 of shape \[1000, 1000\]"):
+        ns.load_file(path)
+    assert "get_slice" in read and "get_tensor" not in read
 
 
 def test_every_byte_of_the_tensors_and_of_our_header_counts(path: Path) -> None:

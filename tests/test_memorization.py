@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,18 @@ def swap(path: Path) -> None:
     path.write_bytes(path.with_name("model-00004.safetensors").read_bytes())
 
 
+def counts(path: Path) -> None:
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[memorization.KEY])
+    outcomes = torch.ones(6, dtype=torch.int64)
+    header["sha256"] = memorization.digest(outcomes)
+    safetensors.torch.save_file({"outcomes": outcomes}, path, {memorization.KEY: json.dumps(header)})
+
+
+def nested(path: Path) -> None:
+    safetensors.torch.save_file({"outcomes": torch.zeros(6)}, path, {memorization.KEY: "[" * 100_000})
+
+
 def foreign(path: Path) -> None:
     safetensors.torch.save_file({"outcomes": torch.zeros(6)}, path)
 
@@ -307,6 +320,8 @@ def foreign(path: Path) -> None:
         (empty, r"model-00003.safetensors is damaged or no safetensors file"),
         (alter, r"was altered or damaged after it was written, its digest does not match: remove this file"),
         (swap, r"is of another run; model: expected 3, found 4"),
+        (counts, r"model-00003.safetensors is damaged \(fit must return a tensor of bool or .*int64 .*\): remove this"),
+        (nested, r"model-00003.safetensors is damaged or no safetensors file \(maximum recursion depth"),
         (foreign, r"holds no outcomes that memorization_scores wrote: choose another folder"),
     ],
 )

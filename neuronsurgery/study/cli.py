@@ -192,7 +192,7 @@ def _add_network_options(group: argparse._ArgumentGroup) -> None:
         help="small_resnet, or any name of torchvision or timm (default: small_resnet; of images on disk, resnet50)",
     )
     group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="initial weights: safetensors or a torch state dict"
+        "--weights", type=Path, metavar="FILE", help="initial weights: safetensors, a torch state dict or a folder"
     )
 
 

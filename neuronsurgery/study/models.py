@@ -11,15 +11,13 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from neuronsurgery.state_dicts import choose_dictionary, find_dictionaries
 from neuronsurgery.study.last_layer import STRENGTHS
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.training import RECIPES, Recipe
@@ -102,23 +100,25 @@ class Built:
 def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: int = 0) -> Built:
     """A network for `classes` classes, with weights from a file or else random ones, and a note that says which.
 
-    Of the file, the prefixes `module.`, `_orig_mod.`, `model.` and `backbone.` are taken off where the network has no
-    such name, and a nested `state_dict` or `model` is opened. The head is left new where the file has none, or one for
-    other classes; everything else must be there and fit. The global random state is left alone.
+    Of the file, the prefixes `module.`, `_orig_mod.`, `model.`, `net.` and `backbone.` are taken off where the network
+    has no such name, and a nested dictionary (`state_dict`, `model`, `ema`, ...) is opened if no other one fits. The
+    head is left new where the file has none, or one for other classes; everything else must be there and fit. The
+    global random state is left alone.
 
     Args:
         arch: "small_resnet", a classification network of torchvision, or a network of timm; where both have the name
             it is torchvision's, unless it begins with "timm:".
         classes: the number of logits, at least 2.
-        weights: a safetensors file, or a state dict that `torch.load(weights_only=True)` reads.
+        weights: a safetensors file, a state dict that `torch.load(weights_only=True)` reads, the index of a sharded
+            one, or a folder of Hugging Face's.
         seed: of the random weights, and of a new head.
 
     Returns:
         The network and the note.
 
     Raises:
-        ValueError: if the name is unknown (the nearest are listed), `classes` is below 2, or the file is not readable
-            or does not fit (everything that does not is listed).
+        ValueError: if the name is unknown (the nearest are listed), `classes` is below 2, the file is not readable or
+            does not fit (everything that does not is listed), or several dictionaries in it do.
         FileNotFoundError: if there is no such file.
         ImportError: if "timm:" is asked for and timm is not installed.
 
@@ -132,16 +132,18 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
     if classes < 2:
         raise ValueError(f"build_model: classes must be at least 2, found {classes}: pass the number of classes")
     construct = _find_constructor(arch)
-    tensors = None if weights is None else _read_weights(Path(weights))  # a bad file is found before a slow network
+    found = None if weights is None else _find_weights(weights)  # a bad file is found before a slow network
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would reseed the GPUs too
         model = construct(classes, seed).float()
     count = sum(parameter.numel() for parameter in model.parameters())
     title = f"{arch}, {count:,} parameters"
     head = _head_names(construct, classes)
-    if weights is None or tensors is None:
+    if weights is None or found is None:
         return Built(model, f"{title}: RANDOM weights (seed {seed}), nothing pre-trained", False, head)
-    fitting = _fit(model, _strip_prefixes(tensors, model.state_dict()), head, f"{weights} does not fit {arch}")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    chosen = choose_dictionary(found, lambda tensors: _fitting(tensors, shapes), weights)
+    fitting = _fit(model, _strip_prefixes(chosen, shapes), head, f"{weights} does not fit {arch}")
     model.load_state_dict(fitting, strict=False)
     said = "head included" if head <= fitting.keys() else f"new head for {classes} classes (seed {seed})"
     return Built(model, f"{title}: weights of {weights}, {said}", True, head)
@@ -253,44 +255,21 @@ def _shapes(construct: Construct, classes: int) -> dict[str, torch.Size]:
 
 # The weights in a file
 
-PREFIXES: Final = ("module.", "_orig_mod.", "model.", "backbone.")
-NESTS: Final = ("state_dict", "model", "model_state_dict")
-
+PREFIXES: Final = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _AUXILIARY: Final = ("AuxLogits.", "aux1.", "aux2.")  # heads of the inceptions that only training looks at
 _SHOWN: Final = 20  # names per kind of misfit in an error
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file: pass the path of a safetensors file or of a state dict")
-    loaded = _load(path)
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in NESTS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    tensors = (
-        {str(name): t for name, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, Mapping) else {}
-    )
-    if not tensors:
-        raise ValueError(f"{path}: expected a state dict, found a {type(loaded).__name__}: save model.state_dict()")
-    return tensors
+def _find_weights(path: PathLike) -> Mapping[str, Mapping[str, Tensor]]:
+    found = find_dictionaries(path)
+    if not found:
+        raise ValueError(f"{path} holds no tensors: save model.state_dict()")
+    return found
 
 
-def _load(path: Path) -> Any:
-    with path.open("rb") as file:
-        start = file.read(9)
-    try:
-        if path.suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of length, then JSON
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected safetensors, found {error}: fetch or write the file again") from error
-    except Exception as error:  # torch.load raises whatever the archive or the unpickler ran into
-        raise ValueError(
-            f"{path}: neither safetensors nor a state dict that torch.load(weights_only=True) reads "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): save model.state_dict() alone"
-        ) from error
+def _fitting(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> int:
+    """How many tensors the network has, too."""
+    return sum(shapes.get(_bare_name(name, shapes)) == tensor.shape for name, tensor in tensors.items())
 
 
 def _strip_prefixes(tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
@@ -305,15 +284,16 @@ def _strip_prefixes(tensors: Mapping[str, Tensor], expected: Collection[str]) ->
 
 
 def _bare_name(name: str, expected: Collection[str]) -> str:
-    bare = name.replace("._orig_mod.", ".")
-    while bare not in expected:
-        prefix = next((prefix for prefix in PREFIXES if bare.startswith(prefix)), None)
+    bare, at, longest = name.replace("._orig_mod.", "."), 0, max(map(len, expected), default=0)
+    # No name that is too long is cut off and compared: a file may have one with a million prefixes.
+    while len(bare) - at > longest or bare[at:] not in expected:
+        prefix = next((prefix for prefix in PREFIXES if bare.startswith(prefix, at)), None)
         if prefix is None:
             # torchvision's own files of densenets are older than its densenets: "denselayer1.norm.1.weight".
-            modern = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", bare)
+            modern = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", bare[at:])
             return modern if modern in expected else name
-        bare = bare.removeprefix(prefix)
-    return bare
+        at += len(prefix)
+    return bare[at:]
 
 
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor], head: frozenset[str], problem: str) -> dict[str, Tensor]:
@@ -334,6 +314,11 @@ def _fit(model: nn.Module, tensors: Mapping[str, Tensor], head: frozenset[str], 
             f"{name} (file {_show(shapes[name])}, network {_show(shape)})"
             for name, shape in expected.items()
             if name in shapes and shapes[name] != shape
+        ],
+        "of no plain numbers": [
+            f"{name} ({tensor.dtype}, {tensor.layout}, on {tensor.device})".replace("torch.", "")
+            for name, tensor in tensors.items()
+            if name in expected and (tensor.is_complex() or tensor.is_quantized or tensor.is_meta or tensor.is_sparse)
         ],
     }
     found = {kind: names for kind, names in misfits.items() if names}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -213,7 +215,64 @@ def test_weights_from_before_batches_were_counted_fit(source: dict[str, Tensor],
     assert build_model(SHUFFLENET, 2, save(old, tmp_path / "old.pt")).pretrained
 
 
+def net(tensors: dict[str, Tensor]) -> object:
+    return {"state_dict": {f"net.{name}": tensor for name, tensor in tensors.items()}, "epoch": 3}
+
+
+def averaged(tensors: dict[str, Tensor]) -> object:
+    return {"ema": {"shadow": tensors}, "critic": {"x": torch.ones(2)}, "optimizer": {"stem.weight": torch.ones(1)}}
+
+
+def cyclic(tensors: dict[str, Tensor]) -> object:
+    checkpoint: dict[str, object] = {"model": tensors}
+    checkpoint["state_dict"] = checkpoint
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Tensor]:
+    return weights_of(build_model("small_resnet", 2, seed=1))
+
+
+@pytest.mark.parametrize("style", [net, averaged, cyclic])
+def test_what_is_unambiguous_is_read(
+    style: Callable[[dict[str, Tensor]], object], small: dict[str, Tensor], tmp_path: Path
+) -> None:
+    assert same(weights_of(build_model("small_resnet", 2, save(style(small), tmp_path / "w.pt"))), small)
+
+
+def test_of_two_dictionaries_that_fit_none_is_taken(small: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save({"net": {f"module.{name}": t for name, t in small.items()}, "ema": dict(small)}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w\.pt holds the dictionaries 'net', 'ema', each of which fits: pass the one"
+    ):
+        build_model("small_resnet", 2, path)
+
+
+def test_a_folder_in_shards(small: dict[str, Tensor], tmp_path: Path) -> None:
+    files = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(small)}
+    for file in set(files.values()):
+        part = {name: small[name].contiguous() for name in small if files[name] == file}
+        safetensors.torch.save_file(part, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    built = build_model("small_resnet", 2, tmp_path)
+    assert same(weights_of(built), small) and built.note.endswith(f"weights of {tmp_path}, head included")
+
+
+def test_a_name_of_a_million_prefixes_takes_little_time() -> None:
+    started = time.monotonic()
+    assert models._bare_name("module." * 200_000 + "x", {"weight"}) == "module." * 200_000 + "x"
+    assert models._bare_name("module." * 200_000 + "weight", {"weight"}) == "weight"
+    assert time.monotonic() - started < 5
+
+
 # Files that do not do
+
+
+def test_tensors_of_no_plain_numbers_are_listed(small: dict[str, Tensor], tmp_path: Path) -> None:
+    path = save({**small, "stem.weight": small["stem.weight"].cfloat()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"  1 of no plain numbers: stem\.weight \(complex64, strided, on cpu\)"):
+        build_model("small_resnet", 2, path)
 
 
 def test_every_misfit_is_listed_at_once(source: dict[str, Tensor], tmp_path: Path) -> None:
@@ -243,10 +302,13 @@ def test_the_weights_of_another_network_are_summed_up(source: dict[str, Tensor],
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, r"expected a state dict, found a dict: save model.state_dict\(\)"),
-        (torch.ones(3), r"expected a state dict, found a Tensor: save model.state_dict\(\)"),
-        (nn.Linear(2, 2), r"neither safetensors nor a state dict that torch.load\(weights_only=True\) reads \("),
-        ({"args": argparse.Namespace(), "model": {}}, r"neither safetensors nor .*save model.state_dict\(\) alone"),
+        ({"epoch": 3}, r"w.pt holds no tensors: save model.state_dict\(\)"),
+        (torch.ones(3), r"w.pt holds a Tensor, not a state dict: save model.state_dict\(\)"),
+        (nn.Linear(2, 2), r"neither a safetensors file nor a state dict that torch.load\(weights_only=True\) reads \("),
+        (
+            {"args": argparse.Namespace(), "model": {}},
+            r"neither a safetensors file nor .*save model.state_dict\(\) alone",
+        ),
     ],
 )
 def test_files_without_a_state_dict(content: object, message: str, tmp_path: Path) -> None:
@@ -257,10 +319,10 @@ def test_files_without_a_state_dict(content: object, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("w.safetensors", b"<html>", r"w.safetensors: expected safetensors, found .*: fetch or write the file again"),
-        ("w.pt", b"\x08\0\0\0\0\0\0\0{broken}", r"w.pt: expected safetensors, found "),
-        ("w.pt", b"<html>not found</html>", r"w.pt: neither safetensors nor a state dict"),
-        ("w.pt", b"", r"w.pt: neither safetensors nor a state dict"),
+        ("w.safetensors", b"<html>", r"w.safetensors is no readable safetensors file .*: write it again"),
+        ("w.pt", b"\x08\0\0\0\0\0\0\0{broken}", r"w.pt is no readable safetensors file "),
+        ("w.pt", b"<html>not found</html>", r"w.pt is neither a safetensors file nor a state dict"),
+        ("w.pt", b"", r"w.pt is neither a safetensors file nor a state dict"),
     ],
 )
 def test_files_that_are_something_else(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -270,7 +332,7 @@ def test_files_that_are_something_else(name: str, content: bytes, message: str, 
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.pt: no such file: pass the path of a safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none.pt: give the path of a safetensors file"):
         build_model("small_resnet", 2, tmp_path / "none.pt")
 
 
