@@ -14,12 +14,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from neuronsurgery.digests import digest
-from neuronsurgery.edits import Edit, checked_neurons, file_kind, finite, without_overlap
+from neuronsurgery.edits import Edit, file_kind, finite, without_overlap
 from neuronsurgery.errors import listed, nearest
 from neuronsurgery.layers import Layer
-from neuronsurgery.neurons import Neurons
+from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import widened
-from neuronsurgery.surveys import same_names
+from neuronsurgery.surveys import SHARDED_REASON, is_sharded, same_names
 from neuronsurgery.types import Checkpoint
 
 # The edit
@@ -133,6 +133,8 @@ def checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, .
         tensor = tensors.get(layer.parameter)
         if not isinstance(tensor, Tensor):
             wrong.append(f"{layer.parameter}: not in the checkpoint{nearest(layer.parameter, tensors)}")
+        elif is_sharded(tensor):
+            wrong.append(f"{layer.parameter}: {SHARDED_REASON}")
         elif tuple(tensor.shape) != layer.shape:
             wrong.append(f"{layer.parameter}: expected shape {layer.shape}, the checkpoint has {tuple(tensor.shape)}")
         else:

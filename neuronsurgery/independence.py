@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neuronsurgery.batches import Batch, Examples
+from neuronsurgery.batches import Batch, Examples, inseparable
 from neuronsurgery.errors import warn
 from neuronsurgery.forward import draws_within
 
@@ -37,7 +37,7 @@ def refuse_dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Te
         UserWarning: if these examples cannot be run alone; says why.
     """
     count = min(ALONE, len(batch) - 1)
-    if count < 1:
+    if count < 1 or inseparable(batch):
         return
     alone = Examples.of(batch).take(range(count)).batch()
     try:
@@ -54,7 +54,8 @@ def refuse_dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Te
             raise ValueError(
                 f"the {what} of {count} examples alone differ from those within their batch, by {difference:.2g} of "
                 f"the largest: the model or the loss looks at the whole batch (batch norm without running statistics, "
-                f"in-batch negatives), and mixed batches are taken apart: pass regroup=False"
+                f"in-batch negatives, pad_packed_sequence without total_length=), and mixed batches are taken apart: "
+                f"pass regroup=False"
             )
 
 

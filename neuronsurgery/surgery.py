@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from typing_extensions import override
 
-from neuronsurgery.copies import copy_structure, make_runner
+from neuronsurgery.copies import computed_copy, copy_structure
 from neuronsurgery.edits import Edit
 from neuronsurgery.objects import tensors_in_attributes
 from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class, parametrizations, remove_parametrization
@@ -139,7 +139,7 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
     """
     surveyed = survey(model)
     planned = plan(edit, surveyed).tensors
-    computed = make_runner(surveyed).parameters
+    computed = computed_copy(surveyed).parameters
     values = {}
     for name, tensor in surveyed.tensors.items():
         if name in planned or _is_view_of(tensor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,6 +40,8 @@ SHARDED = (
     ("ShardedTensor", "torch.distributed._shard.sharded_tensor"),
 )
 """Classes of tensors that are spread over processes, and the modules that define them."""
+
+SHARDED_REASON = "sharded over processes (DTensor or FSDP); gather the full model first"
 
 WRAPPERS = (
     ("_orig_mod", "OptimizedModule", "torch._dynamo.eval_frame"),
@@ -104,7 +106,11 @@ def same_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str | N
     The very name comes first. Without it, the one name that differs by parts of wrappers only: `module.` of DDP,
     `_orig_mod.` of a compiled module, `_checkpoint_wrapped_module.`, and `base_model.model.` and `base_layer.` of
     adapters. A module of the model's own may be called so, too; where two names fit, none is taken.
+
+    Where none is found at all, the names of a module are understood that has the other as its child: all of those
+    wanted differ by the same path in front (the `net.` of a training module), and there is one such path.
     """
+    wanted = list(wanted)
     known = names if isinstance(names, Mapping) else dict.fromkeys(names)
     by_plain: dict[str, list[str]] = {}
     found: dict[str, str | None] = {}
@@ -117,7 +123,23 @@ def same_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str | N
                 by_plain.setdefault(without_wrappers(other), []).append(other)
         fitting = by_plain.get(without_wrappers(name), [])
         found[name] = fitting[0] if len(fitting) == 1 else None
+    if found and not any(found.values()) and by_plain.keys().isdisjoint(map(without_wrappers, found)):
+        found.update(_by_one_path(list(found), by_plain))
     return found
+
+
+def _by_one_path(wanted: Sequence[str], by_plain: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the names that differ from those wanted by one path in front, if there is exactly one; else none."""
+    plain = [without_wrappers(name) for name in wanted]
+    longer = [other.removesuffix(plain[0]) for other in by_plain if other.endswith(f".{plain[0]}")]
+    steps = plain[0].split(".")
+    shorter = [".".join(steps[:end]) + "." for end in range(1, len(steps))]
+    fits = [
+        *([path + name for name in plain] for path in longer),
+        *([name.removeprefix(path) for name in plain] for path in shorter if all(n.startswith(path) for n in plain)),
+    ]
+    known = [names for names in fits if all(len(by_plain.get(name, ())) == 1 for name in names)]
+    return {name: by_plain[other][0] for name, other in zip(wanted, known[0], strict=True)} if len(known) == 1 else {}
 
 
 def without_wrappers(name: str) -> str:
@@ -218,11 +240,20 @@ def survey(model: nn.Module | Survey) -> Survey:
     module is there under its plain name.
 
     Raises:
-        TypeError: if it is given something else.
+        TypeError: if it is given something else, or the model or a part of it is compiled TorchScript.
     """
     if isinstance(model, Survey):
         return model
     root = unwrap(model)
+    modules: dict[nn.Module, str] = {}
+    for prefix, module in _all_modules(root):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module '{prefix.removesuffix('.') or type(module).__name__}' is a compiled TorchScript module, whose "
+                f"weights cannot be shared with a copy: give the model as it was before torch.jit.script or "
+                f"torch.jit.trace"
+            )
+        modules.setdefault(module, prefix.removesuffix("."))
     found = _found(root)
     overlapped = _overlapped(found)
     tensors = {}
@@ -238,9 +269,6 @@ def survey(model: nn.Module | Survey) -> Survey:
             overlapped.get(entry.names[0], ""),
         )
     names = {alias: name for name, tensor in tensors.items() for alias in (name, *tensor.aliases)}
-    modules: dict[nn.Module, str] = {}
-    for prefix, module in _all_modules(root):
-        modules.setdefault(module, prefix.removesuffix("."))
     return Survey(root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules))
 
 
@@ -331,15 +359,52 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
     """Raise one error that lists every tensor the library cannot read or edit, with the reason.
 
     Raises:
-        ValueError: if a tensor is on the meta device, not yet initialised, quantised, sharded, complex, owned by an old
-            weight-norm hook, or in the memory of another one.
+        ValueError: if a tensor is on the meta device, not yet initialised, quantised, in a dtype of 8 bits, sharded,
+            complex, owned by an old weight-norm hook, or in the memory of another one.
     """
-    wrong = [f"{tensor.name}: {reason}" for tensor in tensors if (reason := _unsupported(tensor))]
+    _refuse(
+        [f"{tensor.name}: {reason}" for tensor in tensors if (reason := _unsupported(tensor))],
+        "Give a model with plain floating-point parameters on a real device, or leave these out with where=",
+    )
+
+
+def refuse_unrunnable(surveyed: Survey) -> None:
+    """Raise one error that lists every tensor without which the model cannot run here, with the reason.
+
+    Raises:
+        ValueError: if a tensor is on the meta device, or sharded.
+    """
+    held = {name: tensor.parameter for name, tensor in surveyed.tensors.items()} | {
+        f"{path}.{attribute}".removeprefix("."): buffer
+        for module, path in surveyed.modules.items()
+        for attribute, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    wrong = [f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))]
+    # Between two forward passes FSDP may hold whole tensors, which it takes away again.
+    sharding = [
+        f"{path or 'the model'}: {SHARDED_REASON}"
+        for module, path in surveyed.modules.items()
+        if any(is_a(module, kind, "torch.distributed.fsdp") for kind in ("FSDPModule", "FullyShardedDataParallel"))
+    ]
+    _refuse(wrong or sharding, "Give a model that is here as a whole: load what is offloaded, gather what is sharded")
+
+
+def _refuse(wrong: Sequence[str], instead: str) -> None:
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n"
-            f"Give a model with plain floating-point parameters on a real device, or leave these out with where="
-        )
+        raise ValueError(f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n{instead}")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is spread over processes."""
+    return any(is_a(tensor, kind, module) for kind, module in SHARDED)
+
+
+def _absent(tensor: Tensor) -> str:
+    """Return why the values of a tensor are not here, or ""."""
+    if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+        return "on the meta device, so it has no values; load the weights first"
+    return SHARDED_REASON if is_sharded(tensor) else ""
 
 
 def _unsupported(tensor: SurveyedTensor) -> str:
@@ -353,14 +418,16 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         )
     if isinstance(parameter, UninitializedTensorMixin):
         return "not yet initialised (a lazy module); run the model on one batch first"
-    if parameter.is_meta:
-        return "on the meta device, so it has no values; load the weights first"
-    if any(is_a(parameter, kind, module) for kind, module in SHARDED):
-        return "sharded over processes (DTensor or FSDP); gather the full model first"
+    if reason := _absent(parameter):
+        return reason
     if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"
     if not parameter.dtype.is_floating_point:
         return f"of dtype {str(parameter.dtype).removeprefix('torch.')}; only real floating-point weights have neurons"
+    if parameter.dtype.itemsize < 2:
+        return (
+            f"of dtype {str(parameter.dtype).removeprefix('torch.')}, too narrow to compute in; use bfloat16 or wider"
+        )
     return ""
 
 
