@@ -16,6 +16,7 @@ from neuronsurgery.graph.residual import Branch, residual_branches
 from neuronsurgery.hard import hard_batch
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout, select
+from neuronsurgery.loaders import with_groups
 from neuronsurgery.losses import accuracy, causal_lm_loss, cross_entropy, margin
 from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
@@ -77,5 +78,6 @@ __all__ = [
     "top_fraction",
     "topk",
     "types",
+    "with_groups",
     "zero_out",
 ]

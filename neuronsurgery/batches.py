@@ -7,6 +7,7 @@ A batch is a tree of tensors in one sense everywhere, that of `map_tensors`.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from neuronsurgery.digests import digest
+from neuronsurgery.errors import checked, checked_function
 from neuronsurgery.objects import tensors_within
-from neuronsurgery.types import Group, Loaders
+from neuronsurgery.types import Group
 
 TARGET_KEYS = ("labels", "label", "targets", "y")
 GROUP_KEYS = ("groups", "group", "g")
@@ -37,13 +40,13 @@ class Batch:
     Attributes:
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
-        targets: one target per example, shape (n, ...).
+        targets: one target per example, shape (n, ...); unsigned integers become int64.
         groups: one group per example (n integers or strings), or None.
         indices: the place of each example in a data set (n integers), or None. A `Sweep` keeps them.
 
     Raises:
-        TypeError: if `args` is not a tuple or `kwargs` not a mapping.
-        ValueError: if `targets` has no first dimension or `groups` or `indices` another length.
+        TypeError: if `args` is not a tuple, `kwargs` not a mapping, or `targets` are no numbers.
+        ValueError: if `targets` has no first dimension or is nested, or `groups` or `indices` have another length.
 
     Example:
         >>> batch = Batch((torch.zeros(2, 3),), {}, torch.tensor([0, 1]), torch.tensor([0, 3]))
@@ -65,8 +68,7 @@ class Batch:
                 f"Batch takes a tuple of positional and a mapping of keyword arguments of the model, not "
                 f"{type(self.args).__name__} and {type(self.kwargs).__name__}: write Batch((inputs,), {{}}, targets)"
             )
-        # Not moved to a default device that the caller may have set.
-        targets = self.targets if isinstance(self.targets, Tensor) else torch.as_tensor(self.targets, device="cpu")
+        targets = _as_targets(self.targets)
         if targets.dim() == 0:
             raise ValueError("targets are one per example, shape (n, ...), not a single number: stack them")
         object.__setattr__(self, "targets", targets)
@@ -98,7 +100,47 @@ Unpack: TypeAlias = Callable[[Any], Batch]
 """What a loader yields -> `Batch`."""
 
 
+def _as_targets(given: Any) -> Tensor:
+    """Return targets as a dense tensor, in a dtype that can be compared and indexed."""
+    if not isinstance(given, Tensor):
+        try:
+            # Not moved to a default device that the caller may have set.
+            given = torch.as_tensor(given, device="cpu")
+        except Exception as error:
+            raise TypeError(
+                f"targets are a tensor or numbers, one per example, not {_form(given)}: pass unpack=, a function batch "
+                f"-> Batch that says what of it is the target"
+            ) from error
+    if not is_dense(given):
+        raise ValueError(
+            f"targets are a dense tensor, not {_form(given)}: pad them (torch.nested.to_padded_tensor) or make them "
+            f"dense (to_dense) in the loader, or pass unpack="
+        )
+    return signed(given)
+
+
+def signed(targets: Tensor) -> Tensor:
+    """Return unsigned integers as int64, since torch computes little with them, and anything else as it is."""
+    dtype = targets.dtype
+    return targets.long() if not (dtype.is_signed or dtype == torch.bool) else targets
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor is neither sparse nor nested."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _form(value: Any) -> str:
+    """Return what a value is, in words: "a list of dict"."""
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+    inner = sorted({type(entry).__name__ for entry in value}) if isinstance(value, tuple | list) else ()
+    return f"a {type(value).__name__}" + (f" of {', '.join(inner)}" if inner else "")
+
+
 def _describe(value: Any) -> str:
+    if isinstance(value, Tensor) and not is_dense(value):
+        return _form(value).removeprefix("a ")
     if isinstance(value, Tensor):
         return f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"
     return type(value).__name__
@@ -120,27 +162,11 @@ def group_names(groups: Any) -> tuple[Group, ...]:
     names: tuple[Any, ...] = tuple(g.item() if isinstance(g, Tensor | np.generic) else g for g in groups)
     wrong = sorted({type(name).__name__ for name in names if not isinstance(name, int | str) or isinstance(name, bool)})
     if wrong:
-        raise TypeError(f"groups are integers or strings, not {', '.join(wrong)}: convert them, e.g. groups.long()")
+        raise TypeError(
+            f"groups are integers or strings, not {', '.join(wrong)}: convert them, e.g. groups.long(), or where they "
+            f"are no groups pass unpack="
+        )
     return names
-
-
-def named_loaders(loaders: Loaders) -> Loaders:
-    """Return a mapping of loaders with its keys as groups, those of numpy and torch made Python's; others as they are.
-
-    Raises:
-        TypeError: if a key is no integer or string.
-        ValueError: if two keys come to one name.
-    """
-    if not isinstance(loaders, Mapping):
-        return loaders
-    keys = list(loaders)
-    try:
-        names = group_names(keys)
-    except TypeError as error:
-        raise TypeError(f"the mapping of loaders: {error}") from error
-    if len(set(names)) < len(names):
-        raise ValueError(f"two loaders of the mapping have one name: {', '.join(map(repr, names))}")
-    return dict(zip(names, loaders.values(), strict=True))
 
 
 def ordered_groups(groups: Iterable[Group]) -> list[Group]:
@@ -159,16 +185,18 @@ def group_members(groups: Iterable[Group]) -> dict[Group, list[int]]:
 # Unpacking
 
 
-def unpack_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
+def unpack_batch(raw: Any, unpack: Unpack | None = None, *, grouped: bool = True) -> Batch:
     """Return what a loader yielded as a `Batch`.
 
     Understood are a `Batch`; `(inputs, targets)` and `(inputs, targets, groups)`, with `inputs` a tensor, a tuple or
     list (positional arguments) or a mapping (keyword arguments); and a mapping with `labels` (or `label`, `targets`,
-    `y`), perhaps `groups` (or `group`, `g`), whose other entries are the model's keyword arguments.
+    `y`), perhaps `groups` (or `group`, `g`), whose other entries are the model's keyword arguments. Inputs in a named
+    tuple, a `PackedSequence` too, are one argument.
 
     Args:
         raw: what the loader yielded.
         unpack: the caller's own function raw -> Batch for any other form.
+        grouped: whether groups are wanted; if not, what stands in their place is not looked at.
 
     Returns:
         The batch. Containers of `raw` are never changed.
@@ -185,13 +213,14 @@ def unpack_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
-        return _unpack_mapping(raw)
-    if isinstance(raw, tuple | list) and len(raw) in (2, 3):
+        return _unpack_mapping(raw, GROUP_KEYS, grouped)
+    if isinstance(raw, tuple | list) and len(raw) in (2, 3) and not _names_another_order(raw):
         inputs, targets = raw[0], raw[1]
-        groups = raw[2] if len(raw) == 3 else None
+        groups = raw[2] if len(raw) == 3 and grouped else None
         if isinstance(inputs, Mapping):
             return Batch((), dict(inputs), targets, groups)
-        return Batch(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, targets, groups)
+        several = isinstance(inputs, tuple | list) and not hasattr(inputs, "_fields")
+        return Batch(tuple(inputs) if several else (inputs,), {}, targets, groups)
     form = type(raw).__name__ + (f" of {len(raw)}" if isinstance(raw, tuple | list) else "")
     raise TypeError(
         f"a loader yielded a {form}; understood are (inputs, targets), (inputs, targets, groups), a mapping with "
@@ -199,17 +228,52 @@ def unpack_batch(raw: Any, unpack: Unpack | None = None) -> Batch:
     )
 
 
-def _unpack_mapping(raw: Mapping[Any, Any]) -> Batch:
+def _names_another_order(raw: Any) -> bool:
+    """Return whether a named tuple says that its second is no target, or its third no group."""
+    places = dict.fromkeys(TARGET_KEYS, 1) | dict.fromkeys(GROUP_KEYS, 2)
+    return any(places.get(name, place) != place for place, name in enumerate(getattr(raw, "_fields", ())))
+
+
+def _unpack_mapping(raw: Mapping[Any, Any], known: Sequence[str], grouped: bool = True) -> Batch:
     target_keys = [key for key in TARGET_KEYS if key in raw]
-    group_keys = [key for key in GROUP_KEYS if key in raw]
-    if len(target_keys) != 1 or len(group_keys) > 1:
+    group_keys = [key for key in known if key in raw]
+    if len(target_keys) != 1 or (len(group_keys) > 1 and grouped):
         raise ValueError(
             f"a mapping batch needs exactly one of {TARGET_KEYS} and at most one of {GROUP_KEYS}; this one has the "
             f"keys {sorted(map(str, raw))}. Rename them, or pass unpack=, a function batch -> Batch"
         )
     named = (*target_keys, *group_keys)
     kwargs = {str(key): value for key, value in raw.items() if key not in named}
-    return Batch((), kwargs, raw[target_keys[0]], raw[group_keys[0]] if group_keys else None)
+    return Batch((), kwargs, raw[target_keys[0]], raw[group_keys[0]] if group_keys and grouped else None)
+
+
+def by_key(unpack: Unpack | None, group_key: str | None) -> Unpack | None:
+    """Return how to unpack batches that are mappings, or whose inputs are, with their groups under a key.
+
+    Args:
+        unpack: what the caller passed as `unpack`; returned as it is where there is no key.
+        group_key: the key, or None.
+
+    Raises:
+        TypeError: if both are given, or one is of another kind.
+    """
+    checked_function(unpack, "unpack")
+    if group_key is None:
+        return unpack
+    if unpack is not None:
+        raise TypeError("unpack= says the groups already: give it or group_key=, not both")
+    return functools.partial(_unpack_by_key, checked(group_key, str, "group_key= is the name of an entry, not a {}"))
+
+
+def _unpack_by_key(group_key: str, raw: Any) -> Batch:
+    inputs = raw[0] if isinstance(raw, tuple | list) and len(raw) in (2, 3) else raw
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"group_key={group_key!r} is for batches that are mappings, not for a {_form(raw)[2:]}")
+    if group_key not in inputs:
+        raise KeyError(f"a batch has no {group_key!r}, which group_key= names; its keys are {sorted(map(str, inputs))}")
+    if inputs is raw:
+        return _unpack_mapping(raw, (group_key,))
+    return Batch((), {str(key): inputs[key] for key in inputs if key != group_key}, raw[1], inputs[group_key])
 
 
 # Batches as trees of tensors
@@ -220,14 +284,18 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
     Containers are those that torch's pytree knows: tuples (named ones too), lists, dictionaries and what was registered
     there. Any other object that holds tensors is deep-copied around the new ones, so that it arrives as what it was: a
-    dataclass, a cache, a graph. An object in two places stays one object.
+    dataclass, a cache, a graph. An object in two places stays one object. The batch sizes of a `PackedSequence` stay on
+    the CPU.
     """
-    leaves, structure = pytree.tree_flatten(value)
+    leaves, structure = pytree.tree_flatten(value, is_leaf=_is_packed)
     memo: dict[int, Any] = {}
 
     def replaced(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
+        if _is_packed(leaf):
+            orders = (None if order is None else function(order) for order in leaf[2:])
+            return PackedSequence(function(leaf.data), leaf.batch_sizes.clone(), *orders)
         tensors = list(tensors_within([leaf]))
         if not tensors:
             return leaf
@@ -235,6 +303,10 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         return copy.deepcopy(leaf, memo)
 
     return pytree.tree_unflatten([replaced(leaf) for leaf in leaves], structure)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def move(batch: Batch, device: torch.device | None) -> Batch:
@@ -314,7 +386,18 @@ class Examples:
 
 
 def _is_per_example(leaf: Any, count: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.size(0) == count
+
+
+def inseparable(batch: Batch) -> str:
+    """Return what in a batch cannot be taken apart into examples, in words, or ""."""
+    for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs)), is_leaf=_is_packed):
+        if isinstance(leaf, Tensor):
+            if not is_dense(leaf) and (leaf.is_nested or _is_per_example(leaf, len(batch))):
+                return _form(leaf)
+        elif any(True for _ in tensors_within([leaf])):
+            return f"a {type(leaf).__name__}"
+    return ""
 
 
 def join(parts: Sequence[Examples]) -> Examples:

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from neuronsurgery.checks import finite, is_tensor, refuse, unfit
 from neuronsurgery.digests import digest
-from neuronsurgery.edits import Edit, checked_neurons, file_kind, without_overlap
+from neuronsurgery.edits import Edit, file_kind, without_overlap
 from neuronsurgery.errors import listed, nearest
 from neuronsurgery.layers import Layer
-from neuronsurgery.neurons import Neurons
+from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import widened
 from neuronsurgery.state_dicts import CheckpointError, choose_dictionary, find_dictionaries, wanted_names
 from neuronsurgery.types import Checkpoint

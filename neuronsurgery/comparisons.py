@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuronsurgery.neurons import Neurons
+from neuronsurgery.errors import SCORES, checked
+from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.scores import Scores
 from neuronsurgery.types import Group
 
@@ -34,7 +35,7 @@ def ranks(scores: Scores, of: Neurons) -> Tensor:
     Source:
         You et al., "The Silent Majority", 2025 (the two histograms).
     """
-    columns = scores.layout.flat(of)
+    columns = checked(scores, Scores, SCORES).layout.flat(of)
     ordered = scores.values.sort(dim=1).values
     no_more = torch.searchsorted(ordered, scores.values[:, columns].contiguous(), right=True)
     return 100.0 * no_more.double() / scores.layout.count
@@ -83,7 +84,7 @@ def overlap(a: Neurons, b: Neurons) -> float:
     Source:
         Jaccard, 1901.
     """
-    both = a | b
+    both = checked_neurons(a, "overlap") | checked_neurons(b, "overlap")
     if any(len(layers) > 1 for layers in both.by_parameter().values()):
         ours, theirs, united = (_entries(neurons) for neurons in (a, b, both))
         return (ours + theirs - united) / united

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
-from neuronsurgery.objects import held_by_attributes, kept_attributes
+from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
     give_own_class,
@@ -32,9 +32,10 @@ from neuronsurgery.parametrized import (
     remove_parametrization,
     tensor_attributes,
 )
-from neuronsurgery.surveys import Survey, is_a, is_checkpointed, survey, unwrap
+from neuronsurgery.surveys import Survey, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
+from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,9 @@ class Copy:
 def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = None, buffers: Buffers = "own") -> Copy:
     """Return a new module of the same classes whose parameters are the model's own.
 
-    It is a deep copy in which parameters, hooks and tensors that are not leaves of autograd (cached activations) are
-    shared instead of copied. Nothing of the model changes, and wrappers (DDP, torch.compile) are taken off everywhere.
+    It is a deep copy in which parameters, hooks, tensors that are not leaves of autograd (cached activations), and what
+    refuses a copy and holds no part of a model (locks, files, process groups) are shared. Nothing of the model changes,
+    and wrappers (DDP, torch.compile) are taken off everywhere.
 
     Args:
         surveyed: the model.
@@ -63,17 +65,12 @@ def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = N
         buffers: "own" copies the buffers, "shared" shares them.
 
     Raises:
-        TypeError: if an attribute of a module cannot be copied (a lock, an open file); names module and attribute.
+        TypeError: if an attribute of a module cannot be copied, nor shared; names module and attribute.
         ValueError: if a parameter or buffer is not yet initialised; lists them.
     """
     names = surveyed.modules
     memo: dict[int, Any] = {}
-    for module, name in names.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"module '{name or type(module).__name__}' is a compiled TorchScript module, whose weights "
-                f"cannot be shared with a copy: give the model as it was before torch.jit.script or torch.jit.trace"
-            )
+    for module in names:
         # Not __new__ of the class: a torch.fx.GraphModule makes a new class there and loses its forward.
         memo[id(module)] = object.__new__(type(module))
     _refuse_uninitialised(names)
@@ -195,7 +192,19 @@ def _rebound_function(value: types.FunctionType, memo: Mapping[int, Any], within
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     rebound = _rebound(value, memo)
-    return copy.deepcopy(value, memo) if rebound is value else rebound
+    if rebound is not value:
+        return rebound
+    known = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        for half_done in list(memo)[known:]:
+            del memo[half_done]
+        shared = {id(held): held for held in uncopyable_within(value, memo)}
+        if not shared:
+            raise
+        memo.update(shared)
+        return copy.deepcopy(value, memo)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -260,12 +269,24 @@ class Runner:
         object.__setattr__(self, "attributes", Attributes(self.model))
 
 
-@restoring
 def make_runner(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
-    """Return the copy of a model that scores, evaluation and sweeps run.
+    """Return the copy of a model that scores, evaluation and sweeps run: see `computed_copy`.
 
-    A parametrized tensor is computed once and stands in the copy as a parameter of its own, under its plain name and in
-    its plain place.
+    Args:
+        surveyed: the model.
+        checkpoints: see `computed_copy`.
+
+    Raises:
+        TypeError: if an attribute of a module cannot be copied.
+        ValueError: if a tensor is on the meta device or sharded, or not yet initialised; lists all.
+    """
+    refuse_unrunnable(surveyed)
+    return computed_copy(surveyed, checkpoints=checkpoints)
+
+
+@restoring
+def computed_copy(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
+    """Return a copy of a model in which a parametrized tensor stands as a parameter, computed once, in its plain place.
 
     Args:
         surveyed: the model.
@@ -305,7 +326,7 @@ def eval_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if an attribute of a module cannot be copied; names module and attribute.
-        ValueError: if a parameter or buffer is not yet initialised; lists them.
+        ValueError: if a parameter or buffer is not yet initialised, on the meta device, or sharded; lists them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
@@ -323,7 +344,7 @@ def readable(surveyed: Survey) -> Mapping[str, Tensor]:
         TypeError: if a model with parametrized tensors cannot be copied.
     """
     if any(tensor.parametrized for tensor in surveyed.tensors.values()):
-        return make_runner(surveyed).parameters
+        return computed_copy(surveyed).parameters
     return {name: tensor.parameter for name, tensor in surveyed.tensors.items()}
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from neuronsurgery.batches import Unpack, move, unpack_batch
 from neuronsurgery.copies import make_runner
 from neuronsurgery.discovery import layout_of, refuse_unfit
-from neuronsurgery.errors import inline, warn
+from neuronsurgery.errors import checked_function, inline, warn
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import capture
 from neuronsurgery.graph.operators import (
@@ -31,7 +31,7 @@ from neuronsurgery.graph.operators import (
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
-from neuronsurgery.neurons import Neuron, Neurons
+from neuronsurgery.neurons import Neuron, Neurons, checked_neurons
 from neuronsurgery.surveys import survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Predict
@@ -69,6 +69,7 @@ def coupled(
 
     Raises:
         CaptureError: if the forward pass cannot be captured; says why.
+        TypeError: if `neurons` are no set of neurons, or the model is no module.
         ValueError: if the neurons do not fit the model, or are no output channels but cut by a pattern of one's own.
 
     Example:
@@ -80,9 +81,10 @@ def coupled(
         >>> coupled(select(find_layout(model), {"0.weight": 2}), model, batch)
         4 neurons in 4 layers: 0.weight[2], 0.bias[2], 1.weight[2], 1.bias[2]
     """
+    checked_neurons(neurons, "coupled")
     surveyed = survey(model)
     runner = make_runner(surveyed)
-    unpacked = move(unpack_batch(batch, unpack), runner.device)
+    unpacked = move(unpack_batch(batch, checked_function(unpack, "unpack")), runner.device)
     _refuse_other_patterns(neurons)
     graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
     refuse_unfit(list(neurons.by_layer()), surveyed, runner.parameters, "the neurons do not fit the model")

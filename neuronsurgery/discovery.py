@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 
 from neuronsurgery.copies import readable
-from neuronsurgery.errors import first, listed, nearest
+from neuronsurgery.errors import checked, first, listed, nearest
 from neuronsurgery.layers import COLUMNS, GROUPED_COLUMNS, ROWS, Layer
 from neuronsurgery.layouts import Layout, matching
-from neuronsurgery.surveys import Survey, SurveyedTensor, is_a, refuse_unsupported, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unsupported, survey
 from neuronsurgery.types import Patterns, Where
+from neuronsurgery.wrappers import is_a
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHTED = (
@@ -24,6 +26,9 @@ WEIGHTED = (
 
 NOT_A_LAYER = ("*position_bias_table", "pos_embed*", "position*", "*token")
 """Own parameters of custom modules that have two dimensions but are tables or learnt inputs, by their last name."""
+
+
+PATTERNS = "patterns= is a mapping from globs or names to patterns, not a {}: write {{'fc.weight': 'i n -> n i'}}"
 
 
 def find_layout(
@@ -58,7 +63,8 @@ def find_layout(
         KeyError: if a glob matches nothing; names the nearest parameters.
         ValueError: if nothing is left, a pattern does not fit, or a layer is on the meta device, quantised, sharded, or
             owned by an old weight-norm hook; lists all.
-        TypeError: if the model is no module or cannot be copied (only tried where it is parametrized).
+        TypeError: if the model is no module or cannot be copied (only tried where it is parametrized), or another
+            argument is of another kind.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
@@ -107,7 +113,7 @@ def layout_of(
             f"embeddings; name what you want with extra="
         )
     refuse_unsupported(chosen)
-    by_hand = _by_hand(chosen, patterns or {})
+    by_hand = _by_hand(chosen, checked({} if patterns is None else patterns, Mapping, PATTERNS))
     return Layout(
         _layers(chosen, values, by_hand), tuple((a, tensor.name) for tensor in chosen for a in tensor.aliases)
     )
@@ -251,7 +257,7 @@ def _by_hand(tensors: Sequence[SurveyedTensor], patterns: Patterns) -> dict[str,
 
 
 def _filter(tensors: list[SurveyedTensor], values: Mapping[str, Tensor], where: Where) -> list[SurveyedTensor]:
-    if not callable(where):
+    if not callable(where) or isinstance(where, nn.Module):
         names = _globbed(tensors, where)
         return [tensor for tensor in tensors if tensor.name in names]
     kept = [tensor for tensor in tensors if where(tensor.name, tensor.uses[0].module, values[tensor.name])]
@@ -260,11 +266,18 @@ def _filter(tensors: list[SurveyedTensor], values: Mapping[str, Tensor], where: 
     return kept
 
 
-def _globbed(tensors: Sequence[SurveyedTensor], globs: str | Sequence[str], hint: str = "") -> set[str]:
+def _globbed(tensors: Sequence[SurveyedTensor], globs: Any, hint: str = "") -> set[str]:
     """Return the first names of the tensors that a glob or globs match by any of their names."""
     names = {name: tensor.name for tensor in tensors for name in (tensor.name, *tensor.aliases)}
     kept: set[str] = set()
-    for glob in [globs] if isinstance(globs, str) else globs:
+    every = list(globs) if isinstance(globs, Iterable) and not isinstance(globs, str) else [globs]
+    wrong = sorted({type(glob).__name__ for glob in every if not isinstance(glob, str)})
+    if wrong:
+        raise TypeError(
+            f"layers are chosen by a glob or several, not by a {', '.join(wrong)}; give a Layout as layout=, and "
+            f"neurons to an edit"
+        )
+    for glob in every:
         matched = matching(glob, names)
         if not matched:
             raise KeyError(f"no layer matches '{glob}'{nearest(glob, names)}{hint}")

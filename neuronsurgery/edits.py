@@ -20,9 +20,9 @@ from typing_extensions import override
 
 from neuronsurgery.checks import finite, make_tuples, refuse, unfit
 from neuronsurgery.draws import checked_seed, normals
-from neuronsurgery.errors import first
+from neuronsurgery.errors import checked, first
 from neuronsurgery.layers import Layer
-from neuronsurgery.neurons import Neurons
+from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import wide_dtype, widened
 
 EditT = TypeVar("EditT", bound="type[Edit]")
@@ -77,6 +77,7 @@ def file_kind(name: str) -> Callable[[EditT], EditT]:
         name: what files call the kind. Whoever loads such a file must have registered it, too.
 
     Raises:
+        TypeError: if the name is no string.
         ValueError: if another class has the name.
 
     Example:
@@ -93,6 +94,7 @@ def file_kind(name: str) -> Callable[[EditT], EditT]:
         >>> torch.equal(view.weight[0], -model.weight[0])
         True
     """
+    checked(name, str, "file_kind takes the name that files know an edit by, not a {}: write @file_kind('negate')")
 
     def register(kind: EditT) -> EditT:
         known = KINDS.setdefault(name, kind)
@@ -404,20 +406,6 @@ def compose(*edits: Edit) -> Edit:
 
 
 # Checks
-
-
-def checked_neurons(neurons: Neurons) -> Neurons:
-    """Return the neurons.
-
-    Raises:
-        TypeError: if they are something else.
-    """
-    if not isinstance(neurons, Neurons):
-        raise TypeError(
-            f"an edit takes a set of Neurons, not a {type(neurons).__name__}: choose them with topk, top_fraction, "
-            f"sample or select"
-        )
-    return neurons
 
 
 def without_overlap(neurons: Neurons, what: str) -> Neurons:

@@ -7,9 +7,17 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 EXHAUSTED = "An iterator or generator is exhausted after one pass; give a list or a DataLoader"
 """The end of every message about a loader that yielded nothing."""
+
+SCORES = "scores are what group_grad_norms, grad_norms or magnitudes return, not a {}"
+LAYOUT = "a layout is what find_layout(model) returns, not a {}"
+GRADIENTS = "gradients are a mapping by name, not a {}: {{name: p.grad for name, p in model.named_parameters()}}"
+"""What to say of arguments of another kind."""
+
+T = TypeVar("T")
 
 
 class CaptureError(RuntimeError):
@@ -42,6 +50,28 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun: "1 neuron", "2 neurons"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def checked(value: T, kind: Any, message: str) -> T:
+    """Return a value, if it is of some class.
+
+    Raises:
+        TypeError: if it is not; the message names its class in the place of "{}".
+    """
+    if not isinstance(value, kind):
+        raise TypeError(message.format(type(value).__name__))
+    return value
+
+
+def checked_function(value: T, name: str) -> T:
+    """Return an argument that is a function, or None.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}= is a function, not a {type(value).__name__}: give it as it is, without calling it")
+    return value
 
 
 def warn(message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from neuronsurgery.batches import Unpack, group_members, named_loaders, ordered_groups
+from neuronsurgery.batches import Unpack, by_key, group_members, ordered_groups
 from neuronsurgery.checks import are_groups, are_integers, are_numbers, make_tuples, refuse, size_of, unfit
 from neuronsurgery.copies import make_runner
 from neuronsurgery.distributed import exchange
-from neuronsurgery.errors import EXHAUSTED, inline, listed
+from neuronsurgery.errors import EXHAUSTED, checked, inline, listed
 from neuronsurgery.forward import extract_logits, isolated_forward
-from neuronsurgery.loaders import iterate_groups
+from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, is_larger_better, refuse_unshifted_metrics
 from neuronsurgery.results import ByName
 from neuronsurgery.surveys import survey
@@ -206,6 +206,7 @@ def evaluate(
     larger_is_better: bool | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
+    group_key: str | None = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> GroupMetrics: ...
@@ -220,6 +221,7 @@ def evaluate(
     larger_is_better: bool | Mapping[str, bool] | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
+    group_key: str | None = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> dict[str, GroupMetrics]: ...
@@ -234,6 +236,7 @@ def evaluate(
     larger_is_better: bool | Mapping[str, bool] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    group_key: str | None = None,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> GroupMetrics | dict[str, GroupMetrics]:
@@ -252,6 +255,7 @@ def evaluate(
             Those of the library know theirs.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
+        group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
         progress: whether to write a line of progress to standard error.
         process_group: sum over its ranks, each of which gives its share of the data. None communicates nothing.
 
@@ -260,7 +264,8 @@ def evaluate(
 
     Raises:
         RuntimeError: if another rank failed.
-        TypeError: if a batch has an unknown form, or the name of a group is no integer or string.
+        TypeError: if a batch has an unknown form, the name of a group is no integer or string, or an argument is of
+            another kind.
         ValueError: if a group has no examples, or a metric is not one value per example.
 
     Example:
@@ -273,6 +278,7 @@ def evaluate(
           5: 0.0000 (1 examples)
     """
     metrics = named_metrics(metric)
+    unpack = by_key(unpack, group_key)
     directions = named_directions(metrics, larger_is_better)
     tallies: dict[str, Tally] = {name: Tally() for name in metrics}
     named = named_loaders(loaders)
@@ -293,15 +299,23 @@ def evaluate(
     return results if isinstance(metric, Mapping) else results[""]
 
 
+METRIC = (
+    "a metric is a function (logits, targets) -> one value per example, not a {}: pass accuracy, margin or your own"
+)
+
+
 def named_metrics(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
     """Return metrics by name; a single one is called "".
 
     Raises:
+        TypeError: if one is no function.
         ValueError: if the mapping is empty.
     """
     metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
     if not metrics:
         raise ValueError("the mapping of metrics is empty: give at least one, or leave metric= at its default")
+    for function in metrics.values():
+        checked(function, Callable, METRIC)
     return metrics
 
 

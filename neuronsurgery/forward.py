@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
 from neuronsurgery.copies import Runner
+from neuronsurgery.errors import checked_function
 from neuronsurgery.switches import KERNELS, undoing
 from neuronsurgery.types import Predict
 
@@ -28,10 +30,43 @@ def isolated_forward(runner: Runner, batch: Batch) -> Any:
 
     args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), own)
     try:
-        with random_state_kept(copies), KERNELS.steady():
+        with random_state_kept(copies), KERNELS.steady(), decoder_inputs_given(runner.model, batch):
             return runner.model(*args, **kwargs)
     finally:
         runner.attributes.restore()
+
+
+@contextlib.contextmanager
+def decoder_inputs_given(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Say what to do where a model is run without the inputs of its decoder, which it may have made of its labels.
+
+    Raises:
+        ValueError: if the model misses them, or has made them of other inputs although the targets are its labels.
+    """
+    message = (
+        "the model needs the inputs of its decoder, and labels are targets here, which are never passed to the model: "
+        "give decoder_input_ids in the batch (model.prepare_decoder_input_ids_from_labels(labels)), or pass unpack="
+    )
+    try:
+        yield
+    except Exception as error:
+        # Its decoder may speak of inputs alone, and may be within a module of the caller's.
+        inputs = "inputs_embeds" in str(error) and any(_decodes_other_inputs(m, batch) for m in model.modules())
+        if inputs or "decoder_input" in str(error):
+            raise ValueError(message) from error
+        raise
+    if batch.targets.dim() == 2 and _decodes_other_inputs(model, batch):
+        raise ValueError(message)
+
+
+def _decodes_other_inputs(model: nn.Module, batch: Batch) -> bool:
+    """Return whether a generating encoder-decoder was given no inputs for its decoder: some decode the encoder's."""
+    generates = getattr(model, "can_generate", None)
+    names = list(inspect.signature(model.forward).parameters)
+    if "decoder_input_ids" not in names or not callable(generates) or not generates():
+        return False
+    given = (*names[: len(batch.args)], *batch.kwargs)
+    return not any(name == "labels" or name.startswith("decoder_input") for name in given)
 
 
 @contextlib.contextmanager
@@ -99,12 +134,15 @@ def extract_logits(output: Any, predict: Predict | None, examples: int) -> Tenso
         examples: the number of examples in the batch.
 
     Raises:
-        TypeError: if no logits are found.
-        ValueError: if their first dimension is not `examples`.
+        TypeError: if no logits are found, or `predict` is no function.
+        ValueError: if their first dimension is not `examples`, or they are nested.
     """
+    checked_function(predict, "predict")
     logits = default_predict(output) if predict is None else predict(output)
     if not isinstance(logits, Tensor):
         raise TypeError(f"predict must return the logits, a tensor, not a {type(logits).__name__}")
+    if logits.is_nested:
+        raise ValueError("the model returned nested logits: pass predict=, a function output -> padded logits")
     if logits.dim() == 0 or len(logits) != examples:
         raise LogitsShapeError(
             f"the model returned logits of shape {tuple(logits.shape)} for {examples} examples; the first dimension "

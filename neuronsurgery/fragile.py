@@ -96,7 +96,10 @@ def _refuse_unfit(given: Sweep | Tensor, score: Score) -> tuple[int, int]:
             )
         return len(given.labels), len(given.members)
     if not isinstance(given, Tensor):
-        raise TypeError(f"fragility takes a Sweep or a tensor of margins (edit, example), not {type(given).__name__}")
+        raise TypeError(
+            f"fragility takes a Sweep or a tensor of margins (edit, example), not {type(given).__name__}: write "
+            f"fragility(sweep(model, edits, loaders, metric=margin), targets)"
+        )
     if given.dim() != 2 or len(given) == 0:
         found = tuple(given.shape)
         raise ValueError(f"margins have shape (edits, examples), not {found}: for one edit write values[None]")
@@ -112,6 +115,8 @@ def _remaining(given: Sweep | Tensor, edit: int) -> Tensor:
 
 def _class_indices(targets: Tensor, count: int) -> Tensor:
     """Return the targets as int64, shape (count,), on the CPU."""
+    if not isinstance(targets, Tensor | np.ndarray | list | tuple):
+        raise TypeError(f"targets are a tensor of class indices, one per example, not a {type(targets).__name__}")
     classes = torch.as_tensor(targets, device="cpu").detach()
     if classes.is_floating_point() or classes.is_complex():
         raise TypeError(f"targets are class indices (int), not {classes.dtype}: pass the argmax of probabilities")
@@ -249,7 +254,7 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
             network blind.
 
     Raises:
-        TypeError: if the targets are not integers.
+        TypeError: if the scores or targets are no tensor, or the targets are not integers.
         ValueError: if the shapes do not fit, a score is not finite, the rule is unknown, or a group would have fewer
             than 3 examples: lists all of these.
 
@@ -264,6 +269,11 @@ def infer_groups(fragility: Tensor, targets: Tensor, rule: Literal["tukey"] | fl
     """
     if rule != "tukey" and (not isinstance(rule, float) or not 0 < rule < 1):
         raise ValueError(f"rule is 'tukey' or a share of each class in (0, 1), not {rule!r}")
+    if not isinstance(fragility, Tensor | np.ndarray | list | tuple):
+        raise TypeError(
+            f"infer_groups takes what fragility(sweep, targets) returns, one score per example, not a "
+            f"{type(fragility).__name__}"
+        )
     scores = torch.as_tensor(fragility, device="cpu").detach().double()
     if scores.dim() != 1 or len(scores) == 0:
         raise ValueError(f"fragility is one score per example, shape (N,), not {tuple(scores.shape)}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from neuronsurgery.batches import Batch, Unpack, group_members, move, named_loaders, ordered_groups
+from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import add_up, agreed, exchange
@@ -27,7 +27,7 @@ from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import iterate, iterate_groups, regrouped
+from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrouped
 from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
@@ -243,6 +243,7 @@ def group_grad_norms(
     extra: str | Sequence[str] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    group_key: str | None = None,
     regroup: bool = True,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -268,6 +269,7 @@ def group_grad_norms(
         extra: layers to add, see `find_layout`.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`, for forms that `Batch` does not name.
+        group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
         regroup: whether mixed batches may be taken apart. False is for a loss or a module that looks at the whole batch
             (batch norm without running statistics, in-batch negatives): each batch is one forward pass as it comes, and
             one backward pass for each group in it. Such a dependence is looked for in the first batch.
@@ -302,7 +304,7 @@ def group_grad_norms(
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    loaders = named_loaders(loaders)
+    loaders, unpack = named_loaders(loaders), by_key(unpack, group_key)
     objective = agreed(
         process_group,
         lambda: _objective(model, loss, layout, where, extra, predict),
@@ -310,10 +312,9 @@ def group_grad_norms(
         "the processes score different layers: give each the same model, where= and extra=",
     )
     seen = _Seen()
-    streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums
+    streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums if regroup else _whole_sums
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
-    streams = streams if regroup or isinstance(loaders, Mapping) else _whole_sums
     for group, sums, count in streams(objective, loaders, seen, unpack, progress, process_group):
         if count == 0:
             raise ValueError(f"group {group!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
@@ -351,7 +352,7 @@ def _mapped_sums(
             total.zero_()
         label = f"gradients of {name}" if progress else None
         try:
-            for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label):
+            for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label, grouped=False):
                 _add({name: sums}, objective, batch, {name: None}, seen)
                 count += len(batch)
         except Exception as raised:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neuronsurgery.batches import Batch, Examples, Unpack, group_members, join, move, ordered_groups, signature
+from neuronsurgery.batches import (
+    Batch,
+    Examples,
+    Unpack,
+    by_key,
+    group_members,
+    inseparable,
+    join,
+    move,
+    ordered_groups,
+    signature,
+)
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import EXHAUSTED, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
-from neuronsurgery.loaders import iterate
+from neuronsurgery.loaders import checked_loader, iterate, refuse_partly_grouped
 from neuronsurgery.losses import example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.surveys import survey
 from neuronsurgery.switches import restoring, without_mha_fastpath
@@ -34,6 +46,7 @@ def hard_batch(
     loss: Loss | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    group_key: str | None = None,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Batch:
@@ -51,6 +64,7 @@ def hard_batch(
         loss: (logits, targets) -> one loss per example; default `cross_entropy`.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
+        group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
         progress: whether to write a line of progress to standard error.
         process_group: choose among the examples of all of its ranks, each of which gives its share of the data; every
             rank gets the same batch. None communicates nothing.
@@ -61,6 +75,7 @@ def hard_batch(
 
     Raises:
         RuntimeError: if another rank failed.
+        TypeError: if it is given a mapping of loaders, or a batch has an unknown form.
         ValueError: if `top` or `sample` is less than 1, the seed is negative, there are no examples, their shapes
             differ, they cannot be told from their batch, or a loss is NaN or infinite.
 
@@ -76,16 +91,19 @@ def hard_batch(
     Source:
         You et al., "The Silent Majority", 2025 (256 hardest, 128 of them).
     """
-    if top < 1 or sample < 1:
+    if not all(isinstance(number, int | np.integer) and number >= 1 for number in (top, sample)):
         raise ValueError(f"top and sample must be at least 1, not {top} and {sample}")
-    seed = checked_seed(seed)
+    checked_loader(loader)
+    seed, unpack = checked_seed(seed), by_key(unpack, group_key)
     pools: dict[Group, _Hardest] = {}
     shapes: set[Any] = set()
     error = None
     try:
         runner = make_runner(survey(model))
         with torch.no_grad(), without_mha_fastpath():
-            for batch in iterate(loader, unpack=unpack, progress="hard examples" if progress else None):
+            batches = iterate(loader, unpack=unpack, progress="hard examples" if progress else None)
+            for batch in refuse_partly_grouped(batches) if per_group else batches:
+                _refuse_inseparable(batch)
                 shapes.add(signature(batch))
                 _refuse_several(shapes)
                 logits, losses = _losses(runner, batch, loss, predict)
@@ -102,6 +120,15 @@ def hard_batch(
         raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
     drawn = [pools[group].draw(sample, f"hard\0{seed}\0{group}") for group in ordered_groups(pools)]
     return join(drawn).batch()
+
+
+def _refuse_inseparable(batch: Batch) -> None:
+    whole_only = inseparable(batch)
+    if whole_only:
+        raise ValueError(
+            f"the hardest examples cannot be taken out of a batch that holds {whole_only}: give dense inputs (padded, "
+            f"or by to_dense) in the loader"
+        )
 
 
 def _refuse_several(shapes: set[Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neuronsurgery.batches import Batch, Examples
+from neuronsurgery.batches import Batch, Examples, inseparable
 from neuronsurgery.errors import warn
 from neuronsurgery.forward import LogitsShapeError, draws_within
 
@@ -38,7 +38,7 @@ def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -
         UserWarning: if these examples cannot be run alone; says why.
     """
     count = min(ALONE, len(batch) - 1)
-    if count < 1:
+    if count < 1 or inseparable(batch):
         return ""
     alone = Examples.of(batch).take(range(count)).batch()
     try:
@@ -61,7 +61,7 @@ def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -
             return (
                 f"the {what} of {count} examples alone differ from those within their batch, by {difference:.2g} of "
                 f"the largest: the model or the loss looks at the whole batch (batch norm without running statistics, "
-                f"in-batch negatives)"
+                f"in-batch negatives, pad_packed_sequence without total_length=)"
             )
     return ""
 

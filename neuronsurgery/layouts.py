@@ -16,10 +16,11 @@ from torch import Tensor
 
 from neuronsurgery.checks import are_strings, make_tuples, refuse, unfit
 from neuronsurgery.digests import digest
-from neuronsurgery.errors import counted, listed, nearest
+from neuronsurgery.errors import checked, counted, listed, nearest
 from neuronsurgery.layers import Layer
-from neuronsurgery.neurons import Neuron, Neurons
+from neuronsurgery.neurons import Neuron, Neurons, checked_neurons
 from neuronsurgery.types import Indices
+from neuronsurgery.wrappers import same_names
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,6 +61,7 @@ class Layout:
         refuse("a layout", _unfit_fields(self), "Make it with find_layout")
         starts, flat = {}, 0
         for layer in self.layers:
+            checked(layer, Layer, "a layout is made of layers, not of a {}: write find_layout(model)")
             starts[layer] = flat
             flat += layer.count
         named = {layer.parameter: layer for layer in self.layers}
@@ -100,7 +102,7 @@ class Layout:
             KeyError: if there is none; names the nearest.
         """
         if name not in self._by_name:
-            raise KeyError(f"no layer named '{name}'{nearest(name, self._by_name)}")
+            raise KeyError(f"no layer named '{name}'{nearest(str(name), self._by_name)}")
         return self._by_name[name]
 
     @property
@@ -141,7 +143,7 @@ class Layout:
         """
         wrong: list[str] = []
         numbers: list[int] = []
-        for layer, indices in neurons.by_layer().items():
+        for layer, indices in checked_neurons(neurons, "a layout").by_layer().items():
             if layer.parameter not in self:
                 wrong.append(f"{layer.parameter}: not in the layout{nearest(layer.parameter, self.names)}")
             elif (found := self[layer.parameter]).slicing != layer.slicing:
@@ -182,6 +184,9 @@ def _unfit_fields(layout: Layout) -> list[str]:
 # Selecting by hand
 
 
+CHOSEN = "select takes a mapping from globs or names to indices, not a {}: write {{'fc.weight': (0, 3)}}"
+
+
 def select(layout: Layout, chosen: Mapping[str, Indices]) -> Neurons:
     """Return the set of neurons that a mapping names.
 
@@ -194,7 +199,7 @@ def select(layout: Layout, chosen: Mapping[str, Indices]) -> Neurons:
         KeyError: if a glob matches nothing; names the nearest layers.
         IndexError: if an index is out of range.
         ValueError: if a mask has another shape.
-        TypeError: if the layout is none, or indices are of another type.
+        TypeError: if the layout is none, what is chosen is no mapping, or indices are of another type.
 
     Example:
         >>> from neuronsurgery import find_layout
@@ -207,7 +212,7 @@ def select(layout: Layout, chosen: Mapping[str, Indices]) -> Neurons:
     if not isinstance(layout, Layout):
         raise TypeError(f"select takes a Layout, not a {type(layout).__name__}: write select(find_layout(model), ...)")
     picked: dict[Layer, list[Sequence[int]]] = {}
-    for glob, indices in chosen.items():
+    for glob, indices in checked(chosen, Mapping, CHOSEN).items():
         matched = dict.fromkeys(layout[name] for name in ([glob] if glob in layout else matching(glob, layout.names)))
         if not matched:
             raise KeyError(f"no layer matches '{glob}'{nearest(glob, layout.names)}")
@@ -257,6 +262,14 @@ def _masked(layer: Layer, array: np.ndarray) -> Sequence[int]:
 
 
 def matching(glob: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a glob matches: the very name alone, where there is one."""
+    """Return the names that a glob matches: the very name alone, where there is one.
+
+    Where nothing matches, its brackets stand for themselves (`blocks[0].*`), as they do in keys of a `ModuleDict`, and
+    then it may be a name with the prefixes of wrappers.
+    """
     every = list(names)
-    return [glob] if glob in every else [name for name in every if fnmatch.fnmatchcase(name, glob)]
+    if glob in every:
+        return [glob]
+    globs = (glob, glob.replace("[", "[[]"))
+    found = next(filter(None, ([name for name in every if fnmatch.fnmatchcase(name, said)] for said in globs)), [])
+    return found or [name for name in same_names([glob], every).values() if name is not None]

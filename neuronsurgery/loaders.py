@@ -6,15 +6,32 @@ to see examples of one group only.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, RandomSampler
 
-from neuronsurgery.batches import Batch, Examples, Unpack, group_members, join, move, signature, unpack_batch
+from neuronsurgery.batches import (
+    Batch,
+    Examples,
+    Unpack,
+    group_members,
+    group_names,
+    inseparable,
+    join,
+    move,
+    signature,
+    unpack_batch,
+)
+from neuronsurgery.errors import warn
 from neuronsurgery.types import Group, Loader, Loaders
+
+MANY = 16
+"""More examples than this, of as many groups, are taken for a sign that the groups are none."""
 
 
 def iterate(
@@ -24,6 +41,7 @@ def iterate(
     unpack: Unpack | None = None,
     progress: str | None = None,
     edits: int = 0,
+    grouped: bool = True,
 ) -> Iterator[Batch]:
     """Yield the batches of a loader, unpacked and moved to a device, with a line of progress on standard error.
 
@@ -35,12 +53,13 @@ def iterate(
         unpack: see `unpack_batch`.
         progress: the label of the progress line, or None for silence.
         edits: how many edited models each batch goes through; named in the line if there are any.
+        grouped: whether groups are wanted; if not, what stands in their place is not looked at.
     """
     started = shown = time.monotonic()
     examples = 0
     total = _total(loader)
     for number, raw in enumerate(loader, start=1):
-        batch = unpack_batch(raw, unpack)
+        batch = unpack_batch(raw, unpack, grouped=grouped)
         if len(batch) == 0:
             continue
         yield batch if device is None else move(batch, device)
@@ -60,6 +79,40 @@ def _total(loader: Loader) -> str:
         return f"/{len(loader)}" if isinstance(loader, Sized) else ""
     except TypeError:  # a DataLoader over a stream says only here that it has no length
         return ""
+
+
+def named_loaders(loaders: Loaders) -> Loaders:
+    """Return a mapping of loaders with its keys as groups, those of numpy and torch made Python's; others as they are.
+
+    Raises:
+        TypeError: if a key is no integer or string, or what is given cannot be iterated.
+        ValueError: if two keys come to one name.
+    """
+    if not isinstance(loaders, Mapping):
+        return checked_loader(loaders)
+    for loader in loaders.values():
+        checked_loader(loader)
+    keys = list(loaders)
+    try:
+        names = group_names(keys)
+    except TypeError as error:
+        raise TypeError(f"the mapping of loaders: {error}") from error
+    if len(set(names)) < len(names):
+        raise ValueError(f"two loaders of the mapping have one name: {', '.join(map(repr, names))}")
+    return dict(zip(names, loaders.values(), strict=True))
+
+
+def checked_loader(loader: Loader) -> Loader:
+    """Return one loader.
+
+    Raises:
+        TypeError: if it cannot be iterated, or is a mapping of loaders.
+    """
+    iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+    if isinstance(loader, Mapping | str) or not iterable:
+        instead = "one of its values" if isinstance(loader, Mapping) else "a list of batches or a DataLoader"
+        raise TypeError(f"a loader is an iterable of batches, not a {type(loader).__name__}: give {instead}")
+    return loader
 
 
 def iterate_groups(
@@ -89,7 +142,7 @@ def iterate_groups(
         return
     for name, loader in loaders.items():
         label = None if progress is None else f"{progress} of {name}"
-        for batch in iterate(loader, device=device, unpack=unpack, progress=label, edits=edits):
+        for batch in iterate(loader, device=device, unpack=unpack, progress=label, edits=edits, grouped=False):
             yield [name] * len(batch), batch
 
 
@@ -98,13 +151,33 @@ def refuse_partly_grouped(batches: Iterable[Batch]) -> Iterator[Batch]:
 
     Raises:
         ValueError: if some carry groups and some do not.
+
+    Warns:
+        UserWarning: once, if there are about as many groups as examples.
     """
-    grouped = None
+    grouped, warned, examples = None, False, 0
+    seen: set[Group] = set()
     for batch in batches:
         if grouped is not None and grouped != (batch.groups is not None):
             raise ValueError("some batches carry groups and some do not: give every batch its groups, or none")
         grouped = batch.groups is not None
+        if batch.groups is not None and not warned:
+            seen.update(batch.groups)
+            examples += len(batch)
+            warned = _warn_of_names(len(seen), examples)
         yield batch
+
+
+def _warn_of_names(groups: int, examples: int) -> bool:
+    """Warn where what is taken for groups tells the examples apart, as an index or a path does; return whether."""
+    if not (groups == examples > MANY or groups > max(examples / 2, 100)):
+        return False
+    warn(
+        f"the first {examples} examples of a mixed stream are of {groups} groups: the third of a batch, or what it has "
+        f"under 'group', is taken for the group of each example. If it is an index, a path or the like, leave it out: "
+        f"pass for instance unpack=lambda batch: neuronsurgery.Batch((batch[0],), {{}}, batch[1])"
+    )
+    return True
 
 
 def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
@@ -120,6 +193,15 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
         full = max(full, len(batch))
         members = group_members(batch.groups or ["all"] * len(batch))
         groups |= set(members)
+        whole_only = inseparable(batch)
+        if whole_only and len(members) > 1:
+            raise ValueError(
+                f"a batch of several groups holds {whole_only}, which cannot be taken apart into examples: pass "
+                f"regroup=False, with which each batch runs as it comes, or give a mapping group -> loader"
+            )
+        if whole_only:
+            yield next(iter(members)), batch
+            continue
         shape = signature(batch)
         examples = Examples.of(batch)
         for group, indices in members.items():
@@ -137,3 +219,73 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
             yield oldest[0], waiting.pop(oldest).batch()
     for (group, _), part in waiting.items():
         yield group, part.batch()
+
+
+# Groups from elsewhere
+
+
+def with_groups(loader: Loader, groups: Any, *, unpack: Unpack | None = None) -> Iterable[Batch]:
+    """Return the batches of a loader with a group for each example, as a loader that can be iterated as often.
+
+    Args:
+        loader: an iterable of batches that yields its examples in one order, each time; not changed. Groups that its
+            batches have are replaced.
+        groups: one integer or string per example, in that order, in a tensor, an array or a sequence.
+        unpack: what the loader yields -> `Batch`.
+
+    Returns:
+        An iterable of `Batch`, with a length where the loader has one.
+
+    Raises:
+        TypeError: if it is not one loader, or a group is neither an integer nor a string.
+        ValueError: if a `DataLoader` shuffles, or has another number of examples than there are groups. Of any other
+            loader this is raised when an iteration comes to it.
+
+    Example:
+        >>> data = [(torch.zeros(2, 3), torch.tensor([0, 1])), (torch.ones(1, 3), torch.tensor([1]))]
+        >>> places = with_groups(data, ["land", "water", "land"])
+        >>> [batch.groups for batch in places], len(places)
+        ([('land', 'water'), ('land',)], 2)
+    """
+    checked_loader(loader)
+    names = group_names(groups)
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, Sized) and loader.batch_size is not None:
+        if isinstance(loader.sampler, RandomSampler):
+            raise ValueError(
+                "the DataLoader shuffles, so no order of groups is that of its examples: make it with shuffle=False, "
+                "or let its data set yield the groups"
+            )
+        examples = len(loader.sampler)
+        _refuse_other_number(names, examples - examples % loader.batch_size if loader.drop_last else examples)
+    return _Grouped(loader, names, unpack)
+
+
+def _refuse_other_number(groups: Sequence[Group], examples: int, more: str = "") -> None:
+    if len(groups) != examples:
+        raise ValueError(
+            f"{len(groups)} groups for a loader of {examples} examples{more}: give one group per example, in the order "
+            f"of the loader"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Grouped:
+    """See `with_groups`."""
+
+    loader: Loader
+    groups: tuple[Group, ...]
+    unpack: Unpack | None
+
+    def __iter__(self) -> Iterator[Batch]:
+        start = 0
+        for raw in self.loader:
+            batch = unpack_batch(raw, self.unpack, grouped=False)
+            stop = start + len(batch)
+            if stop > len(self.groups):
+                _refuse_other_number(self.groups, stop, " or more")
+            yield dataclasses.replace(batch, groups=self.groups[start:stop])
+            start = stop
+        _refuse_other_number(self.groups, start)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]  # a TypeError where it has no length, as of a DataLoader

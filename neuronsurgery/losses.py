@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from neuronsurgery.batches import Batch
+from neuronsurgery.batches import Batch, is_dense, signed
+from neuronsurgery.errors import checked, checked_function
 from neuronsurgery.precision import widened
 from neuronsurgery.types import Loss, Metric
 
@@ -33,6 +34,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor([1.3863, 1.3863])
     """
+    targets = _checked_targets(logits, targets)
     wide = widened(logits)
     if targets.is_floating_point():
         if targets.shape != logits.shape or logits.dim() < 2:
@@ -48,6 +50,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"class indices for logits of shape {tuple(logits.shape)} (example, class, ...) have shape "
             f"{tuple(logits.shape[:1] + logits.shape[2:])}, not {tuple(targets.shape)}: reshape them, or pass loss="
+            f"{_other_lengths(logits, targets)}"
         )
     return _mean_over_positions(wide, targets)
 
@@ -79,6 +82,7 @@ def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
         >>> causal_lm_loss(torch.zeros(1, 3, 7), torch.tensor([[2, 5, -100]]))
         tensor([1.9459])
     """
+    targets = _checked_targets(logits, targets)
     if logits.dim() != 3 or targets.shape != logits.shape[:2]:
         raise ValueError(
             f"causal_lm_loss takes logits (example, token, vocabulary) and token ids (example, token), not shapes "
@@ -105,8 +109,8 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
         >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
         tensor([1., 0.])
     """
+    wanted = targets = _checked_targets(logits, targets)
     axis = 2 if is_token_classification(logits, targets) else 1
-    wanted = targets
     if targets.is_floating_point() and targets.shape == logits.shape and logits.dim() > 1:
         refuse_other_than_probabilities(targets, "metric=")
         wanted = targets.argmax(1)
@@ -116,6 +120,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
             f"accuracy needs logits (example, class, ...) of two or more classes and class indices (int) without the "
             f"class dimension, or probabilities with it, not {logits.dtype} of shape {tuple(logits.shape)} and "
             f"{targets.dtype} of shape {tuple(targets.shape)}: convert the targets, or pass metric="
+            f"{_other_lengths(logits, targets)}"
         )
     if wanted is targets:
         refuse_unknown_classes(targets, logits.shape[axis])
@@ -143,6 +148,7 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
         >>> margin(torch.tensor([[2.0, 0.5], [1.0, 3.0]]), torch.tensor([0, 0]))
         tensor([ 1.5000, -2.0000])
     """
+    targets = _checked_targets(logits, targets)
     if logits.dim() != 2 or logits.shape[1] < 2 or targets.shape != logits.shape[:1] or targets.is_floating_point():
         raise ValueError(
             f"margin needs logits (example, class) of two or more classes and one class index (int) per example, not "
@@ -157,6 +163,27 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 # Labels
+
+
+def _checked_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the targets, unsigned integers as int64.
+
+    Raises:
+        TypeError: if one of the two is no tensor.
+    """
+    for name, value in (("logits", logits), ("targets", targets)):
+        checked(value, Tensor, f"{name} are a tensor, not a {{}}: take them out of what the model or the loader gives")
+    return signed(targets)
+
+
+def _other_lengths(logits: Tensor, targets: Tensor) -> str:
+    """Return the end of a message where the logits are of sequences of another length than the labels, or ""."""
+    if logits.dim() != 3 or targets.dim() != 2 or targets.shape[1] in logits.shape[1:]:
+        return ""
+    return (
+        ". Where sequences are as long as the longest of a batch or part, give pad_packed_sequence(..., total_length=) "
+        "the length of the labels, or pass regroup=False"
+    )
 
 
 def refuse_other_than_probabilities(targets: Tensor, instead: str) -> None:
@@ -239,6 +266,8 @@ def refuse_unshifted_labels(logits: Tensor, batch: Batch, default: str, instead:
     labels = batch.targets[counted]
     inputs = [leaf for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor)]
     for tokens in inputs:
+        if not is_dense(tokens):
+            continue
         fits = tokens.shape == batch.targets.shape and not tokens.is_floating_point() and len(labels) > 1
         if fits and torch.equal(tokens.to(labels.device)[counted].long(), labels.long()):
             raise ValueError(
@@ -291,9 +320,10 @@ def example_losses(loss: Loss | None, logits: Tensor, targets: Tensor) -> Tensor
     """Return the loss of each example, shape (n,).
 
     Raises:
+        TypeError: if `loss` is no function.
         ValueError: if `loss` gives something else than one number per example.
     """
-    losses = (loss or cross_entropy)(logits, targets)
+    losses = (cross_entropy if loss is None else checked_function(loss, "loss"))(logits, targets)
     if not isinstance(losses, Tensor) or losses.shape != targets.shape[:1]:
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
         raise ValueError(

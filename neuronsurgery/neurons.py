@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from neuronsurgery.checks import is_integer, refuse, unfit
-from neuronsurgery.errors import counted, first, listed
+from neuronsurgery.errors import checked, counted, first, inline, listed
 from neuronsurgery.layers import Layer
+
+MADE_OF = "Neurons are made of a mapping Layer -> indices, not of a {}: choose them with topk, sample or select"
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,8 @@ class Neurons:
     _hash: int
 
     def __init__(self, chosen: Mapping[Layer, Iterable[int]] | None = None) -> None:
-        given = {} if chosen is None else chosen
-        if not isinstance(given, Mapping):
-            raise TypeError(
-                f"Neurons are made of a mapping layer -> indices, not of a {type(given).__name__}: use select"
-            )
-        ascending = {layer: _ascending(indices) for layer, indices in given.items()}
+        given = checked({} if chosen is None else chosen, Mapping, MADE_OF)
+        ascending = {checked(layer, Layer, MADE_OF): _ascending(indices) for layer, indices in given.items()}
         refuse("a set of neurons", _unfit_indices(ascending), "Choose neurons with select, topk or sample")
         pairs = [(layer, indices) for layer, indices in ascending.items() if indices]
         pairs.sort(key=lambda pair: (pair[0].position, pair[0].parameter, pair[0].slicing))
@@ -145,6 +143,43 @@ class Neurons:
             found.setdefault(layer.parameter, {})[layer] = indices
         return found
 
+    def renamed(self, names: Mapping[str, str] | Callable[[str], str]) -> Neurons:
+        """Return the same neurons of layers that are called otherwise, for a wrapper whose names are not understood.
+
+        Draws go by names: a random edit of the renamed neurons is another draw.
+
+        Args:
+            names: old name of a parameter -> new name, others staying as they are; or a function of the old name.
+
+        Raises:
+            TypeError: if a new name is no string.
+            ValueError: if a mapping renames nothing, or two parameters come to one name; lists these.
+
+        Example:
+            >>> from neuronsurgery import find_layout, select
+            >>> neurons = select(find_layout(torch.nn.Linear(3, 4)), {"weight": (0, 3)})
+            >>> neurons.renamed(lambda name: f"backbone.{name}")
+            2 neurons in 1 layer: backbone.weight[0, 3]
+        """
+        if not isinstance(names, Mapping):
+            checked(names, Callable, "names are a mapping old -> new or a function old -> new, not a {}")
+        old = list(self.by_parameter())
+        if isinstance(names, Mapping) and old and not set(names).intersection(old):
+            raise ValueError(f"names= renames none of the layers of these neurons, which are {inline(old)}")
+        new = {name: names.get(name, name) if isinstance(names, Mapping) else names(name) for name in old}
+        wrong = [f"{name} -> {other!r}" for name, other in new.items() if not isinstance(other, str)]
+        if wrong:
+            raise TypeError(f"a layer is renamed to a string, not {inline(wrong)}")
+        collisions = [f"{name} -> {other}" for name, other in new.items() if list(new.values()).count(other) > 1]
+        if collisions:
+            raise ValueError(f"several layers come to one name: {inline(collisions)}; give each a name of its own")
+        return Neurons(
+            {
+                Layer(new[layer.parameter], layer.pattern, layer.sizes, layer.shape, layer.position): indices
+                for layer, indices in self._chosen.items()
+            }
+        )
+
     def masks(self) -> dict[str, Tensor]:
         """Return the paper's binary mask of each touched parameter: bool, True where chosen, broadcastable to it."""
         masks: dict[str, Tensor] = {}
@@ -196,6 +231,16 @@ def _unfit_indices(chosen: Mapping[Any, tuple[int, ...] | None]) -> Iterator[str
             yield f"{layer.parameter}: expected indices in 0..{layer.count - 1}, given {indices[0]}..{indices[-1]}"
         elif shapes.setdefault(layer.parameter, layer.shape) != layer.shape:
             yield f"{layer.parameter}: of shape {shapes[layer.parameter]} in one layer and {layer.shape} in another"
+
+
+def checked_neurons(neurons: Neurons, taker: str = "an edit") -> Neurons:
+    """Return the neurons.
+
+    Raises:
+        TypeError: if they are something else; the message begins with who takes them.
+    """
+    instead = "choose them with topk, top_fraction, sample or select"
+    return checked(neurons, Neurons, f"{taker} takes a set of Neurons, not a {{}}: {instead}")
 
 
 def _refuse_other_shapes(mine: Neurons, theirs: Neurons) -> None:

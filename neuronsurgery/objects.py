@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import threading
 import types
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -48,6 +50,37 @@ def objects_within(
             yield value
         else:
             queue.extend(gc.get_referents(value))
+
+
+def uncopyable_within(value: Any, known: Container[int] = ()) -> Iterator[Any]:
+    """Yield the objects within a value that refuse a copy and hold no tensor or module: locks, files, process groups.
+
+    A thread or a pool of them counts as one object: a copy of its parts would be no thread.
+
+    Args:
+        value: what cannot be copied.
+        known: ids of objects that are not entered.
+    """
+    queue, seen = [value], set()
+    while queue:
+        held = queue.pop()
+        if id(held) in seen or id(held) in known or isinstance(held, Tensor | nn.Module | type | types.FunctionType):
+            continue
+        seen.add(id(held))
+        if _refuses_copies(held) and not any(True for _ in objects_within([held], (Tensor, nn.Module))):
+            yield held
+        else:
+            queue.extend(gc.get_referents(held))
+
+
+def _refuses_copies(value: Any) -> bool:
+    if isinstance(value, threading.Thread | concurrent.futures.Executor):
+        return True
+    try:
+        value.__reduce_ex__(4)
+    except Exception:
+        return not hasattr(value, "__deepcopy__")
+    return False
 
 
 def kept_attributes(module: nn.Module) -> Mapping[str, Any]:

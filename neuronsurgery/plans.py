@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from neuronsurgery.copies import readable
 from neuronsurgery.discovery import refuse_unfit
 from neuronsurgery.edits import Edit, Part, edited_weight, leaves
-from neuronsurgery.errors import inline, listed
+from neuronsurgery.errors import checked, inline, listed
 from neuronsurgery.layers import Layer
-from neuronsurgery.surveys import Survey, SurveyedTensor, same_names, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, survey
 from neuronsurgery.switches import restoring
+from neuronsurgery.wrappers import same_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,9 @@ def _on_device(part: Part, device: torch.device) -> Part:
     return (layer, index.to(device), None if constants is None else constants.to(device))
 
 
+PARAMS = "params are a mapping name -> tensor, not a {}: give dict(model.named_parameters())"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """An edit as a pure function of a model's tensors: see `plan`.
@@ -75,9 +79,11 @@ class Plan:
                 that the edit does not touch are ignored.
 
         Raises:
+            TypeError: if `params` is no mapping.
             KeyError: if an edited tensor is missing; lists all.
             ValueError: if one has another shape than the model's; lists all.
         """
+        checked(params, Mapping, PARAMS)
         found = {name: _names_of(tensor, params) for name, tensor in self.tensors.items()}
         missing = [name for name, names in found.items() if not names]
         if missing:

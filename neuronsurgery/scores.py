@@ -19,13 +19,14 @@ from neuronsurgery.checks import are_groups, are_integers, is_tensor, make_tuple
 from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
-from neuronsurgery.errors import counted, listed
+from neuronsurgery.errors import GRADIENTS, LAYOUT, SCORES, checked, counted, listed
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
-from neuronsurgery.neurons import Neurons
+from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.results import ByName, same_fields
-from neuronsurgery.surveys import Survey, same_names, survey
+from neuronsurgery.surveys import SHARDED_REASON, Survey, is_sharded, survey
 from neuronsurgery.types import Group, Per, Where
+from neuronsurgery.wrappers import same_names
 
 WORTH_NARROWING = 10_000
 """Of fewer neurons, sorting all of them is faster than finding those that need sorting."""
@@ -225,7 +226,9 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
         Scores of shape (1, M).
 
     Raises:
-        ValueError: if a layer has no entry or one of another shape (lists all), or a gradient is NaN or infinite.
+        TypeError: if the gradients are no mapping, or the layout is none.
+        ValueError: if a layer has no entry, one of another shape or a sharded one (lists all), or a gradient is NaN or
+            infinite.
 
     Example:
         >>> from neuronsurgery import find_layout
@@ -234,8 +237,9 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
         >>> grad_norms({"weight": model.weight.grad}, find_layout(model)).values
         tensor([[5., 5.]])
     """
-    found = same_names(layout.names, gradients)
-    keys = {layout[name].parameter: key for name, key in found.items() if key is not None}
+    first = [layer.parameter for layer in checked(layout, Layout, LAYOUT)]
+    every = (same_names(names, checked(gradients, Mapping, GRADIENTS)) for names in (first, layout.names))
+    keys = {layout[name].parameter: key for found in every for name, key in found.items() if key is not None}
     named: dict[str, Tensor | None] = {}
     wrong = []
     for layer in layout:
@@ -243,6 +247,9 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
             wrong.append(f"{layer.parameter}: no gradient given")
             continue
         gradient = gradients[keys[layer.parameter]]
+        if is_sharded(gradient):
+            wrong.append(f"{layer.parameter}: {SHARDED_REASON}, e.g. gradient.full_tensor()")
+            continue
         named[layer.parameter] = None if gradient is None else gradient.to_dense()
         if gradient is not None and tuple(gradient.shape) != layer.shape:
             wrong.append(f"{layer.parameter}: expected shape {layer.shape}, given {tuple(gradient.shape)}")
@@ -257,13 +264,7 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
 
 
 def by_layout(values: Mapping[str, Tensor], layout: Layout, surveyed: Survey) -> dict[str, Tensor]:
-    """Return the values of a layout's layers by the names that the layout uses, which may be others of a tied tensor.
-
-    Args:
-        values: tensors by their first names.
-        layout: the layers, all of them in the model.
-        surveyed: the model.
-    """
+    """Return values by first name by the names that a layout of the model uses, others of a tied tensor perhaps."""
     return {name: values[known] for name, known in surveyed.first_names(layer.parameter for layer in layout).items()}
 
 
@@ -293,7 +294,7 @@ def topk(scores: Scores, k: int, per: Per = "model") -> Neurons:
     """
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, not {k!r}")
-    if per == "model" and k > scores.layout.count:
+    if per == "model" and k > checked(scores, Scores, SCORES).layout.count:
         raise ValueError(f"k = {k} is more than the {scores.layout.count} neurons of the model: choose fewer")
     return _largest(scores, lambda count: min(int(k), count), per)
 
@@ -318,7 +319,7 @@ def top_fraction(scores: Scores, fraction: float, per: Per = "model") -> Neurons
     Source:
         You et al., "The Silent Majority", 2025.
     """
-    if not 0 < fraction <= 1:
+    if not isinstance(fraction, int | float | np.number) or not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], not {fraction}: 0.01 % is 1e-4")
     return _largest(scores, lambda count: max(1, round(fraction * count)), per)
 
@@ -326,7 +327,7 @@ def top_fraction(scores: Scores, fraction: float, per: Per = "model") -> Neurons
 def _largest(scores: Scores, share: Callable[[int], int], per: Per) -> Neurons:
     if per not in ("model", "layer"):
         raise ValueError(f"per must be 'model' or 'layer', not {per!r}")
-    layout = scores.layout
+    layout = checked(scores, Scores, SCORES).layout
     if per == "model" and len(layout.kinds) > 1:
         found = ", ".join(f"{kind} ({counted(number, 'layer')})" for kind, number in layout.kinds.items())
         raise ValueError(
@@ -378,10 +379,9 @@ def sample(population: Layout | Neurons, k: int, *, seed: int = 0, exclude: Neur
     """
     if isinstance(population, Layout):
         population = population.neurons(range(population.count))
-    if not isinstance(population, Neurons):
-        raise TypeError(f"sample draws from a Layout or from Neurons, not from a {type(population).__name__}")
+    checked(population, Neurons, "sample draws from a Layout or from Neurons, not from a {}: write find_layout(model)")
     seed = checked_seed(seed)
-    left = population - exclude if exclude is not None else population
+    left = population - checked_neurons(exclude, "exclude=") if exclude is not None else population
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= len(left):
         raise ValueError(f"k must be an integer from 1 to the {len(left)} neurons there are to draw from, not {k!r}")
     # Every neuron has a random number of its own; the k smallest are drawn.

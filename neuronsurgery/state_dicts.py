@@ -19,8 +19,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from neuronsurgery.errors import inline
-from neuronsurgery.surveys import same_names, without_wrappers
 from neuronsurgery.types import Checkpoint
+from neuronsurgery.wrappers import same_names, without_wrappers
 
 INDEX = ".index.json"
 IN_FOLDERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")

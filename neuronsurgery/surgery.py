@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from typing_extensions import override
 
-from neuronsurgery.copies import copy_structure, make_runner
+from neuronsurgery.copies import computed_copy, copy_structure
 from neuronsurgery.edits import Edit
 from neuronsurgery.errors import inline
 from neuronsurgery.habits import overwriting, type_of
@@ -28,9 +28,10 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
-from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, is_a, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
+from neuronsurgery.wrappers import is_a
 
 SAVING = (
     ("PreTrainedModel", "transformers.modeling_utils"),
@@ -168,7 +169,7 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
     whole = plan(edit, surveyed)
     refuse_computed(whole, computed_elsewhere(surveyed))
     planned = whole.tensors
-    computed = make_runner(surveyed).parameters
+    computed = computed_copy(surveyed).parameters
     values = {}
     for name, tensor in surveyed.tensors.items():
         if name in planned or _is_view_of(tensor):

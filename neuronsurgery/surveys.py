@@ -8,7 +8,6 @@ change buffers (spectral norm's power iteration in training mode), is named here
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
 from torch.nn.utils.parametrize import is_parametrized
-from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.caches import computed_attributes
 from neuronsurgery.errors import inline, listed
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
+from neuronsurgery.wrappers import is_a, name_within, same_names, unwrap
 
 HOOKED = (
     ("WeightNorm", "torch.nn.utils.weight_norm", "name", "torch.nn.utils.parametrizations.weight_norm"),
@@ -42,100 +41,7 @@ SHARDED = (
 )
 """Classes of tensors that are spread over processes, and the modules that define them."""
 
-WRAPPERS = (
-    ("_orig_mod", "OptimizedModule", "torch._dynamo.eval_frame"),
-    ("_checkpoint_wrapped_module", "ActivationWrapper", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"),
-)
-"""Where wrappers hold the module that they run, their classes, and the modules that define these."""
-
-ADAPTERS = (
-    ("PeftModel", "peft", "base_model"),
-    ("BaseTuner", "peft.tuners.tuners_utils", "model"),
-    ("BaseTunerLayer", "peft.tuners.tuners_utils", "base_layer"),
-)
-"""Classes of adapters, the modules that define them, and the child that adds nothing to names."""
-
-
-# Wrappers
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside wrappers that only run it: of DDP, DataParallel, averaging, compiling, checkpointing.
-
-    Raises:
-        TypeError: if `model` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model is a torch.nn.Module, not a {type(model).__name__}")
-    while (inner := _wrapped(model)) is not None:
-        model = inner
-    return model
-
-
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
-        return model.module
-    for child, kind, module in WRAPPERS:
-        if child in model._modules and is_a(model, kind, module):
-            return model._modules[child]
-    return None
-
-
-def is_a(value: object, kind: str, module: str) -> bool:
-    """Return whether a value is of a class in a module that costs too much to import, or may not be installed.
-
-    Where there is such a value, somebody has imported the module.
-    """
-    found = getattr(sys.modules.get(module), kind, None)
-    return isinstance(found, type) and isinstance(value, found)
-
-
-def _segment(module: nn.Module, name: str) -> str:
-    """Return what a child adds to the names of its tensors: its own name, or nothing within an adapter."""
-    transparent = any(name == child and is_a(module, kind, at) for kind, at, child in ADAPTERS)
-    return "" if transparent else f"{name}."
-
-
-def is_checkpointed(module: nn.Module) -> bool:
-    """Return whether a module runs again in the backward pass of training, instead of keeping its activations."""
-    wrapped = is_a(module, "CheckpointWrapper", WRAPPERS[1][2])
-    return wrapped or (is_a(module, "GradientCheckpointingLayer", "transformers.modeling_layers") and _is_on(module))
-
-
-def _is_on(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
-
-
-# Names of others
-
-
-def same_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str | None]:
-    """Return for each wanted name the one of `names` that is the same but for what wrappers put into it; None if none.
-
-    The very name comes first. Without it, the one name that differs by parts of wrappers only: `module.` of DDP,
-    `_orig_mod.` of a compiled module, `_checkpoint_wrapped_module.`, and `base_model.model.` and `base_layer.` of
-    adapters. A module of the model's own may be called so, too; where two names fit, none is taken.
-    """
-    known = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    by_plain: dict[str, list[str]] = {}
-    found: dict[str, str | None] = {}
-    for name in wanted:
-        if name in known:
-            found[name] = name
-            continue
-        if not by_plain:
-            for other in known:
-                by_plain.setdefault(without_wrappers(other), []).append(other)
-        fitting = by_plain.get(without_wrappers(name), [])
-        found[name] = fitting[0] if len(fitting) == 1 else None
-    return found
-
-
-def without_wrappers(name: str) -> str:
-    """Return a name without the parts that wrappers and adapters put into it."""
-    name = name.removeprefix("base_model.model.")
-    own = ("module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer")
-    return ".".join(part for part in name.split(".") if part not in own)
+SHARDED_REASON = "sharded over processes (DTensor or FSDP); gather the full model first"
 
 
 # The survey
@@ -229,11 +135,20 @@ def survey(model: nn.Module | Survey) -> Survey:
     module is there under its plain name.
 
     Raises:
-        TypeError: if it is given something else.
+        TypeError: if it is given something else, or the model or a part of it is compiled TorchScript.
     """
     if isinstance(model, Survey):
         return model
     root = unwrap(model)
+    modules: dict[nn.Module, str] = {}
+    for prefix, module in _all_modules(root):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module '{prefix.removesuffix('.') or type(module).__name__}' is a compiled TorchScript module, whose "
+                f"weights cannot be shared with a copy: give the model as it was before torch.jit.script or "
+                f"torch.jit.trace"
+            )
+        modules.setdefault(module, prefix.removesuffix("."))
     found = _found(root)
     overlapped = _overlapped(found)
     tensors = {}
@@ -249,9 +164,6 @@ def survey(model: nn.Module | Survey) -> Survey:
             overlapped.get(entry.names[0], ""),
         )
     names = {alias: name for name, tensor in tensors.items() for alias in (name, *tensor.aliases)}
-    modules: dict[nn.Module, str] = {}
-    for prefix, module in _all_modules(root):
-        modules.setdefault(module, prefix.removesuffix("."))
     return Survey(root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules))
 
 
@@ -314,7 +226,7 @@ def _walk(model: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[st
     yield name, path, model
     for key, child in model._modules.items():
         if child is not None and not (key == "parametrizations" and is_parametrized(model)):
-            yield from _walk(unwrap(child), f"{name}{_segment(model, key)}", f"{path}{key}.")
+            yield from _walk(unwrap(child), f"{name}{name_within(model, key)}", f"{path}{key}.")
 
 
 def _all_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -342,15 +254,52 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
     """Raise one error that lists every tensor the library cannot read or edit, with the reason.
 
     Raises:
-        ValueError: if a tensor is on the meta device, not yet initialised, quantised, sharded, complex, owned by an old
-            weight-norm hook, or in the memory of another one.
+        ValueError: if a tensor is on the meta device, not yet initialised, quantised, in a dtype of 8 bits, sharded,
+            complex, owned by an old weight-norm hook, or in the memory of another one.
     """
-    wrong = [f"{tensor.name}: {reason}" for tensor in tensors if (reason := _unsupported(tensor))]
+    _refuse(
+        [f"{tensor.name}: {reason}" for tensor in tensors if (reason := _unsupported(tensor))],
+        "Give a model with plain floating-point parameters on a real device, or leave these out with where=",
+    )
+
+
+def refuse_unrunnable(surveyed: Survey) -> None:
+    """Raise one error that lists every tensor without which the model cannot run here, with the reason.
+
+    Raises:
+        ValueError: if a tensor is on the meta device, or sharded.
+    """
+    held = {name: tensor.parameter for name, tensor in surveyed.tensors.items()} | {
+        f"{path}.{attribute}".removeprefix("."): buffer
+        for module, path in surveyed.modules.items()
+        for attribute, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    wrong = [f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))]
+    # Between two forward passes FSDP may hold whole tensors, which it takes away again.
+    sharding = [
+        f"{path or 'the model'}: {SHARDED_REASON}"
+        for module, path in surveyed.modules.items()
+        if any(is_a(module, kind, "torch.distributed.fsdp") for kind in ("FSDPModule", "FullyShardedDataParallel"))
+    ]
+    _refuse(wrong or sharding, "Give a model that is here as a whole: load what is offloaded, gather what is sharded")
+
+
+def _refuse(wrong: Sequence[str], instead: str) -> None:
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n"
-            f"Give a model with plain floating-point parameters on a real device, or leave these out with where="
-        )
+        raise ValueError(f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n{instead}")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is spread over processes."""
+    return any(is_a(tensor, kind, module) for kind, module in SHARDED)
+
+
+def _absent(tensor: Tensor) -> str:
+    """Return why the values of a tensor are not here, or ""."""
+    if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+        return "on the meta device, so it has no values; load the weights first"
+    return SHARDED_REASON if is_sharded(tensor) else ""
 
 
 def _unsupported(tensor: SurveyedTensor) -> str:
@@ -364,14 +313,16 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         )
     if isinstance(parameter, UninitializedTensorMixin):
         return "not yet initialised (a lazy module); run the model on one batch first"
-    if parameter.is_meta:
-        return "on the meta device, so it has no values; load the weights first"
-    if any(is_a(parameter, kind, module) for kind, module in SHARDED):
-        return "sharded over processes (DTensor or FSDP); gather the full model first"
+    if reason := _absent(parameter):
+        return reason
     if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"
     if not parameter.dtype.is_floating_point:
         return f"of dtype {str(parameter.dtype).removeprefix('torch.')}; only real floating-point weights have neurons"
+    if parameter.dtype.itemsize < 2:
+        return (
+            f"of dtype {str(parameter.dtype).removeprefix('torch.')}, too narrow to compute in; use bfloat16 or wider"
+        )
     return ""
 
 

@@ -16,14 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from neuronsurgery.batches import Unpack, named_loaders
+from neuronsurgery.batches import Unpack, by_key
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
+from neuronsurgery.errors import checked_function
 from neuronsurgery.evaluation import Tally, named_directions, named_metrics
-from neuronsurgery.forward import default_predict, extract_logits
+from neuronsurgery.forward import decoder_inputs_given, default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
-from neuronsurgery.loaders import iterate_groups
+from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Plan, plan
@@ -67,6 +68,7 @@ def sweep(
     larger_is_better: bool | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
+    group_key: str | None = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> Sweep: ...
@@ -82,6 +84,7 @@ def sweep(
     larger_is_better: bool | Mapping[str, bool] | None = ...,
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
+    group_key: str | None = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> dict[str, Sweep]: ...
@@ -97,6 +100,7 @@ def sweep(
     larger_is_better: bool | Mapping[str, bool] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    group_key: str | None = None,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Sweep | dict[str, Sweep]:
@@ -115,6 +119,7 @@ def sweep(
         larger_is_better: the direction of a metric of your own, see `evaluate`.
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
+        group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
         progress: whether to write a line of progress to standard error.
         process_group: gather over its ranks, each of which gives its share of the data. None communicates nothing.
 
@@ -150,6 +155,8 @@ def sweep(
     if wrong:
         raise TypeError(f"edits are what zero_out, scale and the like return, not {', '.join(wrong[:5])}")
     metrics = named_metrics(metric)
+    checked_function(predict, "predict")
+    unpack = by_key(unpack, group_key)
     directions = named_directions(metrics, larger_is_better)
     loaders = named_loaders(loaders)
     tallies = {edit: _Tally(metrics) for edit in dict.fromkeys((BASELINE, *edits.values()))}
@@ -230,10 +237,11 @@ def _run(
     for groups, batch in batches:
         indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
-        for edit, logits in run(batch.args, batch.kwargs, edited):
-            logits = extract_logits(logits, None, len(batch))
-            refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
-            tallies[edit].add(groups, logits, batch.targets)
+        with decoder_inputs_given(runner.model, batch):
+            for edit, logits in run(batch.args, batch.kwargs, edited):
+                logits = extract_logits(logits, None, len(batch))
+                refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
+                tallies[edit].add(groups, logits, batch.targets)
     return _Seen(members, indices, tuple(sorted(forward.reasons)))
 
 

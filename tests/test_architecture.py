@@ -22,7 +22,7 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "habits", "caches"),
+    *("paired", "objects", "parametrized", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
     *("edits", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes"),
@@ -220,7 +220,7 @@ def test_the_study_imports_public_names_only(path: Path) -> None:
 
 
 def test_the_test_of_public_names_can_fail() -> None:
-    assert undocumented("from neuronsurgery.surveys import survey, unwrap") == ["surveys.survey"]
+    assert undocumented("from neuronsurgery.wrappers import is_a, unwrap") == ["wrappers.is_a"]
     assert undocumented("from neuronsurgery.study.data import synthetic\nimport neuronsurgery as ns") == []
 
 

@@ -17,7 +17,8 @@ from zoo import CASES, Case, Residual, SharedModule, fast_case, small_case
 
 import neuronsurgery as ns
 from neuronsurgery.copies import copy_structure, eval_copy
-from neuronsurgery.surveys import survey, unwrap
+from neuronsurgery.surveys import survey
+from neuronsurgery.wrappers import unwrap
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import neuronsurgery as ns
 from neuronsurgery import state_dicts
 from neuronsurgery.state_dicts import choose_dictionary, find_dictionaries, wanted_names
-from neuronsurgery.surveys import without_wrappers
+from neuronsurgery.wrappers import without_wrappers
 
 EXPECTED = ns.rewind(NEURONS, THEN)
 OTHERS = {name: tensor + 1 for name, tensor in THEN.items()}

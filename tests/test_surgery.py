@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -447,16 +446,26 @@ def test_a_view_that_has_run_can_be_viewed_and_baked(case: Case) -> None:
     assert not parameters(ns.bake(ns.compose(), view)) & parameters(model)
 
 
-class Caching(nn.Module):
-    """Keeps an activation, a parameter in a list, and a lock if asked to."""
+class Unique:
+    """Refuses a copy, and holds a module."""
 
-    def __init__(self, lock: bool = False) -> None:
+    def __init__(self, held: nn.Module) -> None:
+        self.held = held
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("there is one of it")
+
+
+class Caching(nn.Module):
+    """Keeps an activation, a parameter in a list, and something that cannot be copied if asked to."""
+
+    def __init__(self, guarded: bool = False) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
         self.kept: list[Tensor] = []
         self.loose = [nn.Parameter(torch.ones(3))]
-        if lock:
-            self.inner[1].guard = threading.Lock()
+        if guarded:
+            self.inner[1].guard = Unique(nn.Linear(2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.inner[0](x)
@@ -487,8 +496,8 @@ def test_a_touched_parameter_that_a_plain_attribute_holds_too_is_refused_by_the_
     assert ns.apply(cut(model, {"inner.0.weight": 1}), model).loose[1] is model.inner[1].weight
 
 
-def test_a_lock_is_an_error_that_names_module_and_attribute() -> None:
-    model = Caching(lock=True)
+def test_what_cannot_be_copied_is_an_error_that_names_module_and_attribute() -> None:
+    model = Caching(guarded=True)
     for function in (ns.apply, ns.bake):
         with pytest.raises(TypeError, match=r"attribute 'guard' of module 'inner\.1' \(Linear\) cannot be copied"):
             function(cut(model), model)

@@ -19,7 +19,8 @@ from zoo import CASES
 
 import neuronsurgery as ns
 from neuronsurgery import surveys
-from neuronsurgery.surveys import same_names, survey
+from neuronsurgery.surveys import survey
+from neuronsurgery.wrappers import same_names
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([0, 1, 2] * 2)

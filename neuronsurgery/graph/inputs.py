@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from neuronsurgery.batches import is_dense
 from neuronsurgery.errors import CaptureError
 
 Dims: TypeAlias = tuple[frozenset[int], ...]
@@ -49,10 +50,12 @@ class Inputs:
     @property
     def signature(self) -> Hashable:
         """What a check holds for: the kind, and the shapes and strides of the tensors."""
-        return self.kind, tuple((tensor.shape, _strides(tensor)) for tensor in self.tensors)
+        return self.kind, tuple(_measures(tensor) for tensor in self.tensors)
 
     def refuse_objects(self) -> None:
         """Raise where an input is neither a dense tensor nor a plain value, and cannot be told from another one."""
+        if any(tensor.is_nested for tensor in self.tensors):
+            raise CaptureError("an input is a nested tensor")
         if any(tensor.layout != torch.strided for tensor in self.tensors):
             raise CaptureError("an input is a sparse tensor")
         plain = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -66,8 +69,11 @@ class Inputs:
 _TENSOR = type("_Tensor", (), {"__repr__": lambda _: "<tensor>"})()
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    return tensor.stride() if tensor.layout == torch.strided else None
+def _measures(tensor: Tensor) -> Hashable:
+    """Return shape and strides, as far as a tensor has any; none of a nested one, which no graph is made for."""
+    if tensor.is_nested:
+        return None
+    return tensor.shape, tensor.stride() if is_dense(tensor) else None
 
 
 def batch_dims(tensors: Sequence[Tensor]) -> Dims:

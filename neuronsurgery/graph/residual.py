@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from neuronsurgery.batches import Unpack, move, unpack_batch
 from neuronsurgery.copies import make_runner
 from neuronsurgery.discovery import layout_of
+from neuronsurgery.errors import checked_function
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import capture
 from neuronsurgery.graph.operators import FILLED, LOOKUPS, RECURRENT, SUMS, operator_name
@@ -101,7 +102,7 @@ def residual_branches(
     """
     surveyed = survey(model)
     runner = make_runner(surveyed)
-    unpacked = move(unpack_batch(batch, unpack), runner.device)
+    unpacked = move(unpack_batch(batch, checked_function(unpack, "unpack")), runner.device)
     graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
     flow = _Flow(graph, layout_of(surveyed, runner.parameters))
     branches: list[Branch] = []

@@ -31,9 +31,9 @@ from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
 from neuronsurgery.study.readers import FromDisk, ImageBatches
 from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest, made_once
-from neuronsurgery.surveys import unwrap
 from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Loader, Where
+from neuronsurgery.wrappers import unwrap
 
 SplitSource: TypeAlias = Embedded | FromDisk
 """A source of training images that can be picked one by one."""
