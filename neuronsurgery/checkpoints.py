@@ -181,6 +181,8 @@ def checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, .
 
 def _misfit(layer: Layer, tensor: Tensor) -> str:
     """Return why a tensor has no rows for a layer, or ""."""
+    if is_sharded(tensor):
+        return SHARDED_REASON
     if tuple(tensor.shape) != layer.shape:
         return f"expected shape {layer.shape}, the checkpoint has {tuple(tensor.shape)}"
     if not is_tensor(tensor, layer.shape) or tensor.is_meta:

@@ -61,7 +61,7 @@ def contrast(scores: Scores, of: Group, against: Group) -> Scores:
         >>> contrast(scores, of="all", against="all").values.abs().max().item()
         0.0
     """
-    a, b = scores[of].values.double(), scores[against].values.double()
+    a, b = (checked(scores, Scores, SCORES)[group].values.double() for group in (of, against))
     eps = 1e-12 * torch.maximum(a.max(), b.max())
     if eps == 0:
         eps = torch.ones((), dtype=torch.float64, device="cpu")  # all scores are zero: no contrast anywhere

@@ -58,10 +58,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         make_tuples(self, "layers", "aliases")
+        for layer in self.layers if isinstance(self.layers, tuple) else ():
+            checked(layer, Layer, "a layout is made of layers, not of a {}: write find_layout(model)")
         refuse("a layout", _unfit_fields(self), "Make it with find_layout")
         starts, flat = {}, 0
         for layer in self.layers:
-            checked(layer, Layer, "a layout is made of layers, not of a {}: write find_layout(model)")
             starts[layer] = flat
             flat += layer.count
         named = {layer.parameter: layer for layer in self.layers}

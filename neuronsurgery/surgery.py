@@ -393,16 +393,22 @@ class _Refusal:
         return self if copied is None else type(self)(copied, self.method, "")
 
 
+def _changes_nothing(module: nn.Module, conversion: Callable[[Tensor], Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            return all(conversion(tensor) is tensor for tensor in (*module.parameters(), *module.buffers()))
+    except Exception:  # a device that is not there
+        return False
+
+
 class _Conversion(_Refusal):
     """Stands for `_apply`, through which a module is converted: trainers move a model to where it is already."""
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
-        if self.reason and module is not None:
-            with torch.no_grad():
-                if all(args[0](tensor) is tensor for tensor in (*module.parameters(), *module.buffers())):
-                    return module
+        if self.reason and module is not None and _changes_nothing(module, args[0]):
+            return module
         return super().__call__(*args, **kwargs)
 
 

@@ -74,10 +74,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"epoch": 3},
         r"3 layers cannot be rewound to .*\n  up\.weight: not in the checkpoint; there are none at all",
     ),
-    "a prefix of some names only": (
-        {**prefixed("net."), "loss.weight": torch.ones(2)},
-        r"up\.weight: not in the checkpoint; nearest are 'net\.up\.weight'",
-    ),
     "sparse": ({**THEN, "out.weight": THEN["out.weight"].to_sparse()}, r"out\.weight: expected plain .*sparse_coo"),
     "complex": ({**THEN, "out.weight": THEN["out.weight"].cfloat()}, r"out\.weight: .*the checkpoint has complex64"),
     "without values": ({**THEN, "out.weight": THEN["out.weight"].to("meta")}, r"out\.weight: .* on meta"),

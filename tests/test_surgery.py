@@ -626,7 +626,6 @@ REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "to device": lambda view: view.to("meta"),
     "half": lambda view: view.half(),
     "cuda": lambda view: view.cuda(),
-    "cpu": lambda view: view.cpu(),
     "to_empty": lambda view: view.to_empty(device="cpu"),
     "share_memory": lambda view: view.share_memory(),
     "load_state_dict": lambda view: view.load_state_dict(view.state_dict()),
