@@ -19,6 +19,7 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import widened
 from neuronsurgery.state_dicts import CheckpointError, choose_dictionary, find_dictionaries, wanted_names
+from neuronsurgery.surveys import SHARDED_REASON, is_sharded
 from neuronsurgery.types import Checkpoint
 
 SHOWN = 10
