@@ -38,13 +38,16 @@ def blank_caches(module: nn.Module, known: Mapping[int, Any]) -> dict[str, Any]:
         name: _emptied(value) for name, value in _of_the_class(type_of(module)).items() if name not in vars(module)
     }
     for name, value in _holding_tensors(module, known):
-        start = habits_of(type_of(module)).starts.get(name)
         if isinstance(inspect.getattr_static(type_of(module), name, None), functools.cached_property):
             blank[name] = ABSENT
-        elif start == "empty" and _is_cache(module, name) and isinstance(value, CONTAINERS):
-            blank[name] = _emptied(value)
-        elif start in ("none", None) and _is_cache(module, name):
-            blank[name] = None if start == "none" else ABSENT
+        elif _is_cache(module, name):
+            start = habits_of(type_of(module)).starts.get(name)
+            if start is None:
+                blank[name] = ABSENT
+            elif start.kind == "constant":
+                blank[name] = start.value
+            elif start.kind == "empty" and isinstance(value, CONTAINERS):
+                blank[name] = _emptied(value)
     return blank
 
 
@@ -100,7 +103,8 @@ def _is_cache(module: nn.Module, name: str) -> bool:
 
 def _is_computed(module: nn.Module, name: str, value: Any, known: Mapping[int, Any]) -> bool:
     habits = habits_of(type_of(module))
-    made_empty = habits.starts.get(name) == "empty" and not isinstance(value, Tensor)
+    start = habits.starts.get(name)
+    made_empty = start is not None and start.kind == "empty" and not isinstance(value, Tensor)
     return name in habits.read and (made_empty or any(not held.is_leaf for held in tensors_within([value], known)))
 
 

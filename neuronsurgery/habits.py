@@ -1,17 +1,19 @@
-"""What the code of a module's class does with attributes and parameters, read off its bytecode.
+"""What the code of a module's class does with attributes and parameters, read off its bytecode and its constructor.
 
 Nothing is run. What is followed are the methods and properties of the class that its forward mentions.
 """
 
 from __future__ import annotations
 
+import ast
 import dis
 import functools
 import inspect
+import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -28,8 +30,12 @@ IN_PLACE = {name for name in (*dir(Tensor), *dir(nn.init)) if name.endswith("_")
 IN_PLACE -= {"requires_grad_", "detach_", "retain_grad_", "rename_", "share_memory_"}
 """Functions that write into a tensor."""
 
-Start = Literal["none", "empty", "filled"]
-"""What a constructor sets an attribute to."""
+
+class Start(NamedTuple):
+    """What a constructor sets an attribute to: a constant, something empty, or something else."""
+
+    kind: Literal["constant", "empty", "filled"]
+    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -192,22 +198,42 @@ def _line(step: dis.Instruction) -> int | None:
     return step.starts_line if positions is None else positions.lineno
 
 
+# The constructor
+
+
 def _starts(constructor: types.FunctionType) -> dict[str, Start]:
-    """Return what a constructor sets attributes to."""
-    steps = list(dis.get_instructions(constructor))
+    """Return what a constructor sets attributes to; the last assignment in the deepest block counts."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
+    except (OSError, TypeError, SyntaxError):  # made from a string: what it sets is not known
+        steps = dis.get_instructions(constructor)
+        return {step.argval: Start("filled") for step in steps if step.opname == "STORE_ATTR"}
     starts: dict[str, Start] = {}
-    for place, step in enumerate(steps):
-        if step.opname == "STORE_ATTR" and place >= 2:
-            # The value stands before the object that it is stored in; in `self.a = self.b = None` before those of both.
-            at = place - 2
-            while at >= 2 and (steps[at].opname == "STORE_ATTR" or steps[at].opname in ("COPY", "DUP_TOP")):
-                at -= 2 if steps[at].opname == "STORE_ATTR" else 1
-            starts[step.argval] = _start(steps[at])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                starts.update(_assigned(target, node.value))
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            starts.update(_assigned(node.target, node.value))
     return starts
 
 
-def _start(value: dis.Instruction) -> Start:
-    if value.opname == "LOAD_CONST" and value.argval is None:
-        return "none"
-    empty = value.opname in ("BUILD_MAP", "BUILD_LIST", "BUILD_SET") or value.opname.startswith("CALL")
-    return "empty" if empty and value.arg == 0 else "filled"
+def _assigned(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[str, Start]]:
+    if isinstance(target, ast.Attribute):
+        yield target.attr, _start(value)
+    elif isinstance(target, ast.Tuple | ast.List):
+        fits = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
+        values: list[Any] = value.elts if fits else [None] * len(target.elts)  # type: ignore[union-attr]  # it fits
+        for part, of_it in zip(target.elts, values, strict=True):
+            yield from _assigned(part, of_it)
+
+
+def _start(value: ast.expr | None) -> Start:
+    if isinstance(value, ast.Constant):
+        return Start("constant", value.value)
+    if isinstance(value, ast.List | ast.Set | ast.Dict):
+        return Start("filled" if (value.keys if isinstance(value, ast.Dict) else value.elts) else "empty")
+    if isinstance(value, ast.Call):
+        bare = not (value.args or value.keywords) or ast.unparse(value.func).endswith("defaultdict")
+        return Start("empty" if bare else "filled")
+    return Start("filled")

@@ -7,6 +7,7 @@ import copy
 import functools
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -457,6 +458,22 @@ class InAnAttribute(Table):
         return self.bias
 
 
+class InATuple(Table):
+    """Whose constructor assigns several at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair: tuple[Tensor, str] | None
+        self.by_device: dict[str, list[Tensor]]
+        self.pair, self.by_device = None, defaultdict(list)
+
+    def kept(self) -> Tensor:
+        if self.pair is None:
+            self.pair = (self.compute(), "cpu")
+            self.by_device["cpu"].append(self.pair[0])
+        return (self.pair[0] + self.by_device["cpu"][0]) / 2
+
+
 class MadeLate(Table):
     def kept(self) -> Tensor:
         if not hasattr(self, "_late"):
@@ -512,7 +529,7 @@ class FromTheStart(Table):
         return self.bias
 
 
-CACHES = (InADictionary, InAnAttribute, MadeLate, AsAProperty, OfTheClass, ByLruCache)
+CACHES = (InADictionary, InAnAttribute, InATuple, MadeLate, AsAProperty, OfTheClass, ByLruCache)
 every_cache = pytest.mark.parametrize("kind", CACHES)
 
 
