@@ -516,6 +516,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         shutil.copytree(ROOT / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "docs").symlink_to(ROOT / "docs")  # a test reads the pages of the API beside the package
         checked_package(originals, found, folder, options.limit)
         outcomes = {}
         for number, mutant in enumerate(found, start=1):
