@@ -56,7 +56,7 @@ TESTS = {
     "distributed": "evaluation training_code gradients processes",
     "draws": "errors_scoring errors_surgery memorization scores edits gradients",
     "edits": "errors_surgery plans files edits layers surgery",
-    "errors": "errors_surgery errors_scoring neurons results coupling evaluation training_code gradients fragile obscure",
+    "errors": "errors_surgery errors_scoring neurons results coupling evaluation training_code gradients obscure",
     "evaluation": "errors_scoring results evaluation sweeps processes",
     "files": "files fuzz",
     "forward": "batches errors_scoring evaluation training_code gradients capture faults obscure",
