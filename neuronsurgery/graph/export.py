@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import threading
@@ -180,8 +179,7 @@ def _functionalise(program: ExportedProgram) -> ExportedProgram:
 def _quiet() -> Iterator[None]:
     """Silence torch.export's advice, and the graph that it prints where it fails: both are for those who deploy it.
 
-    Standard error is the whole process's: beside other threads, which may redirect it meanwhile and put back what they
-    found, it is let alone.
+    Both are the whole process's: other threads go on to write to standard error, and may redirect it meanwhile.
     """
     loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
     levels = [logger.level for logger in loggers]
@@ -190,21 +188,38 @@ def _quiet() -> Iterator[None]:
     def restore() -> None:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if sys.stderr is silent:
+        muted.thread = None  # somebody may have kept it, to put it back later
+        if sys.stderr is muted:
             sys.stderr = errors
         # Not catch_warnings, which would put back a list that another thread has replaced meanwhile.
         for each in (filters, warnings.filters):
             for ours in [one for one in each if getattr(one[3], "pattern", one[3]) == ANY_MODULE]:
                 each.remove(ours)  # type: ignore[attr-defined]  # a list; declared as a sequence
 
-    silent = io.StringIO()
+    muted: Any = _Muted(errors, threading.get_ident())
     with undoing(restore):
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module=ANY_MODULE)
-        if threading.active_count() == 1:
-            sys.stderr = silent
+        sys.stderr = muted
         yield
+
+
+class _Muted:
+    """Standard error, without what one thread writes to it."""
+
+    def __init__(self, stream: Any, thread: int | None) -> None:
+        self.stream, self.thread = stream, thread
+
+    def write(self, text: str) -> int:
+        """Write a text, unless it is of the thread that is muted."""
+        if threading.get_ident() == self.thread:
+            return len(text)
+        written: int = self.stream.write(text)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 ANY_MODULE = "(?:while neuronsurgery captures)?"
