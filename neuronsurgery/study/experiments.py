@@ -90,6 +90,13 @@ class Intervention:
     with_norm: bool = False
     draw: int = 0
 
+    @property
+    def identity(self) -> list[Any]:
+        """What the edit does, and all that a record says, as JSON values: of two interventions never the same."""
+        neurons = [[layer.parameter, layer.pattern, indices] for layer, indices in self.edit.neurons.by_layer().items()]
+        said = {name: value for name, value in vars(self).items() if name != "edit"}
+        return [type(self.edit).__name__, neurons, self.edit.content()[0], said]
+
     def to_record(self) -> dict[str, Any]:
         """Return what was done as JSON values."""
         neurons = self.edit.neurons

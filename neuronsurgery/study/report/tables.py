@@ -15,6 +15,9 @@ from neuronsurgery.study.report.levels import Level
 ROWS_SHOWN: Final = 60
 """Rows of a long table on the page; the CSV file has all of them."""
 
+FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that a spreadsheet computes instead of showing it."""
+
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], heads: int = 1) -> str:
     """Return an HTML table that scrolls sideways; cells are HTML already, the first `heads` of a row are its head."""
@@ -113,11 +116,27 @@ def _named(cell: Cell) -> str:
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return rows as CSV, numbers in full; lists are joined by semicolons, null is empty."""
+    """Return rows as CSV, numbers in full; lists are joined by semicolons, null is empty.
+
+    Names that a spreadsheet would take for a formula stand behind an apostrophe: they come from tables and folders.
+    """
     text = io.StringIO()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: ";".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in row.items()})
+    writer.writerow({column: _cell(column) for column in columns})
+    writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
     return text.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return ";".join(str(_cell(part)) for part in value)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) and not _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
