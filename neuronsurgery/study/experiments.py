@@ -10,7 +10,11 @@ addition: the paper's control is drawn from the whole model, where most neurons 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.study.run import Parts
+from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.types import Loader
 
 SIZES: Final = (1, 2, 3)
@@ -33,6 +39,15 @@ CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0
 RANK_SHARES: Final = (0.0001, 0.05)
 SENSITIVE: Final = 0.01
 """A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
+
+SECONDS: Final = 2.0
+"""How long a part of an experiment should take, after which it is written down."""
+
+FIRST: Final = 4
+"""The edits of the first part, for which the model is captured, too."""
+
+GROWTH: Final = 4
+"""How many times as many edits as the one before a part may have."""
 
 DRAW_SEED: Final = 20250101
 """First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
@@ -89,13 +104,6 @@ class Intervention:
     distance: int | None = None
     with_norm: bool = False
     draw: int = 0
-
-    @property
-    def identity(self) -> list[Any]:
-        """What the edit does, and all that a record says, as JSON values: of two interventions never the same."""
-        neurons = [[layer.parameter, layer.pattern, indices] for layer, indices in self.edit.neurons.by_layer().items()]
-        said = {name: value for name, value in vars(self).items() if name != "edit"}
-        return [type(self.edit).__name__, neurons, self.edit.content()[0], said]
 
     def to_record(self) -> dict[str, Any]:
         """Return what was done as JSON values."""
@@ -288,17 +296,52 @@ EXPERIMENTS: Final[Mapping[str, Callable[[Subject], list[Intervention]]]] = {
 
 
 def measure(
-    model: nn.Module, interventions: Sequence[Intervention], loaders: Mapping[str, Loader], *, progress: bool = False
+    model: nn.Module,
+    interventions: Sequence[Intervention],
+    loaders: Mapping[str, Loader],
+    *,
+    kept: Parts | None = None,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count."""
-    swept = ns.sweep(model, {str(i): said.edit for i, said in enumerate(interventions)}, loaders, progress=progress)
-    cached: dict[ns.Edit, list[dict[str, Any]]] = {}
-    records = []
-    for i, said in enumerate(interventions):
-        if said.edit not in cached:
-            cached[said.edit] = _changes(swept, str(i))
-        records.append({**said.to_record(), "changes": cached[said.edit]})
-    return records
+    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count.
+
+    Args:
+        model: the trained model.
+        interventions: what to measure; those of equal edits are measured once.
+        loaders: a loader per group.
+        kept: what was measured before a kill, and where it is written down every few seconds.
+        progress: whether to write lines of progress to standard error.
+    """
+    identities = {edit: identity(edit) for edit in dict.fromkeys(said.edit for said in interventions)}
+    changes = Parts() if kept is None else kept
+    left = {name: edit for edit, name in identities.items() if name not in changes}
+    done = len(identities) - len(left)
+    for swept in sweep_in_parts(model, _by_seconds(left), loaders):
+        changes.keep({name: _changes(swept, name) for name in swept.labels})
+        done += len(swept)
+        if progress:
+            sys.stderr.write(f"\r{done} of {len(identities)} different edits")
+    if progress:
+        sys.stderr.write("\n" * bool(left))
+    return [{**said.to_record(), "changes": changes[identities[said.edit]]} for said in interventions]
+
+
+def identity(edit: ns.Edit) -> str:
+    """Return a digest of all that an edit does."""
+    neurons = [[layer.parameter, layer.pattern, indices] for layer, indices in edit.neurons.by_layer().items()]
+    said = json.dumps([type(edit).__name__, neurons, edit.content()[0]], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+def _by_seconds(edits: Mapping[str, ns.Edit]) -> Iterator[dict[str, ns.Edit]]:
+    """Yield the edits in parts that take `SECONDS`, as the part before lets expect; the first ones are small."""
+    names, size = list(edits), FIRST
+    while names:
+        now, names = names[:size], names[size:]
+        started = time.perf_counter()
+        yield {name: edits[name] for name in now}
+        rate = len(now) / max(time.perf_counter() - started, 1e-3)
+        size = max(1, min(round(rate * SECONDS), GROWTH * len(now)))
 
 
 def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:

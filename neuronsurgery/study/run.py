@@ -150,6 +150,47 @@ class Settings:
         return Recipe(**said)
 
 
+class Parts:
+    """The parts of something that takes long, JSON values by name, each written down when it is done.
+
+    A part should be done in seconds: a run that is killed again and again must get past it.
+
+    Args:
+        folder: of their files; None keeps them in memory.
+        key: what they depend on; a file of another key, or one that is damaged, is as good as none.
+    """
+
+    def __init__(self, folder: Path | None = None, key: str = "") -> None:
+        self._folder = folder
+        self._key = key
+        self._kept: dict[str, Any] = {}
+        for file in [] if folder is None else sorted(folder.glob("*.json")):
+            with contextlib.suppress(ValueError):
+                found = _read_json(file)
+                if isinstance(found, dict) and found.get("depends on") == key:
+                    self._kept |= found["parts"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def __getitem__(self, name: str) -> Any:
+        return self._kept[name]
+
+    def keep(self, parts: Mapping[str, Any]) -> None:
+        """Write down some parts in one file, and have them from now on as they will be read from it."""
+        data = json.dumps({"depends on": self._key, "parts": parts})
+        if self._folder is not None:
+            number = sum(1 for _ in self._folder.glob("*.json"))
+            _write(self._folder / f"{number:05d}.json", data.encode())
+        self._kept |= json.loads(data)["parts"]
+
+    def of(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return one part: as it was kept, or compute and keep it."""
+        if name not in self:
+            self.keep({name: compute()})
+        return self[name]
+
+
 class RunFolder:
     """A folder that holds one run.
 
@@ -202,26 +243,15 @@ class RunFolder:
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return _read_json(file)
 
-    def part(self, whole: str, name: str, depends_on: Any, compute: Callable[[], Any]) -> Any:
-        """Return a part of what `remember` is computing: that of a time that was killed, or compute and write it down.
-
-        Parts are of a size that is done in seconds. They are deleted once the whole is written.
+    def parts(self, whole: str, depends_on: Any) -> Parts:
+        """Return what an earlier time, killed on the way, had of what `remember` is computing; deleted with its end.
 
         Args:
-            whole: what the part is of, by the name that `remember` has for it.
-            name: of the part.
-            depends_on: JSON values that are others whenever the part is another; a part that was made from others is
-                made again.
-            compute: gives the part, a JSON value.
+            whole: what they are parts of, by the name that `remember` has for it.
+            depends_on: JSON values that are others whenever the parts are; parts of others are not looked at.
         """
-        file = self.path / "parts" / whole / f"{name}.json"
         key = hashlib.sha256(json.dumps([self.data, depends_on], sort_keys=True).encode()).hexdigest()
-        with contextlib.suppress(FileNotFoundError, ValueError):  # of a damaged one nothing is lost but its time
-            found = _read_json(file)
-            if isinstance(found, dict) and found.get("depends on") == key:
-                return found["value"]
-        _write(file, json.dumps({"depends on": key, "value": compute()}).encode())
-        return _read_json(file)["value"]
+        return Parts(self.path / "parts" / whole, key)
 
     def _forget_parts(self, whole: str) -> None:
         folder = self.path / "parts" / whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -33,9 +32,6 @@ INTERVALS: Final = {
     "method": "Bonett and Price (2012) for paired proportions: the same images before and after an edit",
     "p": "exact McNemar test",
 }
-AT_ONCE: Final = 100
-"""How many edits are measured between two writings of what they came to: some seconds' work on the embedded data."""
-
 SPELT_OUT: Final = ("1a", "1e")
 """The experiments whose sets are written to `specs/`: those that the report names; random edits are a seed away."""
 
@@ -127,16 +123,8 @@ def _measure(
     interventions = EXPERIMENTS[name](subject)
     if progress:
         sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
-    whole, loaders, weights = f"{name}-{split}", data.loaders(split), digest(subject.model.state_dict().values())
-    records: list[dict[str, Any]] = []
-    for start in range(0, len(interventions), AT_ONCE):
-        some = interventions[start : start + AT_ONCE]
-        records += folder.part(
-            whole,
-            f"{start:05d}",
-            [weights, [said.identity for said in some]],
-            functools.partial(measure, subject.model, some, loaders, progress=progress),
-        )
+    kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
+    records = measure(subject.model, interventions, data.loaders(split), kept=kept, progress=progress)
     if name in SPELT_OUT:
         _save_specs(folder, name, interventions)
     folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
