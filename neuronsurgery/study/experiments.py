@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,6 +125,7 @@ class Subject:
         control_draws: how many controls an empirical p-value rests on.
         checkpoints: by epoch, the files to rewind to; the last is the model's own.
         batch: one batch, to see which norm follows which layer.
+        kept: where that is written down, since to see it takes seconds.
     """
 
     model: nn.Module
@@ -134,6 +135,7 @@ class Subject:
     control_draws: int
     checkpoints: Mapping[int, Path]
     batch: Any
+    kept: Parts = field(default_factory=Parts)
 
     @property
     def layout(self) -> ns.Layout:
@@ -235,10 +237,14 @@ def distances(epochs: int) -> list[int]:
 
 def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.Neurons:
     """Return all entries of the normalisation that reads a layer alone; none where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: not news here
-        coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-    names = [other.parameter for other in coupled.by_layer() if other != layer]
+
+    def found() -> list[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: no news
+            coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+        return [other.parameter for other in coupled.by_layer() if other != layer]
+
+    names = subject.kept.of(f"norm that follows {layer.parameter}", found)
     return ns.select(every, dict.fromkeys(names, ...))
 
 

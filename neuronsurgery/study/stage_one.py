@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,10 +120,10 @@ def _measure(
     folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool
 ) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    interventions = EXPERIMENTS[name](subject)
+    kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
+    interventions = EXPERIMENTS[name](replace(subject, kept=kept))
     if progress:
         sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
-    kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
     records = measure(subject.model, interventions, data.loaders(split), kept=kept, progress=progress)
     if name in SPELT_OUT:
         _save_specs(folder, name, interventions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
@@ -120,12 +120,16 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     Names that a spreadsheet would take for a formula stand behind an apostrophe: they come from tables and folders.
     """
-    text = io.StringIO()
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writerow({column: _cell(column) for column in columns})
-    writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
-    return text.getvalue().encode()
+    lines = [_line(columns), *(_line([row.get(column) for column in columns]) for row in rows)]
+    return "".join(lines).encode()
+
+
+def _line(values: Iterable[Any]) -> str:
+    text = io.StringIO()
+    # A carriage return within a cell is quoted by all versions of Python only if lines end with one.
+    csv.writer(text, lineterminator="\r\n").writerow([_cell(value) for value in values])
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any) -> Any:
