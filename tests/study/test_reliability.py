@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +19,8 @@ from neuronsurgery.study.cli import main
 from neuronsurgery.study.report.tables import csv_table
 from neuronsurgery.study.run import LOCK, Parts, RunFolder, Settings, at_work, delete_run
 from neuronsurgery.study.seeds import refuse_other_files
+from study.conftest import COUNTS
 from study.little_study import tiny_resnet
-
-LITTLE = {"train": (24, 8, 6, 12), "held-out": (24, 8, 6, 12), "validation": (4,) * 4, "test": (4,) * 4}
 
 
 def files_in(path: Path) -> set[str]:
@@ -69,46 +66,52 @@ class KilledError(BaseException):
 
 
 @contextmanager
-def killed_after(parts: float, counts: list[int]) -> Iterator[None]:
-    """Within, a run is killed once it has written down so many parts; how many it did is added to `counts`."""
-    keep, done = Parts.keep, []
+def killed_after(parts: int, done: list[str]) -> Iterator[None]:
+    """Within, a run is killed once it has written down so many parts; their names are added to `done`."""
+    keep, last = Parts.keep, len(done) + parts
 
     def dying(self: Parts, kept: Mapping[str, Any]) -> None:
         keep(self, kept)
-        done.append(kept)
-        if len(done) == parts:
+        done.append(f"{self._folder}: {sorted(kept)}")
+        if len(done) == last:
             raise KilledError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parts, "keep", dying)
         yield
-    counts.append(len(done))
 
 
+REDONE = ("1a-train", "1f-train", "1g-train", "stage-2-random-pruned", "fragility-train", "fragility-mitigation")
+
+
+@pytest.mark.xdist_group("whole run")
 def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_comes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: Callable[..., data.DataSet] = data.synthetic
-    few = {"synthetic": lambda seed, counts=None: made(seed, counts=LITTLE)}
+    few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
     monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
     monkeypatch.setattr(models, "small_resnet", tiny_resnet)
     for name, value in (("FIRST", 7), ("GROWTH", 1), ("SECONDS", 1e9)):  # parts of seven edits, however fast it is
         monkeypatch.setattr(experiments, name, value)
-    command = ["study", "--quick", "--epochs", "1", "--experiments", "1a", "1g"]
-    counts: list[int] = []
-    with killed_after(math.inf, counts):
-        assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    whole = counts.pop()
-    assert whole > 40
-    while not (tmp_path / "broken" / "report.html").exists():
-        with contextlib.suppress(KilledError), killed_after(whole // 5, counts):
-            main([*command, "--out", str(tmp_path / "broken")])
-    assert len(counts) == 6
-    assert sum(counts) == whole
-    for name in ("results.json", "report.html"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert files_in(tmp_path / "broken") == files_in(tmp_path / "whole")
-    assert not (tmp_path / "broken" / "parts").exists()
+    path = shutil.copytree(whole_run[0], tmp_path / "run")
+    for name in (*(f"experiments/{name}.json" for name in REDONE), "results.json", "report.html"):
+        (path / name).unlink()
+    command = ["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(path)]
+    done: list[str] = []
+    kills = 0
+    while not (path / "report.html").exists():
+        try:
+            with killed_after(10, done):
+                assert main(command) == 0
+        except KilledError:
+            kills += 1
+    assert kills == len(done) // 10 > 2
+    assert len(set(done)) == len(done)
+    assert {Path(each.partition(":")[0]).name for each in done} == set(REDONE)
+    assert (path / "results.json").read_bytes() == (whole_run[0] / "results.json").read_bytes()
+    assert files_in(path) == files_in(whole_run[0])
+    assert not (path / "parts").exists()
 
 
 # --- one run at a time ----------------------------------------------------------------------------------------------
@@ -161,18 +164,8 @@ def test_a_lock_that_a_kill_left_is_no_foreign_file(tmp_path: Path) -> None:
 
 def test_a_run_removes_what_killed_ones_left_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, Settings())
-    left = (
-        ".results.json.a1b2c3d4.part",
-        "checkpoints/.epoch-001.safetensors.a1b2c3d4.part",
-        "tables/.x.csv.12345678.part",
-    )
-    others = (
-        ".notes.txt.a1b2c3d4.part",
-        ".results.json.mine",
-        "results.json",
-        ".report-12345678/notes.txt",
-        ".report-1/new/a",
-    )
+    left = [f"{name}.a1b2c3d4.part" for name in (".results.json", "checkpoints/.epoch-9.safetensors", "tables/.x.csv")]
+    others = (".notes.txt.a1b2c3d4.part", ".results.json.mine", ".report-12345678/notes.txt", ".report-1/new/a.html")
     for name in (*left, *others, ".report-a1b2c3d4/new/report.html", ".report-a1b2c3d4/.lock"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
