@@ -308,7 +308,8 @@ def sweep_in_parts(
 
     Example:
         >>> from neuronsurgery import find_layout, select, zero_out
-        >>> layout = find_layout(model := nn.Linear(2, 2))
+        >>> model = nn.Linear(2, 2)
+        >>> layout = find_layout(model)
         >>> parts = [{f"neuron {i}": zero_out(select(layout, {"weight": i}))} for i in range(2)]
         >>> data = [(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]))]
         >>> [swept.labels for swept in sweep_in_parts(model, parts, data)]

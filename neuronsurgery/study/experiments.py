@@ -43,8 +43,8 @@ SENSITIVE: Final = 0.01
 SECONDS: Final = 2.0
 """How long a part of an experiment should take, after which it is written down."""
 
-FIRST: Final = 4
-"""The edits of the first part, for which the model is captured, too."""
+FEWEST: Final = 4
+"""The edits of the first part, for which the model is captured, too, and of any: a part costs about two edits more."""
 
 GROWTH: Final = 4
 """How many times as many edits as the one before a part may have."""
@@ -341,13 +341,13 @@ def identity(edit: ns.Edit) -> str:
 
 def _by_seconds(edits: Mapping[str, ns.Edit]) -> Iterator[dict[str, ns.Edit]]:
     """Yield the edits in parts that take `SECONDS`, as the part before lets expect; the first ones are small."""
-    names, size = list(edits), FIRST
+    names, size = list(edits), FEWEST
     while names:
         now, names = names[:size], names[size:]
         started = time.perf_counter()
         yield {name: edits[name] for name in now}
         rate = len(now) / max(time.perf_counter() - started, 1e-3)
-        size = max(1, min(round(rate * SECONDS), GROWTH * len(now)))
+        size = max(FEWEST, min(round(rate * SECONDS), GROWTH * size))
 
 
 def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:

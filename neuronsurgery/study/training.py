@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from neuronsurgery.atomic import remove_abandoned, replaced_atomically
+from neuronsurgery.atomic import replaced_atomically
 from neuronsurgery.distributed import exchange
 from neuronsurgery.study.data import Augmentation, Batches, Split, batches, raw_bits
 
@@ -700,8 +700,9 @@ def _resume(
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes the temporary files of a process that was killed while it wrote."""
-    for pattern in (_optimizer_path(folder).name, "checkpoints/epoch-*.safetensors"):
-        remove_abandoned(folder, pattern)
+    for pattern in (f".{_optimizer_path(folder).name}.*", "checkpoints/.epoch-*.safetensors.*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _optimizer_path(folder: Path) -> Path:

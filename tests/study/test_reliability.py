@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_comes_to_th
     few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
     monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
     monkeypatch.setattr(models, "small_resnet", tiny_resnet)
-    for name, value in (("FIRST", 7), ("GROWTH", 1), ("SECONDS", 1e9)):  # parts of seven edits, however fast it is
+    for name, value in (("FEWEST", 7), ("GROWTH", 1), ("SECONDS", 1e9)):  # parts of seven edits, however fast it is
         monkeypatch.setattr(experiments, name, value)
     path = shutil.copytree(whole_run[0], tmp_path / "run")
     for name in (*(f"experiments/{name}.json" for name in REDONE), "results.json", "report.html"):
