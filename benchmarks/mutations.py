@@ -43,7 +43,7 @@ OUTCOMES = {0: "survived", 1: "caught", 2: "caught", None: "timeout"}
 """What the exit status of pytest says; 2 is a test file that cannot be imported."""
 
 TESTS = {
-    "atomic": "files memorization",
+    "atomic": "atomic files memorization",
     "batches": "batches errors_scoring evaluation gradients obscure",
     "caches": "faults surgery copies",
     "checkpoints": "errors_surgery files edits surgery state_dicts",

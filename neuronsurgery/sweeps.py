@@ -8,7 +8,7 @@ has a paired interval and a p-value: the same examples before and after.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, overload
 
 import torch
@@ -225,9 +225,10 @@ def _run(
     predict: Predict | None,
     unpack: Unpack | None,
     progress: bool,
+    forward: CheckedForward | None = None,
 ) -> _Seen:
     """Run the edited models over the data, and add what is measured to the tallies."""
-    forward = CheckedForward(runner, predict or default_predict)
+    forward = forward or CheckedForward(runner, predict or default_predict)
     # A capture takes as long as many batches of a small network, and no edits share nothing.
     run = forward.run if any(edited.values()) else forward.one_by_one
     members: list[Group] = []
@@ -286,3 +287,58 @@ def _name(metric: Metric) -> str:
     """Return what a metric is called, that of its function where arguments were bound to it."""
     function = metric.func if isinstance(metric, functools.partial) else metric
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def sweep_in_parts(
+    model: nn.Module,
+    parts: Iterable[Mapping[str, Edit]],
+    loaders: Loaders,
+    *,
+    metric: Metric = accuracy,
+    larger_is_better: bool | None = None,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+) -> Iterator[Sweep]:
+    """Yield the sweep of each of several mappings of edits in turn, as by `sweep`, with one capture of the model.
+
+    For what takes long and is to be written down on the way, so that a killed program goes on from there. Each part is
+    one pass over the data; the unedited model is run in the first alone, and must stay as it is until the last.
+
+    Args:
+        model: any module.
+        parts: mappings of edits by label; they may be made one by one, when the sweep of the last has been dealt with.
+        loaders: see `sweep`; to be passed over once for each part.
+        metric: (logits, targets) -> one value per example, shape (n,).
+        larger_is_better: the direction of a metric of your own, see `evaluate`.
+        predict: the model's output -> logits; it becomes a part of the graph.
+        unpack: what a loader yields -> `Batch`.
+
+    Raises:
+        ValueError: if an edit does not fit the model, a group has no examples, or the metric is not one value per
+            example.
+
+    Example:
+        >>> from neuronsurgery import find_layout, select, zero_out
+        >>> model = nn.Linear(2, 2)
+        >>> layout = find_layout(model)
+        >>> parts = [{f"neuron {i}": zero_out(select(layout, {"weight": i}))} for i in range(2)]
+        >>> data = [(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 1]))]
+        >>> [swept.labels for swept in sweep_in_parts(model, parts, data)]
+        [('neuron 0',), ('neuron 1',)]
+    """
+    metrics, loaders = named_metrics(metric), named_loaders(loaders)
+    direction = named_directions(metrics, larger_is_better)[""]
+    order = list(loaders) if isinstance(loaders, Mapping) else None
+    forward, base = None, _Tally(metrics)
+    for edits in parts:
+        tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
+        runner, edited = _planned(model, edits)
+        if forward is None:
+            forward = CheckedForward(runner, predict or default_predict)
+        else:
+            forward.start_again()
+            del edited[BASELINE]
+        with torch.no_grad(), without_mha_fastpath():
+            seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
+        outcomes = [tally.outcomes for tally in tallies.values()]
+        yield _gathered("", direction, edits, tallies, [(seen, outcomes)], order, None)

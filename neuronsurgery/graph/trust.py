@@ -98,6 +98,10 @@ class CheckedForward:
             self._schedules[graph, names] = schedule(graph, names)
         return self._schedules[graph, names].run(args, kwargs, edits)
 
+    def start_again(self) -> None:
+        """Forget what the buffers of the edited models have become, for another pass over the data: graphs are kept."""
+        self._changed_buffers.clear()
+
     def one_by_one(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:

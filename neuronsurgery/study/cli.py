@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import errno
 import importlib
@@ -39,9 +40,11 @@ from neuronsurgery.study.run import (
     STAGES,
     RunFolder,
     Settings,
+    at_work,
     describe_file,
     describe_run,
     read_results,
+    refuse_files,
     refuse_missing_groups,
     write_results,
 )
@@ -264,26 +267,31 @@ def _study(options: argparse.Namespace) -> int:
     path = options.out or Path("runs") / f"{name}-seed{last}"
     if options.seeds > 1:
         refuse_other_files(path, None if options.overwrite else seeds)
-        runs = {n: _run(options, replace(settings, seed=n), path / f"seed-{n}") for n in seeds}
-    else:
-        runs = {settings.seed: _run(options, settings, path)}
-    finished = {seed: results for seed, results in runs.items() if results is not None}
-    if not finished:
-        return 0  # another process of torchrun: the first one goes on alone
-    if options.seeds > 1:
-        write_results(path, together := combine(finished))
-        print(summary_of_seeds(together))
-    else:
-        print(summary(finished[settings.seed]))
-    _report(argparse.Namespace(folder=path))
+    with contextlib.ExitStack() as held:
+        if options.seeds > 1:
+            runs = {n: _run(options, replace(settings, seed=n), path / f"seed-{n}", held) for n in seeds}
+        else:
+            runs = {settings.seed: _run(options, settings, path, held)}
+        finished = {seed: results for seed, results in runs.items() if results is not None}
+        if not finished:
+            return 0  # another process of torchrun: the first one goes on alone
+        if options.seeds > 1:
+            write_results(path, together := combine(finished))
+            print(summary_of_seeds(together))
+        else:
+            print(summary(finished[settings.seed]))
+        _report(argparse.Namespace(folder=path))
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 
 
-def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[str, Any] | None:
+def _run(
+    options: argparse.Namespace, settings: Settings, path: Path, held: contextlib.ExitStack
+) -> dict[str, Any] | None:
     """Return the results of one run, which is taken up where its folder has it; None on all processes but the first.
 
-    Under `torchrun` the processes share the training by empirical risk minimisation.
+    Under `torchrun` the processes share the training by empirical risk minimisation, and the first one keeps other runs
+    out of the folder, until `held` is closed.
     """
     dataset = _dataset(options, settings)
     refuse_missing_groups(dataset, settings)
@@ -291,9 +299,7 @@ def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[st
     _refuse_misfit(built.model, dataset, settings)
     with distributed(options.device) as rank:
         if rank == 0:
-            if options.seeds > 1 and options.overwrite:
-                delete_other_seeds(path.parent, range(options.seed, options.seed + options.seeds))
-            folder = RunFolder(path, settings, overwrite=options.overwrite, data=digests(dataset))
+            folder = _taken_up(options, settings, path, digests(dataset), held)
             print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
         if dist.is_initialized():
             dist.barrier()
@@ -301,6 +307,22 @@ def _run(options: argparse.Namespace, settings: Settings, path: Path) -> dict[st
             folder = RunFolder(path, settings)
         trained = _train(options, folder, dataset, built)
     return _surgery(options, folder, dataset, built, trained) if rank == 0 else None
+
+
+def _taken_up(
+    options: argparse.Namespace, settings: Settings, path: Path, data: Mapping[str, str], held: contextlib.ExitStack
+) -> RunFolder:
+    """Return the folder of a run, held until `held` is closed; of several seeds the folder above it is, too."""
+    if not (path / "run.json").exists():
+        refuse_files(path)  # before there is a file of ours
+    if options.seeds > 1 and settings.seed == options.seed:
+        held.enter_context(at_work(path.parent))
+        if options.overwrite:
+            delete_other_seeds(path.parent, range(options.seed, options.seed + options.seeds))
+    held.enter_context(at_work(path))
+    folder = RunFolder(path, settings, overwrite=options.overwrite, data=data)
+    folder.remove_abandoned()
+    return folder
 
 
 def _surgery(

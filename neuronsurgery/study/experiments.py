@@ -10,10 +10,14 @@ addition: the paper's control is drawn from the whole model, where most neurons 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.study.run import Parts
+from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.types import Loader
 
 SIZES: Final = (1, 2, 3)
@@ -33,6 +39,15 @@ CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0
 RANK_SHARES: Final = (0.0001, 0.05)
 SENSITIVE: Final = 0.01
 """A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
+
+SECONDS: Final = 2.0
+"""How long a part of an experiment should take, after which it is written down."""
+
+FEWEST: Final = 4
+"""The edits of the first part, for which the model is captured, too, and of any: a part costs about two edits more."""
+
+GROWTH: Final = 4
+"""How many times as many edits as the one before a part may have."""
 
 DRAW_SEED: Final = 20250101
 """First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
@@ -110,6 +125,7 @@ class Subject:
         control_draws: how many controls an empirical p-value rests on.
         checkpoints: by epoch, the files to rewind to; the last is the model's own.
         batch: one batch, to see which norm follows which layer.
+        kept: where that is written down, since to see it takes seconds.
     """
 
     model: nn.Module
@@ -119,6 +135,7 @@ class Subject:
     control_draws: int
     checkpoints: Mapping[int, Path]
     batch: Any
+    kept: Parts = field(default_factory=Parts)
 
     @property
     def layout(self) -> ns.Layout:
@@ -220,10 +237,14 @@ def distances(epochs: int) -> list[int]:
 
 def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.Neurons:
     """Return all entries of the normalisation that reads a layer alone; none where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: not news here
-        coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-    names = [other.parameter for other in coupled.by_layer() if other != layer]
+
+    def found() -> list[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: no news
+            coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+        return [other.parameter for other in coupled.by_layer() if other != layer]
+
+    names = subject.kept.of(f"norm that follows {layer.parameter}", found)
     return ns.select(every, dict.fromkeys(names, ...))
 
 
@@ -281,17 +302,52 @@ EXPERIMENTS: Final[Mapping[str, Callable[[Subject], list[Intervention]]]] = {
 
 
 def measure(
-    model: nn.Module, interventions: Sequence[Intervention], loaders: Mapping[str, Loader], *, progress: bool = False
+    model: nn.Module,
+    interventions: Sequence[Intervention],
+    loaders: Mapping[str, Loader],
+    *,
+    kept: Parts | None = None,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count."""
-    swept = ns.sweep(model, {str(i): said.edit for i, said in enumerate(interventions)}, loaders, progress=progress)
-    cached: dict[ns.Edit, list[dict[str, Any]]] = {}
-    records = []
-    for i, said in enumerate(interventions):
-        if said.edit not in cached:
-            cached[said.edit] = _changes(swept, str(i))
-        records.append({**said.to_record(), "changes": cached[said.edit]})
-    return records
+    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count.
+
+    Args:
+        model: the trained model.
+        interventions: what to measure; those of equal edits are measured once.
+        loaders: a loader per group.
+        kept: what was measured before a kill, and where it is written down every few seconds.
+        progress: whether to write lines of progress to standard error.
+    """
+    identities = {edit: identity(edit) for edit in dict.fromkeys(said.edit for said in interventions)}
+    changes = Parts() if kept is None else kept
+    left = {name: edit for edit, name in identities.items() if name not in changes}
+    done = len(identities) - len(left)
+    for swept in sweep_in_parts(model, _by_seconds(left), loaders):
+        changes.keep({name: _changes(swept, name) for name in swept.labels})
+        done += len(swept)
+        if progress:
+            sys.stderr.write(f"\r{done} of {len(identities)} different edits")
+    if progress:
+        sys.stderr.write("\n" * bool(left))
+    return [{**said.to_record(), "changes": changes[identities[said.edit]]} for said in interventions]
+
+
+def identity(edit: ns.Edit) -> str:
+    """Return a digest of all that an edit does."""
+    neurons = [[layer.parameter, layer.pattern, indices] for layer, indices in edit.neurons.by_layer().items()]
+    said = json.dumps([type(edit).__name__, neurons, edit.content()[0]], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+def _by_seconds(edits: Mapping[str, ns.Edit]) -> Iterator[dict[str, ns.Edit]]:
+    """Yield the edits in parts that take `SECONDS`, as the part before lets expect; the first ones are small."""
+    names, size = list(edits), FEWEST
+    while names:
+        now, names = names[:size], names[size:]
+        started = time.perf_counter()
+        yield {name: edits[name] for name in now}
+        rate = len(now) / max(time.perf_counter() - started, 1e-3)
+        size = max(FEWEST, min(round(rate * SECONDS), GROWTH * size))
 
 
 def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:

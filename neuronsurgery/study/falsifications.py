@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -24,7 +24,7 @@ import neuronsurgery as ns
 from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
-from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_fragility import ROUNDING, SEED, Asked, Examples, Row, ask, judge_scores, mitigate
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import (
@@ -32,6 +32,7 @@ from neuronsurgery.study.training import (
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
+    digest,
     print_progress,
     read_trajectory,
     train,
@@ -125,11 +126,15 @@ def falsifications(
         raise ValueError(f"two conditions have one name among {', '.join(sorted(slugs))}: give each a name of its own")
     return [
         folder.remember(
-            f"falsification-{condition.slug}-seed-{seed}",
+            _name(condition, seed),
             functools.partial(_falsify, folder, condition, seed, progress),
         )
         for condition in conditions
     ]
+
+
+def _name(condition: Condition, seed: int) -> str:
+    return f"falsification-{condition.slug}-seed-{seed}"
 
 
 def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool) -> Row:
@@ -139,7 +144,8 @@ def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool)
     data, wrong = _make_data(condition, seed)
     trained = _train(folder, condition, data, seed, progress)
     cuts, impossible = _knockouts(trained.model, data)
-    case = _Case(data, wrong, trained, cuts, folder.settings.draws)
+    kept = folder.parts(_name(condition, seed), digest(trained.model.state_dict().values()))
+    case = _Case(data, wrong, trained, cuts, folder.settings.draws, kept)
     row = {
         "condition": condition.name,
         "text": condition.text,
@@ -153,7 +159,7 @@ def _falsify(folder: RunFolder, condition: Condition, seed: int, progress: bool)
         "cuts": {name: [layer.parameter for layer in edit.neurons.by_layer()] for name, edit in cuts.items()},
         "impossible": impossible,
         "detection": {name: case.detect(name) for name in ("train", "held-out") if name in data.splits},
-        "mitigation": mitigate(data, trained.model, cuts.get("knockout"), "held-out", seed)
+        "mitigation": mitigate(data, trained.model, cuts.get("knockout"), "held-out", seed, kept)
         if "held-out" in data.splits
         else None,
     }
@@ -237,6 +243,7 @@ class _Case:
         trained: the network and its checkpoints.
         cuts: the knockouts by name; none where there is no residual branch.
         draws: how many random draws are averaged.
+        kept: what it was asked before a kill.
     """
 
     data: DataSet
@@ -244,6 +251,7 @@ class _Case:
     trained: Trained
     cuts: Mapping[str, ns.Edit]
     draws: int
+    kept: Parts = field(default_factory=Parts)
 
     def accuracy(self, split: str) -> list[float | None]:
         """The accuracy of each group, images with a wrong class left out; None for a group without images."""
@@ -293,7 +301,7 @@ class _Case:
         """Every score with what it needs, and the share of predictions that each cut changes."""
         alone, redrawn = (self.cuts, {}) if self.cuts else self._cuts_without_branches()
         early = {epoch: path for epoch, path in self.trained.checkpoints.items() if epoch == EARLY}
-        return ask(self.trained.model, self.data, split, alone, self._random_cuts() | redrawn, early)
+        return ask(self.trained.model, self.data, split, alone, self._random_cuts() | redrawn, early, self.kept)
 
     def _random_cuts(self) -> dict[str, list[ns.Edit]]:
         layout = ns.find_layout(self.trained.model, where=self.trained.where)

@@ -1,15 +1,18 @@
 """The run folder: what a study has done so far, what it came to, and how it goes on where it was killed.
 
 `run.json` says which run it is, on which images; `checkpoints/` and `optimizer.safetensors` are the training's; scores
-and `experiments/*.json` are written when each is done and read instead of being done again; `results.json` gathers
-every number, and the report is made from it alone. Each file is there whole or not at all.
+and `experiments/*.json` are written when each is done and read instead of being done again, and `parts/` holds what one
+of them has come to so far; `results.json` gathers every number, and the report is made from it alone. Each file is
+there whole or not at all. While a run is at work in the folder, `.lock` is locked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import textwrap
@@ -24,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.atomic import write_atomically
+from neuronsurgery.atomic import locked, remove_abandoned, write_atomically
 from neuronsurgery.study.training import Recipe
 
 SCHEMA: Final = 1
@@ -35,6 +38,7 @@ MADE: Final = (
     "optimizer.safetensors",
     "checkpoints/epoch-*.safetensors",
     "results.json",
+    "parts/*/*.json",
     "experiments/*.json",
     "gradients*.safetensors",
     "magnitudes.safetensors",
@@ -52,6 +56,12 @@ MADE: Final = (
 )
 """The files that the study makes in a run folder, in the order in which they are deleted: without the optimiser's file
 a training starts anew, and while `run.json` is there the folder is known as a run."""
+
+LOCK: Final = ".lock"
+"""The file that a run has locked while it is at work in a folder."""
+
+REPORT_PARTS: Final = {"new", "old", LOCK}
+"""What is in the folder in which a report is being made."""
 
 EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
 STAGES: Final = ("1", "2", "fragility")
@@ -140,12 +150,54 @@ class Settings:
         return Recipe(**said)
 
 
+class Parts:
+    """The parts of something that takes long, JSON values by name, each written down when it is done.
+
+    A part should be done in seconds: a run that is killed again and again must get past it.
+
+    Args:
+        folder: of their files; None keeps them in memory.
+        key: what they depend on; a file of another key, or one that is damaged, is as good as none.
+    """
+
+    def __init__(self, folder: Path | None = None, key: str = "") -> None:
+        self._folder = folder
+        self._key = key
+        self._kept: dict[str, Any] = {}
+        for file in [] if folder is None else sorted(folder.glob("*.json")):
+            with contextlib.suppress(ValueError):
+                found = _read_json(file)
+                if isinstance(found, dict) and found.get("depends on") == key:
+                    self._kept |= found["parts"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def __getitem__(self, name: str) -> Any:
+        return self._kept[name]
+
+    def keep(self, parts: Mapping[str, Any]) -> None:
+        """Write down some parts in one file, and have them from now on as they will be read from it."""
+        data = json.dumps({"depends on": self._key, "parts": parts})
+        if self._folder is not None:
+            number = sum(1 for _ in self._folder.glob("*.json"))
+            _write(self._folder / f"{number:05d}.json", data.encode())
+        self._kept |= json.loads(data)["parts"]
+
+    def of(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return one part: as it was kept, or compute and keep it."""
+        if name not in self:
+            self.keep({name: compute()})
+        return self[name]
+
+
 class RunFolder:
     """A folder that holds one run.
 
     Attributes:
         path: the folder.
         settings: of the run: those asked for, and the stages, experiments and splits of earlier times.
+        data: the digests of its splits, or None.
 
     Args:
         path: the folder; made if it is missing.
@@ -177,18 +229,49 @@ class RunFolder:
         else:
             refuse_files(path)
         self.settings = settings
+        self.data = None if data is None else dict(data)
         said |= {"settings": _plain(settings)} | ({} if data is None else {"data": dict(data)})
         _write(held, json.dumps(said, indent=1).encode())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the JSON value of an earlier time, or compute it and write it down."""
         file = self.path / "experiments" / f"{name}.json"
-        if file.exists():
-            return _read_json(file)
-        value = compute()
-        _write(file, json.dumps(value).encode())
+        if not file.exists():
+            value = compute()
+            _write(file, json.dumps(value).encode())
+        self._forget_parts(name)
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return _read_json(file)
+
+    def parts(self, whole: str, depends_on: Any) -> Parts:
+        """Return what an earlier time, killed on the way, had of what `remember` is computing; deleted with its end.
+
+        Args:
+            whole: what they are parts of, by the name that `remember` has for it.
+            depends_on: JSON values that are others whenever the parts are; parts of others are not looked at.
+        """
+        key = hashlib.sha256(json.dumps([self.data, depends_on], sort_keys=True).encode()).hexdigest()
+        return Parts(self.path / "parts" / whole, key)
+
+    def _forget_parts(self, whole: str) -> None:
+        folder = self.path / "parts" / whole
+        if folder.is_dir():
+            for file in (*folder.glob("*.json"), *folder.glob(".*.json.*")):
+                file.unlink(missing_ok=True)
+            for empty in (folder, folder.parent):
+                with contextlib.suppress(OSError):  # there are parts of something else
+                    empty.rmdir()
+
+    def remove_abandoned(self) -> None:
+        """Remove what killed processes left of the files that they were writing; a report that is being made stays."""
+        for pattern in MADE:
+            remove_abandoned(self.path, pattern)
+        for unfinished in self.path.glob(".report-????????"):
+            with contextlib.suppress(OSError):  # the report is done meanwhile
+                if {entry.name for entry in unfinished.iterdir()} <= REPORT_PARTS:
+                    with locked(unfinished / LOCK) as held:
+                        if held is not None:
+                            shutil.rmtree(unfinished)
 
     def note_seconds(self, what: str, seconds: float) -> None:
         """Add to `timings.json` how long something took; apart from the results, which a resumed run must repeat.
@@ -210,6 +293,37 @@ class RunFolder:
         loaded = ns.load_file(file)
         assert isinstance(loaded, ns.Scores), "this name is only ever given to scores"
         return loaded
+
+
+@contextlib.contextmanager
+def at_work(path: Path) -> Iterator[None]:
+    """Keep other runs out of a folder meanwhile, and make it if it is missing; reports may be made all the same.
+
+    Raises:
+        RuntimeError: if another run is at work in it; says which process that is, where it is known.
+        OSError: if it cannot be written to.
+    """
+    file = path / LOCK
+    with contextlib.ExitStack() as stack:
+        with _writing(file):
+            path.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(locked(file))
+        if held is None:
+            raise RuntimeError(
+                f"another run is at work in {path}{_process_of(file)}: wait for its end or stop it and start again, "
+                f"which goes on from what it did; or choose another folder with --out"
+            )
+        held.truncate(0)  # what a process was called that was killed
+        held.write(f"{os.getpid()}\n".encode())
+        yield
+
+
+def _process_of(file: Path) -> str:
+    """The process that has locked a file, in words; nothing where it has not said so, or is gone meanwhile."""
+    try:
+        return f" (process {int(file.read_text())})"
+    except (OSError, ValueError):
+        return ""
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -326,10 +440,14 @@ def delete_run(path: Path) -> None:
 
     Raises:
         ValueError: if the folder holds no run of this study.
+        RuntimeError: if a run is at work in it.
         OSError: if a file cannot be deleted.
     """
     _read_run(path)
-    _delete(path, made_files(path))
+    with at_work(path):
+        _delete(path, made_files(path))
+    if not path.is_symlink() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def _delete(path: Path, files: list[Path]) -> None:
@@ -343,9 +461,14 @@ def _delete(path: Path, files: list[Path]) -> None:
             folder.rmdir()
 
 
+def is_begun(entry: Path) -> bool:
+    """Whether a file is what a run leaves that is killed before it has written its `run.json`."""
+    return entry.name == LOCK or entry.match(".run.json.*")
+
+
 def refuse_files(path: Path) -> None:
     """Raise a ValueError if a folder without a `run.json` holds anything but what a kill in its first write left."""
-    names = sorted(entry.name for entry in path.iterdir() if not entry.match(".run.json.*")) if path.is_dir() else []
+    names = sorted(entry.name for entry in path.iterdir() if not is_begun(entry)) if path.is_dir() else []
     if names:
         raise ValueError(
             f"{path} holds files that are no run of this study, for it has no run.json "

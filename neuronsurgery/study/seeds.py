@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.study.claims import judge, mean_interval
-from neuronsurgery.study.run import SCHEMA, delete_run
+from neuronsurgery.study.run import LOCK, SCHEMA, delete_run, is_begun
 from neuronsurgery.study.stage_memorization import MINORITY, difference_text, images_of
 
 Results = Mapping[str, Any]
@@ -69,7 +69,7 @@ def refuse_other_files(path: Path, seeds: Sequence[int] | None = None) -> None:
         raise ValueError(f"{path} holds a run of one seed: choose another folder for several with --out")
     held = _held_seeds(path)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() and not held else []
-    others = [name for name in names if not _is_begun(path / name)]
+    others = [name for name in names if name != LOCK and not _is_begun(path / name)]
     if others:
         raise ValueError(
             f"{path} holds files that are no runs of this study ({len(others)}: {', '.join(others[:5])}"
@@ -100,7 +100,7 @@ def _held_seeds(path: Path) -> set[int]:
 def _is_begun(path: Path) -> bool:
     """Whether this is the folder of a seed in which nothing is but what a kill in its first write left."""
     named = path.is_dir() and re.fullmatch(r"seed-\d+", path.name) is not None
-    return named and all(entry.match(".run.json.*") for entry in path.iterdir())
+    return named and all(map(is_begun, path.iterdir()))
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:

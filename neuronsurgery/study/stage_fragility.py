@@ -26,6 +26,7 @@ from torch.nn import functional
 import neuronsurgery as ns
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import permutation
+from neuronsurgery.study.experiments import identity
 from neuronsurgery.study.figures.images import Pixels, pixels_of, png
 from neuronsurgery.study.last_layer import (
     Features,
@@ -38,9 +39,10 @@ from neuronsurgery.study.last_layer import (
     retrained,
     tuned_afr,
 )
-from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_one import Trained
-from neuronsurgery.study.training import load_checkpoint
+from neuronsurgery.study.training import digest, load_checkpoint
+from neuronsurgery.sweeps import sweep_in_parts
 
 Row: TypeAlias = dict[str, Any]
 
@@ -127,11 +129,17 @@ def infer(model: nn.Module, data: Any, split: str, edit: ns.Edit) -> ns.Inferred
 
 def inferred_loaders(data: Any, split: str, inferred: ns.InferredGroups) -> dict[str, Any]:
     """Return one loader per inferred group of a split: for worst inferred-group accuracy as a validation metric."""
+    places = inferred_places(data, split, inferred)
+    return {name: readers.batches(data.splits[split].subset(own), 250) for name, own in places.items()}
+
+
+def inferred_places(data: Any, split: str, inferred: ns.InferredGroups) -> dict[str, Tensor]:
+    """Return the places in a split of the examples of each inferred group, int64, by what the group is called."""
     order = Examples.of(data.splits[split]).order
     return {
-        f"class {row['class']}, {'fragile' if row['fragile'] else 'not fragile'}": readers.batches(
-            data.splits[split].subset(order[inferred.groups == row["group"]]), 250
-        )
+        f"class {row['class']}, {'fragile' if row['fragile'] else 'not fragile'}": order[
+            inferred.groups == row["group"]
+        ]
         for row in inferred.to_records()
     }
 
@@ -162,9 +170,14 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
         if progress:
             sys.stderr.write(f"fragility of the {split} images\n")
         started = time.perf_counter()
-        found = _Detection(folder, data, trained, edit, split).run()
+        kept = folder.parts(f"fragility-{split}", digest(trained.model.state_dict().values()))
+        found = _Detection(folder.settings.draws, data, trained, edit, split, kept).run()
         folder.note_seconds(f"fragility of the {split} images", time.perf_counter() - started)
         return found
+
+    def mitigated() -> list[Row]:
+        kept = folder.parts("fragility-mitigation", digest(trained.model.state_dict().values()))
+        return mitigate(data, trained.model, edit, splits[-1], folder.settings.seed, kept)
 
     detection = {split: folder.remember(f"fragility-{split}", functools.partial(detected, split)) for split in splits}
     return {
@@ -176,9 +189,7 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
         "points": detection["train"]["points"],
         "audit": detection["train"]["audit"],
         "images": splits[-1],
-        "mitigation": folder.remember(
-            "fragility-mitigation", lambda: mitigate(data, trained.model, edit, splits[-1], folder.settings.seed)
-        ),
+        "mitigation": folder.remember("fragility-mitigation", mitigated),
     }
 
 
@@ -205,8 +216,9 @@ def ask(
     alone: Mapping[str, ns.Edit],
     drawn: Mapping[str, Sequence[ns.Edit]],
     checkpoints: Mapping[int, Path],
+    kept: Parts | None = None,
 ) -> Asked:
-    """Return every score that could tell who is memorised, in one sweep and one more pass for each checkpoint.
+    """Return every score that could tell who is memorised: a pass for each that is not kept.
 
     Args:
         model: the trained model.
@@ -215,36 +227,54 @@ def ask(
         alone: by name, cuts that are scores of their own.
         drawn: by name, the draws of a random cut, which are a score together.
         checkpoints: by epoch, early ones to ask.
+        kept: the scores that there were before a kill; those that are made are written down in it.
     """
     loaders, targets = data.loaders(split), Examples.of(data.splits[split]).targets
-    labelled = {f"{name}, {draw}": edit for name, edits in drawn.items() for draw, edit in enumerate(edits)}
-    swept = ns.sweep(model, {**alone, **labelled}, loaders, metric=ns.margin)
-    scores: dict[str, tuple[str, Tensor]] = {}
-    damage: dict[str, float] = {}
-    for name in alone:
-        remaining = swept.values(name)
-        scores[name] = ("final model, one edit", ns.fragility(remaining[None], targets))
-        damage[name] = float(((remaining > 0) != (swept.values() > 0)).double().mean())
-    scores["final margin"] = ("final model", -swept.values())
+    kept = Parts() if kept is None else kept
+    every: dict[str, Sequence[ns.Edit]] = {
+        "final margin": [],
+        **{name: [edit] for name, edit in alone.items()},
+        **drawn,
+    }
+    cuts = {name: {f"{name}, {draw}": edit for draw, edit in enumerate(edits)} for name, edits in every.items()}
+    keys = {name: _key(split, name, edits) for name, edits in cuts.items()}
+    left = {name: edits for name, edits in cuts.items() if keys[name] not in kept}
+    for name, swept in zip(left, sweep_in_parts(model, left.values(), loaders, metric=ns.margin), strict=True):
+        values, flips = joint_fragility(swept, name, targets) if left[name] else (-swept.values(), 0.0)
+        kept.keep({keys[name]: [values.tolist(), flips]})
+    found = {name: (torch.tensor(kept[key][0], dtype=torch.float64), kept[key][1]) for name, key in keys.items()}
+    scores = {name: ("final model, one edit", found[name][0]) for name in alone}
+    scores["final margin"] = ("final model", found["final margin"][0])
     for epoch, path in checkpoints.items():
-        early = load_checkpoint(model, path.parents[1], epoch)
-        margins = ns.sweep(early, {}, loaders, metric=ns.margin).values()
+        margins = _margins(load_checkpoint(model, path.parents[1], epoch), loaders, split, kept)
         scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -margins)
     for name, edits in drawn.items():
-        values, damage[name] = joint_fragility(swept, name, targets)
-        scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)}", values)
-    return Asked(scores, damage)
+        scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)}", found[name][0])
+    return Asked(scores, {name: found[name][1] for name in (*alone, *drawn)})
+
+
+def _margins(model: nn.Module, loaders: Mapping[str, Any], split: str, kept: Parts) -> Tensor:
+    """The margins of a model as it is, float64 (N,)."""
+    key = f"{split}, {digest(model.state_dict().values())}"
+    margins = kept.of(key, lambda: ns.sweep(model, {}, loaders, metric=ns.margin).values().tolist())
+    return torch.tensor(margins, dtype=torch.float64)
+
+
+def _key(split: str, name: str, edits: Mapping[str, ns.Edit]) -> str:
+    """What a score is kept by: all that it depends on beside the model."""
+    return f"{split}, {name}, {' '.join(map(identity, edits.values()))}"
 
 
 @dataclass(frozen=True, eq=False)
 class _Detection:
     """Every score of the examples of one split, and how well each finds the minorities."""
 
-    folder: RunFolder
+    draws: int
     data: Any
     trained: Trained
     edit: ns.Edit | None
     split: str
+    kept: Parts
 
     def run(self) -> Row:
         examples = Examples.of(self.data.splits[self.split])
@@ -252,7 +282,7 @@ class _Detection:
         # What critical and random neurons do is asked of the training images alone.
         drawn = self._drawn() if self.split == "train" else {}
         early = {epoch: self.trained.checkpoints[epoch] for epoch in EARLY if epoch in self.trained.checkpoints}
-        asked = ask(self.trained.model, self.data, self.split, alone, drawn, early)
+        asked = ask(self.trained.model, self.data, self.split, alone, drawn, early, self.kept)
         rows = [
             {"score": name, "needs": needs, **judged}
             for name, (needs, values) in asked.scores.items()
@@ -285,7 +315,7 @@ class _Detection:
         }
 
     def _cuts(self, pool: ns.Layout | ns.Neurons, size: int) -> list[ns.Edit]:
-        return [ns.zero_out(ns.sample(pool, size, seed=SEED + draw)) for draw in range(self.folder.settings.draws)]
+        return [ns.zero_out(ns.sample(pool, size, seed=SEED + draw)) for draw in range(self.draws)]
 
     def _as_damaging(self, critical: Sequence[ns.Edit], layout: ns.Layout) -> list[ns.Edit]:
         """Return the random cuts that come nearest to the damage of the critical ones, found by halving their size."""
@@ -301,7 +331,7 @@ class _Detection:
         return self._cuts(layout, min(tried, key=lambda size: abs(tried[size] - target)))
 
     def _damage(self, cuts: Sequence[ns.Edit]) -> float:
-        return ask(self.trained.model, self.data, self.split, {}, {"cut": cuts}, {}).damage["cut"]
+        return ask(self.trained.model, self.data, self.split, {}, {"cut": cuts}, {}, self.kept).damage["cut"]
 
 
 def joint_fragility(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
@@ -436,10 +466,14 @@ class _Bench:
     model: nn.Module
     held: Features
     seed: int
+    kept: Parts
 
     def row(self, name: str, labels: str, images: str, make: Callable[[], LinearRule | tuple[LinearRule, Any]]) -> Row:
         """Return the accuracies of one rule, or why it cannot be fitted."""
-        said = {"name": name, "labels": labels, "images": images}
+        row: Row = self.kept.of(name, lambda: self._row({"name": name, "labels": labels, "images": images}, make))
+        return row
+
+    def _row(self, said: Row, make: Callable[[], LinearRule | tuple[LinearRule, Any]]) -> Row:
         try:
             made = make()
             rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
@@ -456,7 +490,9 @@ class _Bench:
         return balanced_logistic(self.held.features, self.held.targets, groups, seed=self.seed)
 
 
-def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int) -> list[Row]:
+def mitigate(
+    data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int, kept: Parts | None = None
+) -> list[Row]:
     """Return every way to retrain the last layer on a split, with the labels that each takes.
 
     Args:
@@ -465,13 +501,14 @@ def mitigate(data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed
         edit: what is cut to infer groups, see `knockout`; None where there is no branch to cut.
         split: the images to retrain on.
         seed: of the balanced subsets.
+        kept: the rows that there were before a kill; those that are made are written down in it.
     """
     start = {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)}
     try:
         held = extract_features(model, data.loaders(split))
     except ValueError as error:  # the network does not end in a linear layer
         return [start, {"name": "last layer", "labels": "class", "images": split, "impossible": str(error)}]
-    bench = _Bench(data, model, held, seed)
+    bench = _Bench(data, model, held, seed, Parts() if kept is None else kept)
     validation = extract_features(model, data.loaders("validation"))
     train_features = extract_features(model, data.loaders("train")).features
     logits = last_logits(model, held.features, head=held.head)

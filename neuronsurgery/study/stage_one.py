@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from neuronsurgery.study.experiments import (
     sensitive_layers,
 )
 from neuronsurgery.study.run import RunFolder
+from neuronsurgery.study.training import digest
 
 INTERVALS: Final = {
     "level": 0.95,
@@ -119,10 +120,11 @@ def _measure(
     folder: RunFolder, data: Any, subject: Subject, name: str, split: str, progress: bool
 ) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    interventions = EXPERIMENTS[name](subject)
+    kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
+    interventions = EXPERIMENTS[name](replace(subject, kept=kept))
     if progress:
         sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
-    records = measure(subject.model, interventions, data.loaders(split), progress=progress)
+    records = measure(subject.model, interventions, data.loaders(split), kept=kept, progress=progress)
     if name in SPELT_OUT:
         _save_specs(folder, name, interventions)
     folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)

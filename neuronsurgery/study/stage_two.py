@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 import neuronsurgery as ns
 from neuronsurgery.objectives import jtt_weights
+from neuronsurgery.study import readers
 from neuronsurgery.study.last_layer import REFITS, STRENGTHS, dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
     FINE_TUNING,
@@ -42,7 +44,7 @@ from neuronsurgery.study.methods import (
     unaugmented,
 )
 from neuronsurgery.study.run import RunFolder
-from neuronsurgery.study.stage_fragility import infer, inferred_loaders, knockout
+from neuronsurgery.study.stage_fragility import infer, inferred_places, knockout
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import (
     Erm,
@@ -52,6 +54,7 @@ from neuronsurgery.study.training import (
     Source,
     checkpoint_epochs,
     checkpoint_path,
+    digest,
     load_checkpoint,
     read_trajectory,
     train,
@@ -411,7 +414,7 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware
         hardware: of training.
         progress: whether to write lines of progress to standard error.
     """
-    judge = _Judge.by(data, setting.trained.model)
+    judge = _Judge.by(folder, data, setting.trained.model)
     counts = {split: data.splits[split].counts for split in ("train", *judge.splits)} | judge.inferred_counts
     rows = [
         _start(folder, judge, setting),
@@ -445,15 +448,24 @@ class _Judge:
             self.splits.append("held-out")
 
     @classmethod
-    def by(cls, data: Any, model: nn.Module) -> _Judge:
+    def by(cls, folder: RunFolder, data: Any, model: nn.Module) -> _Judge:
         """Return a judge that also goes by the groups that the ERM model's fragility infers, where it infers any."""
         unlabelled = "held-out" if "held-out" in data.splits else "validation"
-        try:
-            edit = knockout(model, next(iter(next(iter(data.loaders("train").values())))))
-            inferred = inferred_loaders(data, unlabelled, infer(model, data, unlabelled, edit))
-        except (ValueError, ns.CaptureError) as error:  # no skip connections, or nobody stands out
-            return cls(data, unlabelled, {}, str(error))
-        return cls(data, unlabelled, inferred)
+
+        def inferred() -> Row:
+            try:
+                edit = knockout(model, next(iter(next(iter(data.loaders("train").values())))))
+                places = inferred_places(data, unlabelled, infer(model, data, unlabelled, edit))
+            except (ValueError, ns.CaptureError) as error:  # no skip connections, or nobody stands out
+                return {"impossible": str(error)}
+            return {"places": {name: own.tolist() for name, own in places.items()}}
+
+        found = folder.remember("stage-2-inferred", inferred)
+        if "impossible" in found:
+            return cls(data, unlabelled, {}, found["impossible"])
+        split = data.splits[unlabelled]
+        places = {name: torch.tensor(own, dtype=torch.int64) for name, own in found["places"].items()}
+        return cls(data, unlabelled, {name: readers.batches(split.subset(own), 250) for name, own in places.items()})
 
     @property
     def inferred_counts(self) -> dict[str, list[int]]:
@@ -481,7 +493,7 @@ def _start(folder: RunFolder, judge: _Judge, setting: Setting) -> Row:
 
 
 def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, hardware: Hardware, progress: bool) -> Row:
-    path = folder.path / "stage-2" / arm.slug
+    path, name = folder.path / "stage-2" / arm.slug, f"stage-2-{arm.slug}"
 
     def say(text: str) -> None:
         if progress:
@@ -499,15 +511,16 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm, har
         say(f"{how.recipe.epochs} epoch{'s' * (how.recipe.epochs != 1)}\n")
         train(how.start, how.source, path, recipe=how.recipe, seed=setting.seed, method=how.method, hardware=hardware)
         losses = {met["epoch"]: met["loss"] for met in read_trajectory(path)}
-        judged = [
-            {"epoch": epoch, "loss": losses[epoch], **judge(load_checkpoint(how.start, path, epoch))}
-            for epoch in checkpoint_epochs(path)
-            if epoch > 0
-        ]
+        kept = folder.parts(name, [judge.splits, losses])
+        judged = []
+        for epoch in filter(None, checkpoint_epochs(path)):
+            model = load_checkpoint(how.start, path, epoch)
+            key = digest(model.state_dict().values())
+            judged.append({"epoch": epoch, "loss": losses[epoch], **kept.of(key, functools.partial(judge, model))})
         folder.note_seconds(f"Stage 2, {arm.name}", time.perf_counter() - started)
         return {"settings": how.settings, "trajectory": judged}
 
-    row = folder.remember(f"stage-2-{arm.slug}", run)
+    row = folder.remember(name, run)
     for epoch in checkpoint_epochs(path)[:-1]:  # only once the row is written: what was judged is not needed again
         checkpoint_path(path, epoch).unlink()
     said = {key: getattr(arm, key) for key in ("name", "family", "text", "labels", "choice", "held_out")}

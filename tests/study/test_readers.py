@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -477,6 +478,98 @@ def test_an_empty_table_is_refused(birds: Path, text: str) -> None:
         waterbirds(birds)
 
 
+HEADER = "path,label,attribute,split\n"
+LONG = "d" * 2400
+HOSTILE = {
+    "an open quotation mark": (
+        'a.png,0,0,0\n\n"b.png,1,0,0\nc.png,0,0,0\n',
+        r"csv: the row that begins in line 4 .*close",
+    ),
+    "one that another row closes": (
+        'a.png,0,0,0\n"b.png,1,0,0\n"c.png",0,0,0\n',
+        r"csv: the row that begins in line 3 cannot be read",
+    ),
+    "an open one in a long table": (
+        '"a.png,0,0,0\n' + "b.png,0,0,0\n" * 20_000,
+        r"the row that begins in line 2 .*limit",
+    ),
+    "a null byte": (
+        'a\0.png,0,0,0\n"a\nb.png",0,0,0\n\0,1,2\n',
+        r"rows without the 4 fields of the header \(1\): line 5 \(3\)\n.*null byte, .* \(2\): line 2, line 5\nPut"
+        r"|in line 2 .*NUL",  # Python 3.10 reads no further
+    ),
+    "columns of one name": (
+        "".join(f"{n}.png,0,0,0\n" for n in range(3)),
+        r"csv: columns of one name \(1\): 'label' \(2 times\): name the columns as expected, each of them otherwise",
+    ),
+    "paths that are too long": (
+        f"a.png,0,0,0\n{LONG}{LONG},1,0,0\n{LONG}/{LONG}/x.png,1,0,0\nz.png,0,0,0\n",
+        r"path or folder cannot be read \(2\): d{100}\.\.\.d+ \(line 3: File name too long\), d{100}\.\.\.d*/x.png "
+        r"\(line 4: File name too long\)\n  images missing in .* \(1\): z.png\n",
+    ),
+    "different labels, attributes and splits": (
+        "a.png,0,0,0\na.png,0,0,0\n./a.png,1,0,0\nb.png,1,no,test\n./b.png,1.0,yes,train\nb.png,1,maybe,2\n"
+        + "".join(f"{label}.png,{label},0,0\n" for label in "abcdefg"),
+        r"images with more than one label \(2\): a.png \(line 2: '0', line 4: '1', line 8: 'a'\), b.png \(.*\n"
+        r"  images with more than one attribute \(1\): b.png \(line 5: 'no', line 6: 'yes', line 7: 'maybe', "
+        r"\.\.\. and 1 more\)\n"
+        r"  images in more than one split \(1\): b.png \(line 5: 'test', line 6: 'train'\)\n"
+        r".* images missing in .* \(5\): c.png, d.png",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_table_is_one_error_that_names_its_rows(rows: str, message: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    header = HEADER if "columns of one name" not in message else HEADER.replace("attribute", "label")
+    (tmp_path / "metadata.csv").write_text(header + rows)
+    with pytest.raises(ValueError, match=message):
+        image_folder(tmp_path, **({"attribute": "label"} if header != HEADER else {}))
+
+
+def test_rows_that_repeat_others_are_counted_in_one_warning(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    rows = [("a.png", 1, 0, "train"), ("./a.png", "1.0", 0, 0), ("a.png", 1, 0, "Training")]
+    write_rows(tmp_path / "metadata.csv", [("path", "label", "attribute", "split"), *rows])
+    with pytest.warns(
+        UserWarning, match=r"csv: 2 rows say again what others say \(line 3, line 4\): .* take"
+    ) as caught:
+        dataset = image_folder(tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert len(dataset.train) == 3
+
+
+def test_what_may_not_be_read_is_named(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the means of the system as far as these go: root may read everything."""
+    scan, read = os.scandir, Path.read_text
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def refusing(name: str) -> Callable[[Path], object]:
+        return lambda path: refuse(path) if Path(path).name == name else scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing("001.Some_Bird"))
+    first = rf"{bird_name(1)} \(line 3: Permission denied\), {bird_name(4)} \(line 6: "
+    with pytest.raises(
+        ValueError, match=rf"images whose path or folder cannot be read \(7\): {first}.* and 2 more\nPut"
+    ):
+        waterbirds(birds)
+    monkeypatch.setattr(os, "scandir", refusing("birds"))
+    with pytest.raises(
+        OSError, match=r"birds cannot be read \(Permission denied\): give leave to read it, or pass another"
+    ):
+        waterbirds(birds)
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OSError, match=r"metadata\.csv cannot be read \(Permission denied\): give leave"):
+        waterbirds(birds)
+    monkeypatch.setattr(Path, "read_text", read)
+
+
 def test_a_table_that_is_no_text_is_refused(birds: Path) -> None:
     shutil.copy(birds / bird_name(0), birds / "metadata.csv")
     with pytest.raises(ValueError, match=r"metadata\.csv: expected a text file, found 'utf-8' codec"):
@@ -512,6 +605,14 @@ def test_celeba_whose_tables_differ(tmp_path: Path) -> None:
         r"  images of list_eval_partition.csv without attributes \(1\): 999999.jpg"
     )
     with pytest.raises(ValueError, match=message):
+        celeba(tmp_path)
+
+
+def test_celeba_whose_table_of_splits_contradicts_itself(tmp_path: Path) -> None:
+    kaggle(tmp_path)
+    with (tmp_path / "list_eval_partition.csv").open("a") as file:
+        file.write("000003.jpg,2\n000004.jpg,0\n")
+    with pytest.raises(ValueError, match=r"more than one split in list_eval_partition.csv \(1\): 000003.jpg\n"):
         celeba(tmp_path)
 
 
@@ -552,6 +653,31 @@ def test_tables_that_make_no_data_set(tmp_path: Path, rows: list[Sequence[object
 
 
 # Transforms
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photographs_are_turned_as_the_camera_says(orientation: int, tmp_path: Path) -> None:
+    turns = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    upright = Image.linear_gradient("L").resize((40, 24))
+    stored = upright if turns[orientation] is None else upright.transpose(turns[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    write_rows(tmp_path / "metadata.csv", [("path", "label", "attribute", "split"), ("a.jpg", 0, 0, 0)])
+    framing = Framing((("crop", 24),))
+    split = image_folder(tmp_path, framing=framing).train
+    expected = evaluation_transform(framing)(upright.convert("RGB"))
+    for images in (Images(split)[0][0], next(iter(batches(split)))[0][0]):
+        assert torch.allclose(images, expected, atol=0.05)
+    augmentation = RandomCrop(24, scale=(1.0, 1.0), ratio=(5 / 3, 5 / 3), flip=False)
+    varied = next(iter(batches(split, augmentation=augmentation)))[0][0]
+    assert torch.allclose(varied, training_transform(augmentation)(upright.convert("RGB")), atol=0.05)
+
+
+def test_a_photograph_with_broken_exif_data_is_read_as_it_is(tmp_path: Path) -> None:
+    Image.linear_gradient("L").save(tmp_path / "a.jpg", exif=b"Exif\0\0MM is no header of TIFF")
+    write_rows(tmp_path / "metadata.csv", [("path", "label", "attribute", "split"), ("a.jpg", 0, 0, 0)])
+    assert Images(image_folder(tmp_path).train)[0][0].shape == (3, 224, 224)
 
 
 def noisy_image(width: int, height: int) -> object:

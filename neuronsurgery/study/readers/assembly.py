@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from neuronsurgery.study.readers.disk import EXPECTED_COUNTS, ImageData, ImageSplit, Loading
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, fault_of, torchvision_transforms
-from neuronsurgery.study.readers.tables import Problems, raise_for, whole_number
+from neuronsurgery.study.readers.tables import Problems, first_of, raise_for, whole_number
 
 SPLITS: Final = {
     "train": ("0", "train", "training"),
@@ -34,7 +35,7 @@ _AT_ONCE: Final = 10_000  # images decoded between two lines of progress
 
 @dataclass(frozen=True)
 class Rows:
-    """The four columns as the table says them, one entry per image."""
+    """The four columns as the table says them, one entry per image, and the line that its row begins in."""
 
     source: Path
     folder: Path
@@ -42,6 +43,7 @@ class Rows:
     y: list[str]
     attribute: list[str]
     split: list[str]
+    row: list[str]
 
 
 Encode: TypeAlias = Callable[[Sequence[str], str, Sequence[str]], tuple[list[int], list[str], Problems]]
@@ -78,8 +80,15 @@ def assemble(
     y, y_values, wrong_y = encode(rows.y, "label", rows.path)
     a, a_values, wrong_a = encode(rows.attribute, "attribute", rows.path)
     split_of, wrong_splits = _name_splits(rows, splits)
-    wrong_files = _check_files(rows.folder, rows.path, verify, loading.workers)
-    raise_for(rows.source, {**wrong_y, **wrong_a, **wrong_splits, **wrong_files})
+    contradictions, repeated = _check_repetitions(rows, split_of)
+    wrong_files = _check_files(rows, verify, loading.workers)
+    raise_for(rows.source, {**wrong_y, **wrong_a, **wrong_splits, **contradictions, **wrong_files})
+    if repeated:
+        warnings.warn(
+            f"{rows.source}: {len(repeated)} rows say again what others say ({first_of(repeated)}): their images count "
+            f"as often as they are listed; take these rows out if that is not meant",
+            stacklevel=3,
+        )
     class_names, group_names = describe(y_values, a_values)
     targets = torch.tensor(y)
     groups = targets * len(a_values) + torch.tensor(a)
@@ -151,23 +160,68 @@ def _name_splits(rows: Rows, splits: Mapping[str, str]) -> tuple[list[str], Prob
 
     meaning = {value: look_up(value) for value in set(rows.split)}
     named = [meaning[value] for value in rows.split]
-    first: dict[str, str] = {}
-    twice = {path: None for path, split in zip(rows.path, named, strict=True) if first.setdefault(path, split) != split}
     known = ", ".join(splits)
     problems = {
         f"images in an unknown split, known are {known}": _saying(rows.split, rows.path, lambda v: not meaning[v]),
-        "images in more than one split": list(twice),
         "splits without images": [] if "train" in named else ["train"],
     }
     return named, problems
 
 
-def _check_files(folder: Path, paths: Sequence[str], verify: bool, workers: int) -> Problems:
-    """Missing files, found by listing each directory once; unreadable images too, with `verify`."""
+def _check_repetitions(rows: Rows, split_of: Sequence[str]) -> tuple[Problems, list[str]]:
+    """The images of which several rows say different things, and the rows that say only what an earlier one says."""
+    listed: dict[str, list[int]] = {}
+    for place, path in enumerate(rows.path):
+        listed.setdefault(os.path.normpath(path), []).append(place)
+    several = [places for places in listed.values() if len(places) > 1]
+    columns = {
+        "with more than one label": (rows.y, list(map(_without_spelling, rows.y))),
+        "with more than one attribute": (rows.attribute, list(map(_without_spelling, rows.attribute))),
+        "in more than one split": (rows.split, split_of),
+    }
+    problems = {
+        f"images {what}": [
+            f"{rows.path[places[0]]} ({first_of([f'line {rows.row[at]}: {said[at]!r}' for at in differing], 3)})"
+            for places in several
+            for differing in [_first_of_each(places, meant)]
+            if len(differing) > 1
+        ]
+        for what, (said, meant) in columns.items()
+    }
+    whole = list(zip(*(meant for _, meant in columns.values()), strict=True))
+    repeated = [place for places in several for place in set(places).difference(_first_of_each(places, whole))]
+    return problems, [f"line {rows.row[place]}" for place in sorted(repeated)]
+
+
+def _first_of_each(places: Sequence[int], values: Sequence[object]) -> list[int]:
+    """The first place of each different value, ascending."""
+    return sorted({values[place]: place for place in reversed(places)}.values())
+
+
+def _without_spelling(value: str) -> str:
+    """A value as codes tell it from others: 1.0 is 1."""
+    number = whole_number(value)
+    return value if number is None else str(number)
+
+
+def _check_files(rows: Rows, verify: bool, workers: int) -> Problems:
+    """Missing files, found by listing each directory once; what cannot be read too, images only with `verify`."""
+    folder, paths = rows.folder, rows.path
     names = [os.path.split(path) for path in paths]
     listed = {parent: _list(folder / parent) for parent in {parent for parent, _ in names}}
-    is_there = [name in listed[parent] for parent, name in names]
-    problems = {f"images missing in {folder}": [p for p, there in zip(paths, is_there, strict=True) if not there]}
+    is_there = [name in listed[parent][0] for parent, name in names]
+    refused = [
+        "" if there else listed[parent][1] or _refusal(folder / path)
+        for path, (parent, _), there in zip(paths, names, is_there, strict=True)
+    ]
+    problems = {
+        "images whose path or folder cannot be read": [
+            f"{path} (line {row}: {why})" for path, row, why in zip(paths, rows.row, refused, strict=True) if why
+        ],
+        f"images missing in {folder}": [
+            path for path, there, why in zip(paths, is_there, refused, strict=True) if not there and not why
+        ],
+    }
     if verify:
         present = [path for path, there in zip(paths, is_there, strict=True) if there]
         faults = _find_faults(folder, present, workers)
@@ -188,13 +242,26 @@ def _find_faults(folder: Path, paths: Sequence[str], workers: int) -> list[str]:
     return faults
 
 
-def _list(folder: Path) -> set[str]:
-    """The names of the files in a folder; a link that leads nowhere is none."""
+def _list(folder: Path) -> tuple[set[str], str]:
+    """The names of the files in a folder, a link that leads nowhere being none; and why it could not be read, or ""."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if _is_file(entry)}
+            return {entry.name for entry in entries if _is_file(entry)}, ""
     except (FileNotFoundError, NotADirectoryError):
-        return set()
+        return set(), ""
+    except OSError as error:
+        return set(), error.strerror or str(error)
+
+
+def _refusal(path: Path) -> str:
+    """Why the system does not look for a file at all, such as a name that is too long; "" where it does."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 from neuronsurgery.study.readers.assembly import SPLIT_NAMES, SPLITS, Rows, assemble, encode_binary, encode_values
 from neuronsurgery.study.readers.disk import ImageData, Loading
 from neuronsurgery.study.readers.pixels import Framing
-from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns
+from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns, unreadable
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -147,6 +147,9 @@ def _join_celeba(attributes: Path, partition: Path) -> dict[str, list[str]]:
         {
             f"images without a split in {partition.name}": [name for name in columns["path"] if name not in split_of],
             f"images of {partition.name} without attributes": [name for name in split_of if name not in known],
+            f"images in more than one split in {partition.name}": [
+                name for name, value in zip(places["path"], places["split"], strict=True) if split_of[name] != value
+            ],
         },
     )
     return {**columns, "split": [split_of[name] for name in columns["path"]]}
@@ -186,12 +189,14 @@ def image_folder(
     Returns:
         Classes and attributes in ascending order of their values, counted over the whole table; the groups, in the
         order of `y * attributes + a`, are called "label=value attribute=value", after the columns. Combinations that no
-        image of any split has are no groups.
+        image of any split has are no groups. Rows that repeat others are taken as they are, with one warning that
+        counts them.
 
     Raises:
         FileNotFoundError: if there is no such folder or table.
         ValueError: if `splits` leads elsewhere, or the table or the images are not as they should be; lists all that is
             wrong.
+        OSError: if the folder or the table cannot be read.
 
     Example:
         >>> import tempfile, pathlib
@@ -239,14 +244,18 @@ READERS: Final[Mapping[str, Callable[..., ImageData]]] = MappingProxyType(
 def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str]) -> Path:
     """The first table of those names in `root`, or else in the folders below it that match the patterns."""
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise FileNotFoundError(f"{root}: no such folder: pass the one that {what} is in")
+    try:
+        with os.scandir(root) as entries:
+            inside = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+    except OSError as error:
+        raise unreadable(root, error) from error
     folders = [root, *(match for pattern in below for match in sorted(root.glob(pattern)) if match.is_dir())]
     for folder in folders:
         for name in names:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
-    inside = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
     places = f"there or in {', '.join(below)}" if below else "there"
     raise FileNotFoundError(
         f"{root}: {what} not found: expected {' or '.join(names)} {places}, found {first_of(inside) or 'nothing'}: "
@@ -258,7 +267,7 @@ def _image_folder(beside: Path, patterns: Sequence[str], paths: Sequence[str]) -
     """The folder, near a table, that has any of the first hundred images; the first that there is, if none has."""
     found = [folder for pattern in patterns for folder in sorted(_glob(beside, pattern))]
     candidates = [*found, beside]
-    has_some = (folder for folder in candidates if any((folder / path).is_file() for path in paths[:100]))
+    has_some = (folder for folder in candidates if any(os.path.isfile(folder / path) for path in paths[:100]))
     return next(has_some, candidates[0])
 
 

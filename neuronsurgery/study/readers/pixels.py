@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,10 @@ def torchvision_transforms() -> Any:
 
 
 def read_image(path: Path) -> Image:
-    """The image in three channels of 8 bits."""
+    """The image in three channels of 8 bits, the right way up: as the camera says, where it does."""
     try:
         with open_image(path) as image:
+            _turn_upright(image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to: see `fault_of`
         said = str(error) or type(error).__name__
@@ -109,6 +111,15 @@ def fault_of(path: Path) -> str:
     except Exception as error:
         return str(error).replace(str(path), path.name) or type(error).__name__
     return ""
+
+
+def _turn_upright(image: Image) -> None:
+    """Turn an image in place as its EXIF data say; nothing is done where they say nothing, or are broken."""
+    from PIL import ImageOps
+
+    # Whatever Pillow makes of broken EXIF data; a broken image is found when it is converted.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def open_image(path: Path) -> Image:

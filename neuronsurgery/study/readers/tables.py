@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -13,6 +14,8 @@ Problems: TypeAlias = Mapping[str, Sequence[str]]
 """What is wrong, to the names of everything that is wrong in that way."""
 
 _SHOWN: Final = 5  # names per problem in an error
+_LONGEST: Final = 200  # characters of such a name
+_COLUMNS_SHOWN: Final = 20
 
 
 def raise_for(source: Path, problems: Problems) -> None:
@@ -26,9 +29,11 @@ def raise_for(source: Path, problems: Problems) -> None:
     )
 
 
-def first_of(names: Sequence[str]) -> str:
-    """The first few names, as an error lists them."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def first_of(names: Sequence[str], limit: int = _SHOWN) -> str:
+    """The first few names, as an error lists them: very long ones without their middle, and how many more there are."""
+    half = _LONGEST // 2
+    shown = [name if len(name) <= _LONGEST else f"{name[:half]}...{name[-half:]}" for name in names[:limit]]
+    return ", ".join(shown) + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def whole_number(text: str) -> int | None:
@@ -41,7 +46,7 @@ def whole_number(text: str) -> int | None:
 
 
 Lines: TypeAlias = Iterator[tuple[int, list[str]]]
-"""Number and fields of each line that is not blank."""
+"""The number of the first line and the fields of each row that is not blank."""
 
 
 def read_columns(
@@ -50,35 +55,63 @@ def read_columns(
     """The columns of a table by the names that we use; of several aliases the first that the table has.
 
     `header` names the columns of a table that begins with data. Only what is asked for is kept: CelebA's table has
-    eight million fields.
+    eight million fields. As "row" comes the number of the line that each row begins in.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a text file, found {error}: pass the table as text in UTF-8") from error
-    columns, lines = _split_header(path, _split_lines(text), header)
+    columns, lines = _split_header(path, _split_lines(path, _read_text(path)), header)
     places = _place_columns(path, columns, aliases)
-    picked: dict[str, list[str]] = {key: [] for key in places}
-    ragged = []
+    picked: dict[str, list[str]] = {key: [] for key in (*places, "row")}
+    ragged, with_null = [], []
     for number, fields in lines:
+        if any("\0" in field for field in fields):
+            with_null.append(f"line {number}")
         if len(fields) != len(columns):
             ragged.append(f"line {number} ({len(fields)})")
             continue
+        picked["row"].append(str(number))
         for key, place in places.items():
             picked[key].append(fields[place])
-    raise_for(path, {f"rows without the {len(columns)} fields of the header": ragged})
+    ragged_ones = f"rows without the {len(columns)} fields of the header"
+    raise_for(path, {ragged_ones: ragged, "rows with a null byte, which no text and no path has": with_null})
     return picked
 
 
-def _split_lines(text: str) -> Lines:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file, found {error}: pass the table as text in UTF-8") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> OSError:
+    """The error to raise where a table, or the folder that it is in, cannot be read."""
+    return OSError(f"{path} cannot be read ({error.strerror or error}): give leave to read it, or pass another one")
+
+
+def _split_lines(path: Path, text: str) -> Lines:
     """Lines by the delimiter that the first two use most: comma, semicolon, tab, or else any blanks."""
     head = "\n".join([line for line in io.StringIO(text[:65536]) if line.strip()][:2])
     delimiter = max(",;\t", key=head.count)
     if delimiter not in head:
         return ((number, line.split()) for number, line in enumerate(io.StringIO(text), start=1) if line.strip())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows = ((reader.line_num, [field.strip() for field in row]) for row in reader)
-    return ((number, row) for number, row in rows if any(row))
+    return _split_rows(path, text, delimiter)
+
+
+def _split_rows(path: Path, text: str, delimiter: str) -> Lines:
+    # Strict: else a quotation mark that is not closed takes all rows up to the next one into its cell.
+    reader, begun = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
+    try:
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                yield begun, fields
+            begun = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: the row that begins in line {begun} cannot be read ({error}): close the quotation mark that is "
+            f"open there, or double it where it belongs to the text, and run again; nothing was trained"
+        ) from error
 
 
 def _split_header(path: Path, lines: Lines, header: tuple[str, ...] | None) -> tuple[tuple[str, ...], Lines]:
@@ -100,10 +133,14 @@ def _split_header(path: Path, lines: Lines, header: tuple[str, ...] | None) -> t
 def _place_columns(path: Path, columns: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> dict[str, int]:
     chosen = {key: next((name for name in names if name in columns), None) for key, names in aliases.items()}
     missing = [" or ".join(map(repr, aliases[key])) for key, name in chosen.items() if name is None]
+    twice = [f"{name!r} ({count} times)" for name, count in Counter(columns).items() if name and count > 1]
+    wrong = [f"columns of one name ({len(twice)}): {first_of(twice)}"] if twice else []
     if missing:
+        found = first_of([repr(name) for name in columns], _COLUMNS_SHOWN)
+        wrong.append(f"columns missing ({len(missing)}): expected {', '.join(missing)}, found {found}")
+    if wrong:
         raise ValueError(
-            f"{path}: columns missing ({len(missing)}): expected {', '.join(missing)}, found "
-            f"{', '.join(map(repr, columns))}: name the columns as expected, or pass the names that they have to "
-            f"image_folder"
+            f"{path}: {'; '.join(wrong)}: name the columns as expected, each of them otherwise, or pass the names that "
+            f"they have to image_folder"
         )
     return {key: columns.index(name) for key, name in chosen.items() if name is not None}

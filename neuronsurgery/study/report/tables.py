@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
@@ -14,6 +14,9 @@ from neuronsurgery.study.report.levels import Level
 
 ROWS_SHOWN: Final = 60
 """Rows of a long table on the page; the CSV file has all of them."""
+
+FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that a spreadsheet computes instead of showing it."""
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], heads: int = 1) -> str:
@@ -113,11 +116,31 @@ def _named(cell: Cell) -> str:
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return rows as CSV, numbers in full; lists are joined by semicolons, null is empty."""
-    text = io.StringIO()
+    """Return rows as CSV, numbers in full; lists are joined by semicolons, null is empty.
+
+    Names that a spreadsheet would take for a formula stand behind an apostrophe: they come from tables and folders.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: ";".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in row.items()})
-    return text.getvalue().encode()
+    lines = [_line(columns), *(_line([row.get(column) for column in columns]) for row in rows)]
+    return "".join(lines).encode()
+
+
+def _line(values: Iterable[Any]) -> str:
+    text = io.StringIO()
+    # A carriage return within a cell is quoted by all versions of Python only if lines end with one.
+    csv.writer(text, lineterminator="\r\n").writerow([_cell(value) for value in values])
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return ";".join(str(_cell(part)) for part in value)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) and not _is_number(value) else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

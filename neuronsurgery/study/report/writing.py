@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from neuronsurgery.atomic import write_atomically
+from neuronsurgery.atomic import locked, write_atomically
 from neuronsurgery.study.report.contents import STAGE_ONE, chapters_of, contents_of
 from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.levels import by_group
@@ -19,6 +19,7 @@ from neuronsurgery.study.report.opening import model_figures, opening_html, titl
 from neuronsurgery.study.report.page import document, section_html
 from neuronsurgery.study.report.section import Chapter, Results
 from neuronsurgery.study.report.tables import csv_table
+from neuronsurgery.study.run import LOCK
 
 SCHEMA: Final = 1
 
@@ -138,7 +139,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".report-", ignore_cleanup_errors=True) as made:
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".report-", ignore_cleanup_errors=True) as made,
+            locked(Path(made, LOCK)),  # or a run that begins in the folder would take it for one that a kill left
+        ):
             new, old = Path(made, "new"), Path(made, "old")
             for name, content in files.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
