@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from snapshot import torch_flags
+from study.forking import Forked, forker
 
 WARNINGS = [
     "error",
@@ -42,6 +43,13 @@ def strict_world() -> Iterator[None]:
     reset(before)
     flipped = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     assert not flipped, f"the test left switches of torch flipped: {flipped}"
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """What calls a function in a process of its own, which need not import torch; the xdist group is "forked"."""
+    with forker() as call:
+        yield call
 
 
 def reset(flags: dict[str, object]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from study.forking import Forked
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +17,7 @@ from zoo import CASES
 
 import neuronsurgery as ns
 
-pytestmark = pytest.mark.xdist_group("ddp")  # its fixtures are made once, by one process
+pytestmark = pytest.mark.xdist_group("forked")  # its fixtures are made once, by one process
 
 RANKS, STEPS = 2, 2
 MODELS = ("mlp", "attention", "weight_norm")
@@ -55,11 +56,16 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def fork_ranks(folder: str) -> None:
+    mp.start_processes(work, (folder,), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks have left their weights."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, (str(folder),), nprocs=RANKS, start_method="fork")
+    done = forked("test_ddp.fork_ranks", str(folder))
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from study.forking import Forked
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from zoo import CASES
 
 import neuronsurgery as ns
 
-pytestmark = pytest.mark.xdist_group("processes")  # its fixtures are made once, by one process
+pytestmark = pytest.mark.xdist_group("forked")  # its fixtures are made once, by one process
 
 RANKS = 2
 WORLD: dict[str, Any] = {}  # "process_group", in the ranks
@@ -235,11 +236,16 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def fork_ranks(folder: str) -> None:
+    mp.start_processes(work, (folder,), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
+def results(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """What each rank got."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, (str(folder),), nprocs=RANKS, start_method="fork")
+    done = forked("test_processes.fork_ranks", str(folder))
+    assert done.returncode == 0, done.stderr
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(RANKS)]
 
 

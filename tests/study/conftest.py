@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from neuronsurgery.study.cli import main
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Recipe, checkpoint_epochs, checkpoint_path, read_trajectory, train
-from study.forking import Forked, forker
 from study.little_study import tiny_resnet
 
 COUNTS = {
@@ -52,10 +51,3 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(models, "small_resnet", tiny_resnet)
         assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(folder)]) == 0
     return folder, printed.getvalue()
-
-
-@pytest.fixture(scope="session")
-def forked() -> Iterator[Forked]:
-    """What calls a function in a process of its own, which need not import torch; the xdist group is "forked"."""
-    with forker() as call:
-        yield call
