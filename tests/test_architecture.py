@@ -159,6 +159,7 @@ def imported() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.xdist_group("imports")  # which are looked at once
 def test_importing_it_loads_neither_the_study_nor_anything_foreign(imported: dict[str, Any]) -> None:
     assert set(imported["new"]) - set(sys.stdlib_module_names) == {"neuronsurgery"}
     assert not FOREIGN & {name.split(".")[0] for name in imported["modules"]}
@@ -166,14 +167,17 @@ def test_importing_it_loads_neither_the_study_nor_anything_foreign(imported: dic
     assert imported["seen"], "this test sees what is loaded"
 
 
+@pytest.mark.xdist_group("imports")  # which are looked at once
 def test_importing_it_loads_nothing_costly_that_few_need(imported: dict[str, Any]) -> None:
     assert not [name for name in imported["costly"] if name.split(".")[0] == "torch"]
 
 
+@pytest.mark.xdist_group("imports")  # which are looked at once
 def test_importing_it_prints_nothing_and_changes_no_switch(imported: dict[str, Any]) -> None:
     assert imported["unchanged"]
 
 
+@pytest.mark.xdist_group("imports")  # which are looked at once
 def test_a_star_import_gives_exactly_the_api(imported: dict[str, Any]) -> None:
     assert imported["star"] == neuronsurgery.__all__ == sorted(set(neuronsurgery.__all__))
 

@@ -166,7 +166,10 @@ def test_shapes_are_those_of_one_example() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "grouped", "unet", "lstm", "gru_cell", "tied", "shared_module", "attention", "cross_attention", "custom"],
+    [
+        *("mlp", "grouped", "unet", "gru_cell", "tied", "shared_module", "attention", "custom"),
+        *(pytest.param(name, marks=pytest.mark.architectures) for name in ("lstm", "cross_attention")),
+    ],
 )
 def test_networks_without_branches_are_told_what_to_use_instead(name: str) -> None:
     case = CASES[name]
@@ -236,8 +239,8 @@ class SharedBias(nn.Module):
     ("build", "globs"),
     [
         (eager_bert, ("*.output.dense.weight",)),
-        (roberta, ("*.output.dense.weight",)),
-        (gptj, ("*.attn.out_proj.weight", "*.mlp.fc_out.weight")),
+        pytest.param(roberta, ("*.output.dense.weight",), marks=pytest.mark.architectures),
+        pytest.param(gptj, ("*.attn.out_proj.weight", "*.mlp.fc_out.weight"), marks=pytest.mark.architectures),
         (SharedBias, ("o.*.weight",)),
     ],
 )

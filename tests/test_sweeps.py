@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
-from zoo import CASES, Case, fast_case, small_case
+from zoo import CASES, Case, tiered
 
 import neuronsurgery as ns
 from neuronsurgery.paired import paired_interval, paired_p_value, student_cdf, student_quantile
@@ -76,14 +76,17 @@ def assert_equal_one_by_one(model: nn.Module, edits: Mapping[str, ns.Edit], load
 # Equality
 
 
-@small_case
+@tiered(
+    *("mlp", "mlp_soft_targets", "keyword", "linear", "tied", "tied_head_first", "shared_module", "shared_parameter"),
+    *("spectral_norm", "weight_norm", "custom", "bilinear", "residual", "unet_grouped", "attention"),
+)
 def test_equals_one_by_one(case: Case) -> None:
     swept = assert_equal_one_by_one(case.build(), every_kind(case.build()), case.batches(sizes=(4, 4, 3, 1)))
     assert swept.reasons == ()
     assert not torch.equal(swept.values("everywhere"), swept.values())
 
 
-@fast_case
+@tiered("mlp", "residual", "unet", "tied", "shared_parameter", "custom", "weight_norm", "bilinear")
 def test_equals_one_by_one_where_a_batch_of_one_comes_first(case: Case) -> None:
     assert_equal_one_by_one(case.build(), every_kind(case.build()), case.batches(sizes=(1, 4, 1)))
 
@@ -287,7 +290,7 @@ def test_equal_edits_are_evaluated_once() -> None:
     assert swept.labels == ("0", "1", "2", "3", "4")
 
 
-@fast_case
+@tiered("mlp", "residual", "grouped", "tied", "shared_parameter", "custom", "weight_norm", "bilinear")
 def test_changes_nothing(case: Case) -> None:
     model, batches, edits = case.build(), case.batches(), every_kind(case.build())
     before = snapshot(model, batches, edits)

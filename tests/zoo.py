@@ -907,5 +907,12 @@ def marked(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in SMALL_CASES else tier, id=name) for name in names]
 
 
+def tiered(*names: str) -> Any:
+    """Every small case; those that are not named belong to the tier of architectures: each of them is captured."""
+    tier = pytest.mark.architectures
+    every = [pytest.param(case, marks=() if name in names else tier, id=name) for name, case in SMALL_CASES.items()]
+    return pytest.mark.parametrize("case", every)
+
+
 small_case = pytest.mark.parametrize("case", SMALL_CASES.values(), ids=SMALL_CASES)
 fast_case = pytest.mark.parametrize("case", [CASES[name] for name in FAST], ids=FAST)
