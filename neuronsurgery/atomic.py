@@ -90,7 +90,7 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
 
     Args:
         folder: the folder.
-        pattern: of the files that were written, below the folder, such as "checkpoints/epoch-*.safetensors".
+        pattern: of the files that were written, below the folder, such as `checkpoints/epoch-*.safetensors`.
     """
     if not _HAS_FLOCK:
         return
