@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def strict_world() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed asks every kind of device
     torch.use_deterministic_algorithms(True)
     before = torch_flags()
     yield
