@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import types
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
@@ -130,7 +131,7 @@ class Attributes:
     def restore(self) -> None:
         """Give the modules their attributes back, the containers in these what they held, and cut buffers off."""
         for values, before in self._values:
-            if len(values) != len(before) or any(values.get(name) is not value for name, value in before.items()):
+            if len(values) != len(before) or not all(map(operator.is_, values.values(), before.values())):
                 values.clear()
                 values.update(before)
         give_contents_back(self._contents)

@@ -14,7 +14,7 @@ from snapshot import assert_unchanged, snapshot
 from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.errors import inline
+from neuronsurgery.errors import inline, nearest
 
 MODEL = built("residual")
 LAYOUT = ns.find_layout(MODEL)
@@ -374,3 +374,8 @@ def test_long_lists_within_a_sentence_end_after_five_and_three_names_are_near() 
     assert str(unknown.value).count(".weight") == 1 + 3
     assert inline("abcdefg") == "a, b, c, d, e, ... and 2 more"
     assert inline("abcde") == "a, b, c, d, e"
+
+
+def test_three_names_are_near_at_most() -> None:
+    assert nearest("layer", [f"layer{i}" for i in range(9)]).count("layer") == 3
+    assert nearest("xyz", ["a", "b", "c", "d"]) == "; nearest are 'a', 'b', 'c'"

@@ -481,6 +481,21 @@ class MadeLate(Table):
         return self._late
 
 
+class AtTheSwitch(Table):
+    """Filled when evaluation begins, as a layer that is fused is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Any:
+        self.fused = None if mode else self.compute().detach()
+        return super().train(mode)
+
+    def kept(self) -> Tensor:
+        return self.compute() if self.fused is None else self.fused
+
+
 class AsAProperty(Table):
     @functools.cached_property
     def bias(self) -> Tensor:
@@ -529,7 +544,7 @@ class FromTheStart(Table):
         return self.bias
 
 
-CACHES = (InADictionary, InAnAttribute, InATuple, MadeLate, AsAProperty, OfTheClass, ByLruCache)
+CACHES = (InADictionary, InAnAttribute, InATuple, AtTheSwitch, MadeLate, AsAProperty, OfTheClass, ByLruCache)
 every_cache = pytest.mark.parametrize("kind", CACHES)
 
 
@@ -589,13 +604,17 @@ def test_what_the_constructor_or_the_caller_puts_into_an_attribute_is_no_cache()
             super().__init__(4, 2)
             self.scale, self.masks, self.mask = torch.full((2,), 3.0), {"a": torch.ones(2)}, None
             self.seen: list[Tensor] = []
+            self.made = self.make()
+
+        def make(self) -> Tensor:
+            return torch.ones(2)
 
         def set_mask(self, mask: Tensor) -> None:
             self.mask = mask  # type: ignore[assignment]
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen.append(x)
-            return super().forward(x) * self.scale * self.masks["a"] * self.mask  # type: ignore[operator]
+            return super().forward(x) * self.scale * self.masks["a"] * self.made * self.mask  # type: ignore[operator]
 
     model = Masked()
     model.set_mask(torch.tensor([0.0, 1.0]))
@@ -687,6 +706,14 @@ def test_a_view_may_be_moved_to_where_it_is() -> None:
         with pytest.raises(RuntimeError, match="this view shares its weights"):
             change()
     assert copy.deepcopy(view).double()[0].bias.dtype == torch.float64
+
+
+def test_what_stands_around_a_lock_is_a_copy() -> None:
+    model = nn.Linear(4, 2)
+    model.box = {"lock": threading.Lock(), "seen": [1]}  # type: ignore[assignment]
+    view: Any = ns.apply(ns.compose(), model)
+    view.box["seen"].append(2)
+    assert view.box["lock"] is model.box["lock"] and model.box["seen"] == [1]  # type: ignore[index]
 
 
 def bert() -> nn.Module:

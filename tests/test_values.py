@@ -15,6 +15,7 @@ from fuzzing import HEADS, LAYOUT, MODEL, NEURONS, THEN, objects, sweep
 
 import neuronsurgery as ns
 from neuronsurgery import scores as scores_module
+from neuronsurgery.checks import size_of
 from neuronsurgery.digests import digest
 from neuronsurgery.edits import Compose, RandomNoise, Scale, ZeroOut
 from neuronsurgery.memorization import MemorizationScores
@@ -230,3 +231,7 @@ def test_a_digest_takes_no_copy() -> None:
     tracemalloc.stop()
     assert peak < 2**20
     assert digest(torch.zeros(0), b"ab") == digest("ab") == digest(torch.tensor([97, 98], dtype=torch.uint8))
+
+
+def test_what_has_no_length_measures_nothing() -> None:
+    assert size_of(3) == 0 and size_of("abc") == 3
