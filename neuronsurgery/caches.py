@@ -30,18 +30,19 @@ CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 def blank_caches(module: nn.Module, known: Mapping[int, Any]) -> dict[str, Any]:
     """Return the caches of a module, as they were before anything was computed: the value, or `ABSENT`.
 
+    With a cache goes whatever else of the kind the forward writes and reads: a flag, or for how many it was computed.
+
     Args:
         module: of a model; not changed.
         known: ids of objects that are not looked into, the model's modules.
     """
     # A container of the class is one of all instances, where those of a copy would meet those of the model.
-    blank = {
-        name: _emptied(value) for name, value in _of_the_class(type_of(module)).items() if name not in vars(module)
-    }
+    shared = _of_the_class(type_of(module))
+    blank = {name: _emptied(value) for name, value in shared.items() if name not in vars(module)}
     for name, value in _holding_tensors(module, known):
         if isinstance(inspect.getattr_static(type_of(module), name, None), functools.cached_property):
             blank[name] = ABSENT
-        elif _is_cache(module, name):
+        elif _is_cache(module, name, value):
             start = habits_of(type_of(module)).starts.get(name)
             if start is None:
                 blank[name] = ABSENT
@@ -49,32 +50,37 @@ def blank_caches(module: nn.Module, known: Mapping[int, Any]) -> dict[str, Any]:
                 blank[name] = start.value
             elif start.kind == "empty" and isinstance(value, CONTAINERS):
                 blank[name] = _emptied(value)
+    if blank.keys() - shared.keys():
+        habits = habits_of(type_of(module))
+        starts = {name: habits.starts.get(name) for name in habits.assigned & habits.read if name not in blank}
+        blank |= {name: start.value for name, start in starts.items() if start is not None and start.kind == "constant"}
     return blank
 
 
 def computed_attributes(module: nn.Module, known: Mapping[int, Any]) -> list[str]:
     """Return the attributes of a module that its forward computes with and that may come of a parameter.
 
-    These are the caches that the constructor has filled, objects of other classes than a container's that it has made
-    empty, and tensors that autograd says were computed. Nobody knows what they were before.
+    These are tensors that autograd says were computed; those that `train` computes, which has no inputs; and objects of
+    other classes than a container's that the constructor has made empty. Nobody knows what they were before.
 
     Args:
         module: of a model; not changed.
         known: ids of objects that are not looked into, the model's modules.
     """
-    blank = blank_caches(module, known)
-    return [
-        name
-        for name, value in _holding_tensors(module, known)
-        if name not in blank and (_is_cache(module, name) or _is_computed(module, name, value, known))
-    ]
+    blank, found = blank_caches(module, known), []
+    for name, value in _holding_tensors(module, known):
+        habits = habits_of(type_of(module))
+        start = habits.starts.get(name)
+        made_empty = start is not None and start.kind == "empty" and not isinstance(value, Tensor)
+        computed = any(not tensor.is_leaf for tensor in tensors_within([value], known))
+        if name not in blank and name in habits.read and (computed or name in habits.switched or made_empty):
+            found.append(name)
+    return found
 
 
 def _holding_tensors(module: nn.Module, known: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in kept_attributes(module).items():
-        if name in ("_parameters", "_buffers", "_modules") or name.endswith("_hooks"):
-            continue
-        if isinstance(value, _SIMPLE) or isinstance(module, nn.RNNBase):
+        if _is_registry(name) or isinstance(value, _SIMPLE) or (isinstance(module, nn.RNNBase) and name[:5] == "_flat"):
             continue
         if next(tensors_within([value], known), None) is not None:
             yield name, value
@@ -83,12 +89,16 @@ def _holding_tensors(module: nn.Module, known: Mapping[int, Any]) -> Iterator[tu
 _SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType, nn.Module)
 
 
-@functools.lru_cache(maxsize=1024)
 def _of_the_class(kind: Any) -> Mapping[str, Any]:
     """Return the containers that the forward of a class fills and reads and that belong to the class."""
-    habits = habits_of(kind)
-    attributes = {name: inspect.getattr_static(kind, name, None) for name in habits.written & habits.read}
-    return {name: value for name, value in attributes.items() if isinstance(value, CONTAINERS)}
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    of_it = {name for base in bases for name, value in vars(base).items() if isinstance(value, CONTAINERS)}
+    habits = habits_of(kind) if of_it - IGNORED else None
+    filled = habits.filled & habits.read if habits is not None else frozenset()
+    return {name: inspect.getattr_static(kind, name) for name in (of_it - IGNORED) & filled}
+
+
+IGNORED = {"__annotations__", "__constants__", "neuron_patterns"}
 
 
 def _emptied(container: Any) -> Any:
@@ -97,16 +107,10 @@ def _emptied(container: Any) -> Any:
     return empty
 
 
-def _is_cache(module: nn.Module, name: str) -> bool:
+def _is_cache(module: nn.Module, name: str, value: Any) -> bool:
     habits = habits_of(type_of(module))
-    return name in habits.written and name in habits.read
-
-
-def _is_computed(module: nn.Module, name: str, value: Any, known: Mapping[int, Any]) -> bool:
-    habits = habits_of(type_of(module))
-    start = habits.starts.get(name)
-    made_empty = start is not None and start.kind == "empty" and not isinstance(value, Tensor)
-    return name in habits.read and (made_empty or any(not held.is_leaf for held in tensors_within([value], known)))
+    changed = name in habits.assigned or (name in habits.filled and isinstance(value, CONTAINERS))
+    return changed and name in habits.read
 
 
 class Attributes:
@@ -123,7 +127,7 @@ class Attributes:
             for name, value in values.items():
                 if not (_is_registry(name) or isinstance(module, nn.RNNBase)):
                     collect_containers(value, self._contents)
-        self._buffers = [(module._buffers, dict(module._buffers)) for module, _ in modules if module._buffers]
+        self._buffers = [(module._buffers, dict(module._buffers)) for module, _ in modules]
         kinds = {type_of(module) for module, _ in modules}
         found = [value for kind in kinds for base in kind.__mro__ for value in vars(base).values()]
         self._memories = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
@@ -136,8 +140,12 @@ class Attributes:
                 values.update(before)
         give_contents_back(self._contents)
         for buffers, before in self._buffers:
-            if any(buffer is not None and buffer.requires_grad for buffer in buffers.values()):
-                buffers.update(before)  # computed from a parameter: the graph of that is gone after one backward pass
+            # Made in a forward pass, or computed from a parameter: the graph of that is gone after one backward pass.
+            made = [name for name in buffers if before.get(name) is None and buffers[name] is not None]
+            if made or any(buffer is not None and buffer.requires_grad for buffer in buffers.values()):
+                for name in [name for name in buffers if name not in before]:
+                    del buffers[name]
+                buffers.update(before)
         for memory in self._memories:
             memory.cache_clear()
 
@@ -148,12 +156,12 @@ def _is_registry(name: str) -> bool:
 
 
 def collect_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Add every list, dict and set within a value to `found`, by its id, with a copy of what it holds."""
-    if not isinstance(value, (list, tuple, dict, set)) or id(value) in found:
+    """Add every container within a value to `found`, by its id, with a copy of what it holds."""
+    if not isinstance(value, (tuple, *CONTAINERS)) or id(value) in found:
         return
     if not isinstance(value, tuple):
         found[id(value)] = (value, copy.copy(value))
-    for item in value.values() if isinstance(value, dict) else value:
+    for item in list(value.values() if isinstance(value, Mapping) else value):
         collect_containers(item, found)
 
 
@@ -161,4 +169,9 @@ def give_contents_back(contents: Mapping[int, tuple[Any, Any]]) -> None:
     """Give the containers that `collect_containers` found what they held then."""
     for container, content in contents.values():
         container.clear()
-        (container.extend if isinstance(container, list) else container.update)(content)
+        if isinstance(container, MutableSequence):
+            container.extend(content)
+        elif isinstance(container, MutableSet):
+            container |= content
+        else:
+            container.update(content)

@@ -52,7 +52,13 @@ class Copy:
 
 
 @torch.inference_mode(mode=False)  # a copy outlives the caller's mode
-def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = None, buffers: Buffers = "own") -> Copy:
+def copy_structure(
+    surveyed: Survey,
+    *,
+    replace: Mapping[int, Tensor] | None = None,
+    buffers: Buffers = "own",
+    blank: bool = True,
+) -> Copy:
     """Return a new module of the same classes whose parameters are the model's own.
 
     It is a deep copy in which parameters, hooks, tensors that are not leaves of autograd (cached activations), and what
@@ -63,6 +69,7 @@ def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = N
         surveyed: the model.
         replace: the tensor to use in place of a parameter, by the parameter's id.
         buffers: "own" copies the buffers, "shared" shares them.
+        blank: whether what the modules have computed and keep (see `caches`) is left out.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied, nor shared; names module and attribute.
@@ -79,7 +86,7 @@ def copy_structure(surveyed: Survey, *, replace: Mapping[int, Tensor] | None = N
     memo.update(replace or {})
     known = {id(module): None for module in names}
     for module, name in names.items():
-        _fill(memo[id(module)], module, name, memo, blank_caches(module, known))
+        _fill(memo[id(module)], module, name, memo, blank_caches(module, known) if blank else {})
     copied = {module: memo[id(module)] for module in names}
     for new in copied.values():
         _detach_from_original(new)
@@ -269,33 +276,35 @@ class Runner:
         object.__setattr__(self, "attributes", Attributes(self.model))
 
 
-def make_runner(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
+def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run: see `computed_copy`.
 
     Args:
         surveyed: the model.
         checkpoints: see `computed_copy`.
+        blank: see `computed_copy`.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
         ValueError: if a tensor is on the meta device or sharded, or not yet initialised; lists all.
     """
     refuse_unrunnable(surveyed)
-    return computed_copy(surveyed, checkpoints=checkpoints)
+    return computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
 
 
 @restoring
-def computed_copy(surveyed: Survey, *, checkpoints: bool = False) -> Runner:
+def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True) -> Runner:
     """Return a copy of a model in which a parametrized tensor stands as a parameter, computed once, in its plain place.
 
     Args:
         surveyed: the model.
         checkpoints: whether modules that are checkpointed in training are so in the copy, too, though it evaluates.
+        blank: whether what the modules have computed and keep is left out: it need not be where the weights stay.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
     """
-    copied = copy_structure(surveyed, replace=_renormalised(surveyed))
+    copied = copy_structure(surveyed, replace=_renormalised(surveyed), blank=blank)
     _set_eval(copied.model)
     if checkpoints:
         children = [child for module in surveyed.modules for child in module._modules.values() if child is not None]

@@ -284,11 +284,11 @@ def evaluate(
     named = named_loaders(loaders)
     error = None
     try:
-        runner = make_runner(survey(model))
+        runner = make_runner(survey(model), blank=False)
         with torch.no_grad(), without_mha_fastpath():
             label = "evaluation" if progress else None
             for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):
-                logits = extract_logits(isolated_forward(runner, batch), predict, len(batch))
+                logits = extract_logits(isolated_forward(runner.model, batch), predict, len(batch))
                 refuse_unshifted_metrics(metrics.values(), logits, batch)
                 for key, function in metrics.items():
                     tallies[key].add(groups, example_values(function, logits, batch.targets))

@@ -157,7 +157,7 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
         try:
             found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
         finally:
-            objective.runner.attributes.restore()  # a backward pass may have run parts of the model again
+            objective.runner.attributes.restore()  # the graph of what was kept is gone
     for group, (count, gradients) in found.items():
         for (name, total), gradient in zip(sums[group].items(), gradients, strict=True):
             if gradient is not None:
@@ -185,7 +185,7 @@ def _gradients(
 
 
 def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-    logits = extract_logits(isolated_forward(objective.runner, batch), objective.predict, len(batch))
+    logits = extract_logits(isolated_forward(objective.runner.model, batch), objective.predict, len(batch))
     refuse_unshifted_loss(objective.loss, logits, batch)
     return logits, example_losses(objective.loss, logits, batch.targets)
 

@@ -1,22 +1,25 @@
-"""What the code of a module's class does with attributes and parameters, read off its bytecode and its constructor.
+"""What the code of a module's class does with its attributes and parameters, read off its source.
 
-Nothing is run. What is followed are the methods and properties of the class that its forward mentions.
+Nothing is run. What is followed are the methods and properties of the class that its forward mentions, those of its
+base classes, and functions of its file that are given the module.
 """
 
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import inspect
+import operator
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from neuronsurgery.parametrized import tensor_attributes
 
 FORWARD = ("forward", "__call__")
 SWITCHES = ("train", "eval")
@@ -43,12 +46,16 @@ class Habits:
     """What the code of a class does with attributes, by their names.
 
     Attributes:
-        written: those that its forward or a switch assigns, or whose content these change.
+        assigned: those that its forward or a switch assigns.
+        filled: those whose content these change.
+        switched: those that a switch assigns; it has no inputs to compute them from.
         read: those that its forward reads.
         starts: what its constructor sets them to; those that it does not mention are missing.
     """
 
-    written: frozenset[str]
+    assigned: frozenset[str]
+    filled: frozenset[str]
+    switched: frozenset[str]
     read: frozenset[str]
     starts: Mapping[str, Start]
 
@@ -59,56 +66,248 @@ def type_of(module: nn.Module) -> Any:  # a class: mypy does not take those for 
 
 
 @functools.lru_cache(maxsize=1024)
-def habits_of(kind: type[Any]) -> Habits:
+def habits_of(kind: Any) -> Habits:
     """Return what the code of a class does with attributes."""
-    written: set[str] = set()
-    read: set[str] = set()
-    for code in _reached(kind, FORWARD):
-        changed, loaded = _written_and_read(code)
-        written |= changed
-        read |= loaded
-    for code in _reached(kind, SWITCHES):
-        written |= _written_and_read(code)[0]
-    starts: dict[str, Start] = {}
-    for base in reversed(kind.__mro__):
-        constructor = _function(vars(base).get("__init__"))
-        if constructor is not None and not _is_of_torch(constructor):
-            starts.update(_starts(constructor))
-    return Habits(frozenset(written), frozenset(read), starts)
+    forward, switches = _Code.of(kind, FORWARD), _Code.of(kind, SWITCHES)
+    constructor = _Code.of(kind, ("__init__",))
+    starts = dict(constructor.starts)
+    for name in (forward.cleared | switches.cleared) - starts.keys():
+        starts[name] = Start("constant", None)  # some method sets it back to None
+    return Habits(
+        frozenset(forward.assigned | switches.assigned),
+        frozenset(forward.filled | switches.filled),
+        frozenset(switches.assigned),
+        frozenset(forward.read),
+        starts,
+    )
+
+
+def overwriting(module: nn.Module) -> list[str]:
+    """Return the methods of a module, but for those that its forward mentions, that write into memory of parameters.
+
+    That is to assign `.data`, or to call a function that works in place on `.data` or on a parameter: merging an
+    adapter, resizing a table, initialising anew.
+    """
+    kind = type_of(module)
+    return [name for name, paths in _written_paths(kind).items() if any(_is_parameter(module, path) for path in paths)]
+
+
+def _is_parameter(module: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    try:
+        holder = operator.attrgetter(parent)(module) if parent else module
+    except AttributeError:
+        return False
+    return path == "data" or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
 
 
 @functools.lru_cache(maxsize=1024)
-def overwriting(kind: type[Any], parameters: frozenset[str]) -> frozenset[str]:
-    """Return the methods of a class, but for its forward, that write into the memory of parameters.
+def _written_paths(kind: Any) -> dict[str, frozenset[str]]:
+    """Return for each method what it writes to in place: paths from the module, "data" for any `.data`."""
+    names = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
+    reached = _Code.of(kind, (*FORWARD, *SWITCHES)).methods
+    written = {}
+    for name in sorted(names - reached):
+        function = None if name.startswith("__") else _function(inspect.getattr_static(kind, name, None))
+        if function is not None:
+            code = _Code()
+            code.look_at(function, kind)
+            written[name] = frozenset(code.in_place)
+    return written
 
-    That is a line with `.data =`, with `.data` and a function that works in place, or with such a function and the name
-    of a parameter: merging an adapter, resizing a table, initialising anew.
 
-    Args:
-        kind: the class.
-        parameters: the names of its own parameters.
+# Code
+
+
+class _Code:
+    """What was found in the source of some functions of a class.
+
+    Attributes:
+        methods: the names that were followed.
+        assigned: attributes of the module that are assigned.
+        cleared: those that are assigned None.
+        filled: those whose content is changed.
+        read: those that are read.
+        starts: what those assigned are assigned last.
+        in_place: what is written to in place, see `_written_paths`.
     """
-    found = set()
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for name, value in vars(base).items():
-            function = _function(value) if name not in (*FORWARD, *SWITCHES) and not name.startswith("__") else None
-            if function is not None and any(_overwrites(code, parameters) for code in _nested(function.__code__)):
-                found.add(name)
-    return frozenset(found)
+
+    def __init__(self) -> None:
+        self.methods: set[str] = set()
+        self.assigned: set[str] = set()
+        self.cleared: set[str] = set()
+        self.filled: set[str] = set()
+        self.read: set[str] = set()
+        self.starts: dict[str, Start] = {}
+        self.in_place: set[str] = set()
+
+    @classmethod
+    def of(cls, kind: Any, entries: Iterable[str]) -> _Code:
+        """Return what is found in some methods, those that they mention, and so on; torch's own are not looked at."""
+        code, queue = cls(), list(entries)
+        while queue:
+            name = queue.pop()
+            if name in code.methods:
+                continue
+            code.methods.add(name)
+            for base in reversed(kind.__mro__):
+                function = _function(vars(base).get(name))
+                if function is not None and not f"{function.__module__}.".startswith("torch."):
+                    queue += code.look_at(function, base)
+        return code
+
+    def look_at(self, function: types.FunctionType, owner: type) -> set[str]:
+        """Add what is found in a function; return the names of methods that it mentions."""
+        tree = _tree_of(function)
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        if tree is None or not arguments:
+            self.starts |= {name: Start("filled") for name in function.__code__.co_names if tree is None}
+            return set()
+        found = _Visitor(self, arguments[0], owner)
+        found.visit(tree)
+        for helper in found.helpers:
+            inner = function.__globals__.get(helper)
+            ours = isinstance(inner, types.FunctionType) and inner.__module__ == function.__module__
+            if ours and helper not in self.methods:
+                self.methods.add(helper)
+                found.mentioned |= self.look_at(inner, owner)  # type: ignore[arg-type]  # it is a function
+        return found.mentioned
 
 
-def _reached(kind: type[Any], entries: Iterable[str]) -> Iterator[types.CodeType]:
-    """Yield the code of some methods, and of the methods and properties of the class that it mentions, and so on."""
-    queue = list(entries)
-    seen: set[str] = set()
-    while queue:
-        name = queue.pop()
-        function = _function(inspect.getattr_static(kind, name, None)) if name not in seen else None
-        seen.add(name)
-        if function is not None and not _is_of_torch(function):
-            for code in _nested(function.__code__):
-                yield code
-                queue += code.co_names
+class _Visitor(ast.NodeVisitor):
+    """Sees what the source of one function does with the attributes of the module, which goes by one name in it."""
+
+    def __init__(self, code: _Code, module: str, owner: type) -> None:
+        self.code, self.module, self.owner = code, module, owner
+        self.mentioned: set[str] = set()
+        self.helpers: set[str] = set()
+        self.variables: dict[str, str] = {}
+
+    def attribute(self, node: ast.AST | None) -> str | None:
+        """Return the attribute of the module that an expression is, perhaps by a variable's name."""
+        if isinstance(node, ast.Name):
+            return self.variables.get(node.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.module:
+            private = node.attr.startswith("__") and not node.attr.endswith("__")
+            return f"_{self.owner.__name__.lstrip('_')}{node.attr}" if private else node.attr
+        return None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._store(target, node.value)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._store(node.target, node.value)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._store(node.target, None)
+        name = self.attribute(node.target)
+        self.code.read |= {name} if name else set()
+        self.generic_visit(node)
+
+    def visit_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._store(target, None)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        name = self.attribute(node)
+        if name is not None:
+            self.mentioned.add(name)
+            if isinstance(node.ctx, ast.Load):
+                self.code.read.add(name)
+        elif isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
+            self.mentioned.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        name = function.id if isinstance(function, ast.Name) else ""
+        of_module = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == self.module
+        if of_module and name:
+            self.helpers.add(name)
+            said = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
+            if name == "setattr" and isinstance(said, str):
+                self.code.assigned.add(said)
+            elif name in ("getattr", "hasattr") and isinstance(said, str):
+                self.code.read.add(said)
+        if isinstance(function, ast.Attribute):
+            receiver = self.attribute(_whole(function.value))
+            if receiver is not None and function.attr in FILLING:
+                self.code.filled.add(receiver)
+                if function.attr in RECORDING:
+                    for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                        self.visit(argument)
+                    return
+            if function.attr in IN_PLACE:
+                # x.mul_(...), or init.zeros_(x)
+                self._note_in_place(function.value)
+                self._note_in_place(node.args[0] if node.args else None)
+        self.generic_visit(node)
+
+    def _store(self, target: ast.expr, value: ast.expr | None) -> None:
+        if isinstance(target, ast.Tuple | ast.List):
+            fits = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
+            values: list[Any] = value.elts if fits else [None] * len(target.elts)  # type: ignore[union-attr]  # it fits
+            for part, of_it in zip(target.elts, values, strict=True):
+                self._store(part, of_it)
+        elif isinstance(target, ast.Name):
+            named = self.attribute(value)
+            if named is not None:
+                self.variables[target.id] = named
+        elif isinstance(target, ast.Subscript):
+            self._store_within(target.value)
+            self._note_in_place(target.value)
+        elif isinstance(target, ast.Attribute):
+            name = self.attribute(target)
+            if name is not None:
+                start = _start(value)
+                self.code.assigned.add(name)
+                self.code.cleared |= {name} if start == Start("constant", None) else set()
+                self.code.starts[name] = start
+            else:
+                self._store_within(target.value)
+                if target.attr == "data":
+                    self.code.in_place.add("data")
+
+    def _store_within(self, container: ast.expr) -> None:
+        """Note that the content of an attribute changes: self.cache[key] = ..., self.store.value = ..."""
+        name = self.attribute(_whole(container))
+        if name is not None:
+            self.code.filled.add(name)
+
+    def _note_in_place(self, node: ast.AST | None) -> None:
+        """Note what is written to in place: `.data` of anything, or a path of attributes from the module."""
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        if isinstance(node, ast.Attribute):
+            path = ast.unparse(node)
+            if node.attr == "data" and self.attribute(node) is None:
+                self.code.in_place.add("data")
+            elif path.startswith(f"{self.module}.") and all(part.isidentifier() for part in path.split(".")):
+                self.code.in_place.add(path.removeprefix(f"{self.module}."))
+
+
+def _whole(node: ast.expr) -> ast.expr:
+    """Return what an expression is an entry of, or the expression itself."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return node
+
+
+def _start(value: ast.expr | None) -> Start:
+    if isinstance(value, ast.Constant):
+        return Start("constant", value.value)
+    if isinstance(value, ast.List | ast.Set | ast.Dict):
+        return Start("filled" if (value.keys if isinstance(value, ast.Dict) else value.elts) else "empty")
+    if isinstance(value, ast.Call):
+        name = ast.unparse(value.func)
+        bare = not (value.args or value.keywords) or name.endswith(("defaultdict", "deque"))
+        return Start("empty" if bare and not name.startswith("self.") else "filled")
+    return Start("filled")
 
 
 def _function(value: Any) -> types.FunctionType | None:
@@ -118,122 +317,10 @@ def _function(value: Any) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
-def _is_of_torch(function: types.FunctionType) -> bool:
-    return f"{function.__module__}.".startswith("torch.")
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _nested(constant)
-
-
-def _written_and_read(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of the attributes that some code assigns, or whose content it changes, and of those it loads."""
-    steps = list(dis.get_instructions(code))
-    written = {step.argval for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
-    loads = [step if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for step in steps]
-    recorded = [after is not None and after.argval in RECORDING for after in [*loads[1:], None]]
-    read = {step.argval for step, only in zip(loads, recorded, strict=True) if step is not None and not only}
-    texts = {constant for constant in code.co_consts if isinstance(constant, str)}
-    if {"setattr", "delattr", "__dict__"}.intersection(code.co_names):
-        written |= texts
-    if {"getattr", "hasattr", "__dict__"}.intersection(code.co_names):
-        read |= texts
-    return written | _filled(steps), read
-
-
-def _filled(steps: Sequence[dis.Instruction]) -> set[str]:
-    """Return the attributes that stand in one line with what changes a container, perhaps by a variable's name."""
-    names: dict[int, set[str]] = {}
-    filling: set[int] = set()
-    filled: set[str] = set()
-    variables: dict[str, str] = {}
-    line = 0
-    for before, step in zip([None, *steps], steps, strict=False):
-        line = _line(step) or line
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            names.setdefault(line, set()).add(step.argval)
-        elif step.opname.startswith("LOAD_FAST") and step.argval in variables:
-            names.setdefault(line, set()).add(variables[step.argval])
-        elif step.opname == "STORE_ATTR" and before is not None and before.opname == "LOAD_ATTR":
-            filled.add(before.argval)  # self.cache.table = ...
-        elif step.opname == "STORE_FAST" and before is not None and before.opname == "LOAD_ATTR":
-            variables[step.argval] = before.argval
-        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or (
-            step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in FILLING
-        ):
-            filling.add(line)
-    return filled.union(*(names.get(line, set()) for line in filling))
-
-
-def _overwrites(code: types.CodeType, parameters: frozenset[str]) -> bool:
-    """Return whether some code has a line that writes into the memory of a parameter."""
-    steps = list(dis.get_instructions(code))
-    loaded: dict[int, set[str]] = {}
-    subscripts: set[int] = set()
-    line = 0
-    for before, step in zip([None, *steps], steps, strict=False):
-        line = _line(step) or line
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL"):
-            loaded.setdefault(line, set()).add(step.argval)
-        elif step.opname == "STORE_SUBSCR":
-            subscripts.add(line)
-        elif step.opname == "STORE_ATTR" and step.argval == "data" and not _is_of_itself(before, code):
-            return True
-    return any(
-        ("data" in names and (line in subscripts or names & IN_PLACE)) or (names & IN_PLACE and names & parameters)
-        for line, names in loaded.items()
-    )
-
-
-def _is_of_itself(loaded: dis.Instruction | None, code: types.CodeType) -> bool:
-    """Return whether what was loaded is the module: it may have an attribute of its own that is called `data`."""
-    return loaded is not None and bool(code.co_varnames) and loaded.argval == code.co_varnames[0]
-
-
-def _line(step: dis.Instruction) -> int | None:
-    positions = getattr(step, "positions", None)  # since Python 3.11
-    return step.starts_line if positions is None else positions.lineno
-
-
-# The constructor
-
-
-def _starts(constructor: types.FunctionType) -> dict[str, Start]:
-    """Return what a constructor sets attributes to; the last assignment in the deepest block counts."""
+@functools.lru_cache(maxsize=4096)
+def _tree_of(function: types.FunctionType) -> ast.AST | None:
+    """Return the syntax tree of a function; None if it was made from a string."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(constructor)))
-    except (OSError, TypeError, SyntaxError):  # made from a string: what it sets is not known
-        steps = dis.get_instructions(constructor)
-        return {step.argval: Start("filled") for step in steps if step.opname == "STORE_ATTR"}
-    starts: dict[str, Start] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                starts.update(_assigned(target, node.value))
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            starts.update(_assigned(node.target, node.value))
-    return starts
-
-
-def _assigned(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[str, Start]]:
-    if isinstance(target, ast.Attribute):
-        yield target.attr, _start(value)
-    elif isinstance(target, ast.Tuple | ast.List):
-        fits = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
-        values: list[Any] = value.elts if fits else [None] * len(target.elts)  # type: ignore[union-attr]  # it fits
-        for part, of_it in zip(target.elts, values, strict=True):
-            yield from _assigned(part, of_it)
-
-
-def _start(value: ast.expr | None) -> Start:
-    if isinstance(value, ast.Constant):
-        return Start("constant", value.value)
-    if isinstance(value, ast.List | ast.Set | ast.Dict):
-        return Start("filled" if (value.keys if isinstance(value, ast.Dict) else value.elts) else "empty")
-    if isinstance(value, ast.Call):
-        bare = not (value.args or value.keywords) or ast.unparse(value.func).endswith("defaultdict")
-        return Start("empty" if bare else "filled")
-    return Start("filled")
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None

@@ -99,7 +99,7 @@ def hard_batch(
     shapes: set[Any] = set()
     error = None
     try:
-        runner = make_runner(survey(model))
+        runner = make_runner(survey(model), blank=False)
         with torch.no_grad(), without_mha_fastpath():
             batches = iterate(loader, unpack=unpack, progress="hard examples" if progress else None)
             for batch in refuse_partly_grouped(batches) if per_group else batches:
@@ -142,7 +142,7 @@ def _refuse_several(shapes: set[Any]) -> None:
 def _losses(runner: Runner, batch: Batch, loss: Loss | None, predict: Predict | None) -> tuple[Tensor, Tensor]:
     """Return the logits, and the loss of each example."""
     moved = move(batch, runner.device)
-    logits = extract_logits(isolated_forward(runner, moved), predict, len(batch))
+    logits = extract_logits(isolated_forward(runner.model, moved), predict, len(batch))
     refuse_unshifted_loss(loss, logits, moved)
     losses = example_losses(loss, logits, moved.targets)
     refuse_bad_losses(losses, "a batch")

@@ -18,14 +18,13 @@ from typing_extensions import override
 from neuronsurgery.copies import computed_copy, copy_structure
 from neuronsurgery.edits import Edit
 from neuronsurgery.errors import inline
-from neuronsurgery.habits import overwriting, type_of
+from neuronsurgery.habits import overwriting
 from neuronsurgery.objects import tensors_in_attributes
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
     give_own_class,
     parametrizations,
     remove_parametrization,
-    tensor_attributes,
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
 from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, survey
@@ -359,8 +358,7 @@ class _Origin:
 
 def _refuse_writing(module: nn.Module) -> None:
     """Put refusals in the place of the methods of a view's module that would write into the shared weights or files."""
-    own = frozenset(tensor_attributes(module))
-    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(type_of(module), own)}
+    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(module)}
     for method in writing:
         module.__dict__[method] = _Refusal(module, method, SHARED)
     module.__dict__["_apply"] = _Conversion(module, "_apply", SHARED)
