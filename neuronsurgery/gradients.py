@@ -173,10 +173,11 @@ def _gradients(
     refuse_bad_losses(losses, f"group {', '.join(map(repr, groups))}")
     if not seen.outputs:
         seen.outputs, seen.probabilities = True, objective.loss is None and are_probabilities(logits.detach())
-        if None in groups.values() and seen.regrouped:
-            found_out = dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
-            if found_out:
-                raise ValueError(f"{found_out}. Mixed batches are taken apart: pass regroup=False")
+    if None in groups.values() and seen.regrouped and len(batch) > 1:
+        seen.regrouped = False  # once is enough
+        found_out = dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
+        if found_out:
+            raise ValueError(f"{found_out}. Mixed batches are taken apart: pass regroup=False")
     found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
     for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
         own = losses if members is None else losses[list(members)]

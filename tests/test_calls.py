@@ -12,6 +12,8 @@ import pytest
 import torch
 from calls import CALLS, CAPTURING, Drawing, at_once, interrupted, process, run, same, setting, world, world_changes
 
+from neuronsurgery.switches import restoring, undoing
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -42,6 +44,22 @@ def test_two_calls_at_once_are_each_of_them_alone(names: tuple[str, str], shared
     found = at_once(*(lambda n=name, g=given: run(n, g) for name, given in zip(names, givens, strict=True)))  # type: ignore[misc]
     assert all(same(one, other) for one, other in zip(found, alone, strict=True)), found
     assert process() == before
+
+
+def test_what_is_undone_is_undone_once() -> None:
+    """A context that an interrupt has cut short may be closed at any time later."""
+    done: list[int] = []
+
+    @restoring
+    def interrupted_within() -> object:
+        context = undoing(lambda: done.append(1))
+        context.__enter__()
+        return context
+
+    context = interrupted_within()
+    assert done == [1]
+    context.__exit__(None, None, None)  # type: ignore[attr-defined]
+    assert done == [1]
 
 
 def test_evaluation_beside_a_thread_that_draws_takes_no_number_from_it() -> None:

@@ -7,7 +7,7 @@ import copy
 import functools
 import threading
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -376,6 +376,12 @@ def test_the_hardest_of_dependent_examples_are_warned_of() -> None:
         ns.hard_batch(batch_norm(), [(X, Y)], top=4, sample=2)
 
 
+def test_a_first_batch_of_one_does_not_spend_the_check() -> None:
+    one = [(X[:1], Y[:1], torch.tensor([0]))]
+    with pytest.raises(ValueError, match="pass regroup=False"):
+        ns.group_grad_norms(nn.Linear(4, 2), one + MIXED, loss=contrastive)
+
+
 def test_what_cannot_be_checked_is_said() -> None:
     class OfFour(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -496,6 +502,66 @@ class AtTheSwitch(Table):
         return self.compute() if self.fused is None else self.fused
 
 
+class Inherited(InAnAttribute):
+    """Its forward is that of a base class, by way of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Counted(Table):
+    """A counter goes with the cache, and a method that the constructor calls empties both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.length, self.__bias = 0, None
+
+    def kept(self) -> Tensor:
+        if self.length < 3:
+            self.length, self.__bias = 3, self.compute()
+        return self.__bias  # type: ignore[return-value]
+
+
+def fill(module: Any) -> Tensor:
+    if module.bias is None:
+        module.bias = module.compute()
+    return module.bias  # type: ignore[no-any-return]
+
+
+class ByAFunction(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias: Tensor | None = None
+
+    def kept(self) -> Tensor:
+        return fill(self)
+
+
+class InADeque(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: deque[Tensor] = deque(maxlen=2)
+
+    def kept(self) -> Tensor:
+        if not self.queue:
+            self.queue.append(self.compute())
+        return self.queue[0]
+
+
+class InABuffer(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", None)
+
+    def kept(self) -> Tensor:
+        if self.bias is None:
+            self.bias = self.compute()
+        return self.bias  # type: ignore[no-any-return]
+
+
 class AsAProperty(Table):
     @functools.cached_property
     def bias(self) -> Tensor:
@@ -544,7 +610,10 @@ class FromTheStart(Table):
         return self.bias
 
 
-CACHES = (InADictionary, InAnAttribute, InATuple, AtTheSwitch, MadeLate, AsAProperty, OfTheClass, ByLruCache)
+CACHES = (
+    *(InADictionary, InAnAttribute, InATuple, InADeque, AtTheSwitch, MadeLate, AsAProperty, OfTheClass, ByLruCache),
+    *(Inherited, Counted, ByAFunction),
+)
 every_cache = pytest.mark.parametrize("kind", CACHES)
 
 
@@ -623,6 +692,60 @@ def test_what_the_constructor_or_the_caller_puts_into_an_attribute_is_no_cache()
     assert torch.equal(
         view(X), (torch.stack([model.weight[0], torch.zeros(4)]) @ X.T).T * 0 + model.bias * 3 * model.mask
     )
+
+
+class State(nn.Module):
+    """What the caller sets, and what the forward carries, is no cache, whatever else its code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.aux, self.maps = nn.Linear(4, 2), torch.tensor(0.0), {}  # type: ignore[var-annotated]
+        self.shift, self.index, self.gamma = torch.arange(4.0), torch.tensor([1]), nn.Parameter(torch.ones(4))
+        self.mask: Tensor | None = None
+        self.seen = torch.zeros(4)
+
+    def note(self, x: Tensor) -> Tensor:
+        self.maps["x"] = x.data
+        return F.relu_(x * self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x * self.shift]
+        outputs.append(x if self.mask is None else torch.add(x, self.mask))
+        y = self.note(sum(outputs, self.seen))  # type: ignore[arg-type]
+        y[:, self.index] = 0
+        self.aux = y.mean()
+        self.seen = self.seen + 1
+        return self.head(y) * self.aux  # type: ignore[no-any-return]
+
+
+def test_what_the_caller_sets_and_the_forward_carries_stays() -> None:
+    model = State().eval()
+    model.mask = torch.tensor([1.0, 0.0, 5.0, 1.0])
+    with torch.no_grad():
+        model(X)
+    before = snapshot(model)
+    right = copy.deepcopy(model)(X)
+    cut = ns.zero_out(ns.select(ns.find_layout(model), {"head.weight": 0}))
+    assert torch.equal(ns.apply(ns.compose(), model)(X), right)
+    assert torch.equal(ns.bake(ns.compose(), model)(X), right)
+    assert torch.equal(ns.apply(cut, model)(X), ns.bake(cut, copy.deepcopy(model))(X))
+    own = copy.deepcopy(model)
+    losses = torch.cat([ns.cross_entropy(own(X[part]), Y[part]) for part in (slice(0, 4), slice(4, 8))])
+    found = ns.evaluate(model, [(X[:4], Y[:4]), (X[4:], Y[4:])], metric=ns.cross_entropy)
+    assert found.average == pytest.approx(losses.mean().item()), "as a loop of one's own, which carries the state"
+    assert_unchanged(before, model)
+
+
+def test_a_buffer_that_is_made_in_a_forward_pass_is_of_that_pass() -> None:
+    model, plain = InABuffer().eval(), Table()
+    plain.load_state_dict(model.state_dict())
+    data = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"table": 0}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no part of the model's forward is shared")
+        swept = ns.sweep(model, {"cut": edit}, data, metric=ns.cross_entropy)
+    assert swept["cut"] == ns.evaluate(ns.bake(edit, plain), data, metric=ns.cross_entropy)
+    torch.testing.assert_close(ns.group_grad_norms(model, data).values, ns.group_grad_norms(plain, data).values)
 
 
 # --- methods that would reach the model through a view --------------------------------------------------------------

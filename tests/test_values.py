@@ -19,6 +19,7 @@ from neuronsurgery.checks import size_of
 from neuronsurgery.digests import digest
 from neuronsurgery.edits import Compose, RandomNoise, Scale, ZeroOut
 from neuronsurgery.memorization import MemorizationScores
+from neuronsurgery.outcomes import Outcomes
 
 ROWS = "n ... -> n ..."
 LAYER = ns.Layer("w", ROWS, {}, (4, 3))
@@ -235,3 +236,8 @@ def test_a_digest_takes_no_copy() -> None:
 
 def test_what_has_no_length_measures_nothing() -> None:
     assert size_of(3) == 0 and size_of("abc") == 3
+
+
+def test_outcomes_are_equal_only_where_they_are_the_same() -> None:
+    one = Outcomes.of(torch.tensor([1.0, 0.0]))
+    assert one == Outcomes.of(torch.tensor([1.0, 0.0])) and one != Outcomes.of(torch.tensor([0.0, 1.0])) and one != 3
