@@ -300,7 +300,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         if not tensors:
             return leaf
         memo.update({id(tensor): function(tensor) for tensor in tensors if id(tensor) not in memo})
-        return copy.deepcopy(leaf, memo)
+        try:
+            return copy.deepcopy(leaf, memo)
+        except Exception as error:
+            raise TypeError(
+                f"an input of type {type(leaf).__name__} holds tensors and cannot be copied ({error}), but a model may "
+                f"write into its inputs: give what can be copied, with unpack= for instance"
+            ) from error
 
     return pytree.tree_unflatten([replaced(leaf) for leaf in leaves], structure)
 

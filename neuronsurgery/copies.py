@@ -165,7 +165,7 @@ def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) 
         function, *args = (_rebound(part, memo, within) for part in inner)
         same = all(new is old for new, old in zip([function, *args], inner, strict=True))
         return value if same else functools.partial(function, *args, **value.keywords)
-    if within and type(value) in (list, tuple, set, dict) and id(value) not in within:
+    if type(value) in (list, tuple, set, dict) and id(value) not in within and (within or _holds_functions(value)):
         return _rebound_container(value, memo, (*within, id(value)))
     if not isinstance(value, types.FunctionType) or id(value) in within:
         return value
@@ -197,10 +197,16 @@ def _rebound_function(value: types.FunctionType, memo: Mapping[int, Any], within
     return function
 
 
+def _holds_functions(container: Any) -> bool:
+    """Return whether a container has functions that may call a module; what else is in it is copied afterwards."""
+    items = container.values() if isinstance(container, dict) else container
+    return any(isinstance(item, types.FunctionType | types.MethodType | functools.partial) for item in items)
+
+
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     rebound = _rebound(value, memo)
     if rebound is not value:
-        return rebound
+        return copy.deepcopy(rebound, memo) if isinstance(value, list | tuple | set | dict) else rebound
     known = len(memo)
     try:
         return copy.deepcopy(value, memo)

@@ -16,7 +16,7 @@ from neuronsurgery.copies import make_runner
 from neuronsurgery.discovery import layout_of, refuse_unfit
 from neuronsurgery.errors import checked_function, inline, warn
 from neuronsurgery.forward import default_predict
-from neuronsurgery.graph.export import capture
+from neuronsurgery.graph.export import captured
 from neuronsurgery.graph.operators import (
     CONVOLUTIONS,
     ELEMENTWISE,
@@ -86,7 +86,7 @@ def coupled(
     runner = make_runner(surveyed)
     unpacked = move(unpack_batch(batch, checked_function(unpack, "unpack")), runner.device)
     _refuse_other_patterns(neurons)
-    graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
+    graph = captured(runner, unpacked, predict or default_predict)
     refuse_unfit(list(neurons.by_layer()), surveyed, runner.parameters, "the neurons do not fit the model")
     found = _Found(graph, layout_of(surveyed, runner.parameters, extra="*"))
     names = surveyed.first_names(layer.parameter for layer in neurons.by_layer())

@@ -152,8 +152,7 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
     """
     batch = move(batch, objective.runner.device)
     with torch.enable_grad(), _differentiable_rnns(objective.runner), KERNELS.steady():
-        arguments = (_gradients, objective, batch, groups, seen)
-        within = _Within(objective.runner.model)
+        within, arguments = _Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
             found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
         finally:

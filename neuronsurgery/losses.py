@@ -200,6 +200,7 @@ def refuse_other_than_probabilities(targets: Tensor, instead: str) -> None:
         return
     sums = targets.detach().float().sum(1)
     reasons = {
+        "that are not finite": not bool(sums.isfinite().all()),
         "of a single column": targets.shape[1] < 2,
         "with negative entries": bool((targets < 0).any()),
         f"that sum to {float(sums.min()):.3g}..{float(sums.max()):.3g}": bool((sums - 1).abs().max() > 1e-2),

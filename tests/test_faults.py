@@ -136,6 +136,11 @@ def test_float_targets_are_probabilities_or_refused(model: nn.Module, targets: T
     assert ns.group_grad_norms(model, [(X, targets)], loss=bce).values.abs().max() > 0
 
 
+def test_targets_that_are_not_finite_are_no_probabilities() -> None:
+    with pytest.raises(ValueError, match="not numbers that are not finite"):
+        ns.evaluate(nn.Linear(4, 3), [(X, torch.full((8, 3), torch.nan))])
+
+
 def test_probabilities_are_taken() -> None:
     soft = torch.rand(8, 3).softmax(1)
     assert ns.group_grad_norms(nn.Linear(4, 3), [(X, soft)]).values.min() > 0
@@ -181,6 +186,23 @@ def test_a_replaced_forward_that_holds_layers_anywhere_runs_those_of_the_copy(bu
         torch.testing.assert_close(edited(X), expected)
     swept = ns.sweep(model, {"cut": edit}, [(X, Y)], metric=ns.cross_entropy)
     assert swept["cut"].average == pytest.approx(ns.cross_entropy(expected, Y).mean().item())
+
+
+def test_functions_in_a_container_call_the_copy() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.seen = nn.Linear(4, 4), nn.Linear(4, 2), [0]
+            self.steps = [lambda x: self.a(x).relu(), lambda x: self.b(x), self.seen]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.steps[1](self.steps[0](x))  # type: ignore[operator,no-any-return]
+
+    model = Steps().eval()
+    plain = nn.Sequential(model.a, nn.ReLU(), model.b)
+    view: Any = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"a.weight": 0})), model)
+    assert torch.equal(view(X), ns.bake(ns.zero_out(ns.select(ns.find_layout(plain), {"0.weight": 0})), plain)(X))
+    assert view.steps[2] is view.seen is not model.seen
 
 
 @pytest.mark.filterwarnings("ignore:no gradient reached")
@@ -894,3 +916,32 @@ def test_checkpoints_of_torch_are_kept_where_scores_are_computed() -> None:
     assert torch.equal(scores.values, expected.values)
     ns.evaluate(wrapped, [(X, Y)])
     assert len(runs) == 4
+
+
+@functools.lru_cache(maxsize=4)
+def triangle(size: int) -> Tensor:
+    return torch.triu(torch.ones(size, size), 1)
+
+
+@pytest.mark.parametrize(
+    "look", [lambda m: ns.residual_branches(m, (X, Y)), lambda m: ns.coupled(ns.Neurons(), m, (X, Y))]
+)
+def test_a_capture_leaves_no_tensor_without_values_in_what_others_keep(look: Callable[[nn.Module], object]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x + self.a(x) @ triangle(4))  # type: ignore[no-any-return]
+
+    triangle.cache_clear()
+    model = Masked().eval()
+    look(model)
+    assert type(model(X)) is Tensor
+
+
+def test_an_input_that_cannot_be_copied_is_refused_by_its_type() -> None:
+    graph = Graph(X, {"lock": threading.Lock()})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"an input of type Graph holds tensors and cannot be copied .*unpack="):
+        ns.evaluate(Writes(), [ns.Batch((graph,), {}, Y)])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from neuronsurgery.batches import Batch
 from neuronsurgery.caches import collect_containers, give_contents_back
 from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, inline
-from neuronsurgery.forward import default_predict, random_state_kept
+from neuronsurgery.forward import default_predict, isolated_forward, random_state_kept
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.graph.writes import AliasedWriteError, attribute, make_functional
@@ -26,6 +27,23 @@ from neuronsurgery.types import Predict
 
 if TYPE_CHECKING:  # importing it takes as long as all of the library
     from torch.export import ExportedProgram
+
+
+def captured(runner: Runner, batch: Batch, predict: Predict = default_predict) -> Graph:
+    """Return the graph of one batch, after the model has run on it: what it keeps outside of itself are real tensors.
+
+    Args:
+        runner: the model, as a copy to run.
+        batch: on the model's device.
+        predict: the model's output -> logits.
+
+    Raises:
+        CaptureError: if the model cannot be captured, see `capture`.
+    """
+    with evaluating():
+        isolated_forward(runner.model, batch)
+    runner.attributes.restore()
+    return capture(runner, batch.args, batch.kwargs, predict)
 
 
 def capture(

@@ -17,7 +17,7 @@ from neuronsurgery.copies import make_runner
 from neuronsurgery.discovery import layout_of
 from neuronsurgery.errors import checked_function
 from neuronsurgery.forward import default_predict
-from neuronsurgery.graph.export import capture
+from neuronsurgery.graph.export import captured
 from neuronsurgery.graph.operators import FILLED, LOOKUPS, RECURRENT, SUMS, operator_name
 from neuronsurgery.graph.replay import Graph
 from neuronsurgery.layouts import Layout
@@ -103,7 +103,7 @@ def residual_branches(
     surveyed = survey(model)
     runner = make_runner(surveyed)
     unpacked = move(unpack_batch(batch, checked_function(unpack, "unpack")), runner.device)
-    graph = capture(runner, unpacked.args, unpacked.kwargs, predict or default_predict)
+    graph = captured(runner, unpacked, predict or default_predict)
     flow = _Flow(graph, layout_of(surveyed, runner.parameters))
     branches: list[Branch] = []
     for node in flow.sums():
