@@ -108,8 +108,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
     ): "those of nn.Module itself that write into parameters are refused by their names",
     (
         "independence.dependence",
-        "difference > TOLERANCE * (50 if whole.dtype in (to... #6cae -> "
-        "difference >= TOLERANCE * (50 if whole.dtype in (t... #c761",
+        "difference > TOLERANCE * (50 if half else 1) -> difference >= TOLERANCE * (50 if half else 1)",
     ): "no difference is the tolerance itself",
     ("files._read_neurons", "0 -> 1"): "a position for files that carry their own",
     (

@@ -174,7 +174,8 @@ def _gradients(
         seen.outputs, seen.probabilities = True, objective.loss is None and are_probabilities(logits.detach())
     if None in groups.values() and seen.regrouped and len(batch) > 1:
         seen.regrouped = False  # once is enough
-        found_out = dependence(functools.partial(_forward, objective), batch, logits.detach(), losses.detach())
+        run, parameters = functools.partial(_forward, objective), objective.runner.parameters.values()
+        found_out = dependence(run, batch, logits.detach(), losses.detach(), parameters)
         if found_out:
             raise ValueError(f"{found_out}. Mixed batches are taken apart: pass regroup=False")
     found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
@@ -224,9 +225,8 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
 def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which recurrent layers in evaluation mode can be differentiated."""
     on_gpu = runner.device is not None and runner.device.type == "cuda"
-    if not on_gpu or not any(isinstance(module, nn.RNNBase) for module in runner.model.modules()):
-        return contextlib.nullcontext()
-    return without_cudnn()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in runner.model.modules())
+    return without_cudnn() if on_gpu and recurrent else contextlib.nullcontext()
 
 
 # Gradients of groups

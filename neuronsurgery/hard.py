@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,8 @@ def _warn_of_dependence(
     runner: Runner, batch: Batch, logits: Tensor, losses: Tensor, loss: Loss | None, predict: Predict | None
 ) -> None:
     """Warn if examples have other losses without their batch, which is not kept together."""
-    found = dependence(lambda part: _losses(runner, part, loss, predict), batch, logits, losses)
+    run = functools.partial(_losses, runner, loss=loss, predict=predict)
+    found = dependence(run, batch, logits, losses, runner.parameters.values())
     if found:
         warn(f"{found}. The examples were chosen by their losses within their batches, and are put into another one")
 

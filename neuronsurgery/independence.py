@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ ALONE = 4
 TOLERANCE = 1e-3
 """A larger difference, relative to the largest value, is no rounding; in half precision one fifty times as large."""
 
+HALF = (torch.float16, torch.bfloat16)
+
 Forward = Callable[[Batch], tuple[Tensor, Tensor]]
 """A batch -> its logits and losses."""
 
 
-def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -> str:
+def dependence(
+    forward: Forward, batch: Batch, logits: Tensor, losses: Tensor, parameters: Iterable[Tensor] = ()
+) -> str:
     """Return how the first examples of a batch differ alone from what they are within the batch; "" if they do not.
 
     Args:
@@ -29,6 +33,7 @@ def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -
         batch: of which some examples are run alone; nothing is checked of a single example.
         logits: of the batch.
         losses: of the batch.
+        parameters: of the model: where one is in half precision, the logits are no better, whatever their dtype.
 
     Raises:
         ValueError: if the logits of these examples alone are not one per example: a dimension that is none of examples
@@ -53,9 +58,10 @@ def dependence(forward: Forward, batch: Batch, logits: Tensor, losses: Tensor) -
     except Exception as error:
         warn(f"whether examples depend on each other was not checked: {count} of a batch fail alone ({error})")
         return ""
+    half = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in (logits, *parameters))
     for what, whole, part in (("logits", logits, parts[0]), ("losses", losses, parts[1])):
         difference = _difference(whole[:count], part)
-        if difference > TOLERANCE * (50 if whole.dtype in (torch.float16, torch.bfloat16) else 1):
+        if difference > TOLERANCE * (50 if half else 1):
             if draws_within(lambda: forward(alone)):
                 return ""  # a model that draws gives other values to other shapes
             return (

@@ -417,6 +417,20 @@ def test_what_cannot_be_checked_is_said() -> None:
         assert ns.group_grad_norms(OfFour(4, 2), data).counts == (8,)
 
 
+class Upcast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).float() * 3
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_rounding_in_half_precision_is_no_dependence(how: str) -> None:
+    """Whatever the dtype of the logits: kernels round other shapes in another way."""
+    model = Upcast(64, 3)
+    x, y, g = torch.randn(64, 64) * 9, torch.arange(64) % 3, torch.arange(64) % 2
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        ns.group_grad_norms(model.bfloat16() if how == "weights" else model, [(x, y, g)])
+
+
 def test_a_model_that_draws_is_not_taken_for_a_dependent_one() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
