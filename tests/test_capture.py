@@ -623,6 +623,7 @@ def test_nodes_parameters_and_shapes() -> None:
     first = tainted(graph, ["stem.weight"])[0]
     assert (str(first.target), graph.shape(first)) == ("aten.conv2d.default", (None, 6, 8, 8))
     assert graph.shape(graph.output) == (None, 3)
+    assert graph.shape(fx.Graph().placeholder("a number")) is None
     assert repr(graph) == f"Graph({len(graph.nodes)} nodes, 18 of 18 parameters used)"
 
 

@@ -56,6 +56,8 @@ IMAGES = (3, 3, 8, 8)
         (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "0.weight", "1", (5, 3), -1),
         (nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Dropout(), nn.LayerNorm(4)), "0.weight", "3", (5, 3), -1),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "0.weight", "0", IMAGES, 1),
+        (nn.Sequential(nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4)), "0.weight", "1", (2, 2, 4, 4, 4), 1),
+        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)), "0.weight", "1", (3, 2, 6), 1),
     ],
     ids=[
         "conv-bn",
@@ -66,6 +68,8 @@ IMAGES = (3, 3, 8, 8)
         "linear-ln",
         "gelu-ln",
         "conv",
+        "conv3d-bn",
+        "conv1d-bn",
     ],
 )
 def test_the_unit_is_exactly_zero(model: nn.Module, layer: str, probe: str, shape: tuple[int, ...], axis: int) -> None:

@@ -71,7 +71,7 @@ def test_parts_are_the_sweep(model: nn.Module, monkeypatch: pytest.MonkeyPatch) 
     assert len(captures) <= len(alone) + 1
 
 
-def test_the_model_as_it_is_runs_once() -> None:
+def test_the_model_as_it_is_runs_once_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
     model = nn.Sequential(nn.Linear(5, 3))
     edits = [{f"{i}": ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": i}))} for i in range(3)]
@@ -82,6 +82,7 @@ def test_the_model_as_it_is_runs_once() -> None:
 
     list(sweep_in_parts(model, edits, LOADERS, metric=metric))
     assert sum(calls) == 12 * (1 + 3)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_edit_that_does_not_fit_is_named() -> None:
