@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -77,7 +78,7 @@ def restoring(function: Callable[P, R]) -> Callable[P, R]:
         try:
             # What torch's own modes, entered while a forward is captured, have told its dispatcher.
             with _ForceDispatchKeyGuard(*keys):
-                return function(*args, **kwargs)
+                return _call(function, *args, **kwargs)
         finally:
             for _ in _get_current_dispatch_mode_stack()[modes:]:
                 _pop_mode()
@@ -89,6 +90,18 @@ def restoring(function: Callable[P, R]) -> Callable[P, R]:
                 undo()
 
     return run
+
+
+def _call(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function; if it is interrupted, have the guards that torch holds in its frames end now, and not later.
+
+    They would set the state of the thread back to what they found, whenever somebody lets the exception go.
+    """
+    try:
+        return function(*args, **kwargs)
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)
+        raise
 
 
 class _Switch:
