@@ -181,6 +181,7 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
             program: ExportedProgram = export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
             return program
         except Exception as error:
+            _refuse_interrupted(error)
             raise CaptureError(f"torch.export refused it: {_first_line(error)}") from error
 
 
@@ -190,6 +191,7 @@ def _functionalise(program: ExportedProgram) -> ExportedProgram:
             functional: ExportedProgram = program.run_decompositions({})
             return functional
         except Exception as error:
+            _refuse_interrupted(error)
             raise CaptureError(f"its writes in place could not be undone: {_first_line(error)}") from error
 
 
@@ -242,6 +244,14 @@ class _Muted:
 
 ANY_MODULE = "(?:while neuronsurgery captures)?"
 """A pattern that every name begins with, and that nobody else gives."""
+
+
+def _refuse_interrupted(error: BaseException | None) -> None:
+    """Raise an interrupt that torch has lost: one that comes within a mode of its own may end as another exception."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        error = error.__context__
 
 
 def _first_line(error: Exception) -> str:
