@@ -115,6 +115,14 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "loaders.iterate",
         "now - shown > 0.5 -> now - shown >= 0.5",
     ): "of the clock: no two readings are half a second apart",
+    (
+        "graph.replay._fetch",
+        "_has_nodes(value) and (not isinstance(value, fx.Node)) -> _has_nodes(value) or not isinstance(value, fx.Node)",
+    ): "what has no nodes in it is put in as it is, one way or the other",
+    (
+        "graph.residual._Flow.__init__",
+        "self.layers |= {token: set() for token in tokens} -> pass",
+    ): "a walk ends at a token, and no walk asks which layers one has passed",
     ("memorization._is_kept", "return True -> return run"): "true as well; the type checker refuses it",
 }
 """Mutants that no test can see, by the place and the change, and why."""

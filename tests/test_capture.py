@@ -122,6 +122,22 @@ def test_nothing_changes(name: str) -> None:
     assert_unchanged(before, model, batches, edits)
 
 
+def test_what_was_checked_runs_no_more() -> None:
+    passes: list[int] = []
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(len(x))
+            return super().forward(x)
+
+    model = eval_copy(Counting(4, 3))
+    forward, edits = CheckedForward(running(model)), {"base": {}, "cut": {"weight": torch.zeros(3, 4)}}
+    list(forward.run((torch.randn(5, 4),), {}, edits))
+    before = len(passes)
+    list(forward.run((torch.randn(5, 4),), {}, edits))
+    assert len(passes) == before
+
+
 def test_every_use_of_a_tied_weight_is_edited() -> None:
     model = eval_copy(CASES["tied"].build())
     graph = capture(running(model), (torch.zeros(2, 6, dtype=torch.long),))
