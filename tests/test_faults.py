@@ -806,6 +806,9 @@ def test_what_writes_into_the_weights_is_refused_by_a_view_and_not_by_its_copies
         def rename(self) -> None:
             self.data = "another"
 
+        def teach(self, base: nn.Linear) -> None:
+            nn.init.ones_(base.weight)
+
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + x @ self.delta.T  # type: ignore[no-any-return]
 
@@ -816,6 +819,7 @@ def test_what_writes_into_the_weights_is_refused_by_a_view_and_not_by_its_copies
         with pytest.raises(RuntimeError, match=r"this view shares its weights with the model .*, or use bake"):
             call()
     view.rename()
+    view.teach(nn.Linear(4, 2))
     assert_unchanged(before, model)
     for independent in (copy.deepcopy(view), ns.bake(ns.compose(), view)):
         independent.rows(2)
