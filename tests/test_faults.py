@@ -454,6 +454,8 @@ def test_sure_and_right_in_half_precision(weight: float, value: float, count: in
     (expected,) = torch.autograd.grad(F.cross_entropy(x.double() @ wide.T, y), wide)
     found = ns.group_grad_norms(model, [(x, y)]).values.double()
     torch.testing.assert_close(found, expected.abs().T, rtol=0.02, atol=0)
+    both = ns.group_grad_norms(model, [(x, y, torch.arange(count) % 2)], regroup=False).values.double()
+    torch.testing.assert_close(both, expected.abs().T.expand(2, -1), rtol=0.02, atol=0)
 
 
 # --- what modules keep from one forward pass to the next ------------------------------------------------------------
@@ -812,14 +814,14 @@ def test_what_writes_into_the_weights_is_refused_by_a_view_and_not_by_its_copies
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + x @ self.delta.T  # type: ignore[no-any-return]
 
-    model = Adapted()
+    model, other = Adapted(), nn.Linear(4, 2)
     before = snapshot(model)
     view: Any = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"delta": 0})), model)
     for call in (view.merge, view.restart, lambda: view.rows(1), view.base.reset_parameters):
         with pytest.raises(RuntimeError, match=r"this view shares its weights with the model .*, or use bake"):
             call()
     view.rename()
-    view.teach(nn.Linear(4, 2))
+    view.teach(other)
     assert_unchanged(before, model)
     for independent in (copy.deepcopy(view), ns.bake(ns.compose(), view)):
         independent.rows(2)
