@@ -84,7 +84,7 @@ TESTS = {
     "surgery": "errors_surgery plans training_code ddp surgery faults",
     "surveys": "errors_surgery neurons plans surveys copies training_code ddp gradients surgery obscure",
     "switches": "calls faults training_code",
-    "sweeps": "errors_scoring training_code processes sweeps",
+    "sweeps": "sweeps_in_parts errors_scoring training_code processes sweeps",
     "wrappers": "surveys copies obscure surgery",
     "graph.export": "coupling surveys capture fragile sweeps faults",
     "graph.inputs": "capture sweeps",
