@@ -103,7 +103,7 @@ SURVIVORS: dict[tuple[str, str], str] = {
         "len(wrong) < SHOWN -> len(wrong) <= SHOWN",
     ): "one more name is looked for, and its line is cut off all the same",
     (
-        "habits.overwriting",
+        "habits._written_paths",
         "kind.__mro__.index(nn.Module) -> kind.__mro__.index(nn.Module) + 1",
     ): "those of nn.Module itself that write into parameters are refused by their names",
     (
