@@ -89,6 +89,7 @@ def _holding_tensors(module: nn.Module, known: Mapping[int, Any]) -> Iterator[tu
 _SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.MethodType, nn.Module)
 
 
+@functools.lru_cache(maxsize=1024)
 def _of_the_class(kind: Any) -> Mapping[str, Any]:
     """Return the containers that the forward of a class fills and reads and that belong to the class."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]

@@ -58,8 +58,10 @@ def decoder_inputs_given(model: nn.Module, batch: Batch) -> Iterator[None]:
 def _decodes_other_inputs(model: nn.Module, batch: Batch) -> bool:
     """Return whether a generating encoder-decoder was given no inputs for its decoder: some decode the encoder's."""
     generates = getattr(model, "can_generate", None)
+    if not callable(generates) or not generates():
+        return False
     names = list(inspect.signature(model.forward).parameters)
-    if "decoder_input_ids" not in names or not callable(generates) or not generates():
+    if "decoder_input_ids" not in names:
         return False
     given = (*names[: len(batch.args)], *batch.kwargs)
     return not any(name == "labels" or name.startswith("decoder_input") for name in given)

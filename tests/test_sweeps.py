@@ -298,6 +298,21 @@ def test_changes_nothing(case: Case) -> None:
     assert_unchanged(before, model, batches, edits)
 
 
+def test_an_interrupt_that_the_caller_deals_with_is_none_of_the_capture_s() -> None:
+    class Branching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if x.sum() > 0 else 1)
+
+    model = Branching(4, 2)
+    cut = ns.zero_out(ns.select(ns.find_layout(model), {"weight": 0}))
+    try:
+        raise KeyboardInterrupt("of the caller")
+    except KeyboardInterrupt:
+        with pytest.warns(UserWarning, match=r"shared .*: torch\.export refused it"):
+            swept = ns.sweep(model, {"cut": cut}, [(torch.ones(3, 4), torch.tensor([0, 1, 0]))])
+    assert swept.labels == ("cut",)
+
+
 def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     case = CASES["residual"]
     model, batches = case.build(), case.batches()

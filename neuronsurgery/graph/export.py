@@ -176,22 +176,24 @@ def _export(forward: _Forward, tensors: Sequence[Tensor], dims: Dims) -> Exporte
     ]
     # AUTO, not DYNAMIC: a size that the model's code makes a constant is no error, the check finds it.
     shapes = [dict.fromkeys(sorted(d), Dim.AUTO) for d in dims]
+    handled = sys.exc_info()[1]
     with _quiet(), random_state_kept(tensors):
         try:
             program: ExportedProgram = export(forward, (twice,), dynamic_shapes=(shapes,), strict=False)
             return program
         except Exception as error:
-            _refuse_interrupted(error)
+            _refuse_interrupted(error, handled)
             raise CaptureError(f"torch.export refused it: {_first_line(error)}") from error
 
 
 def _functionalise(program: ExportedProgram) -> ExportedProgram:
+    handled = sys.exc_info()[1]
     with _quiet():
         try:
             functional: ExportedProgram = program.run_decompositions({})
             return functional
         except Exception as error:
-            _refuse_interrupted(error)
+            _refuse_interrupted(error, handled)
             raise CaptureError(f"its writes in place could not be undone: {_first_line(error)}") from error
 
 
@@ -246,9 +248,14 @@ ANY_MODULE = "(?:while neuronsurgery captures)?"
 """A pattern that every name begins with, and that nobody else gives."""
 
 
-def _refuse_interrupted(error: BaseException | None) -> None:
-    """Raise an interrupt that torch has lost: one that comes within a mode of its own may end as another exception."""
-    while error is not None:
+def _refuse_interrupted(error: BaseException | None, handled: BaseException | None) -> None:
+    """Raise an interrupt that torch has lost: one that comes within a mode of its own may end as another exception.
+
+    Args:
+        error: what came.
+        handled: what the caller was dealing with before, which is behind everything that comes after.
+    """
+    while error is not None and error is not handled:
         if isinstance(error, KeyboardInterrupt):
             raise error
         error = error.__context__
