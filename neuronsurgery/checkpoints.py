@@ -12,12 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from neuronsurgery.checks import finite, is_tensor, refuse, unfit
-from neuronsurgery.digests import digest
 from neuronsurgery.edits import Edit, file_kind, without_overlap
 from neuronsurgery.errors import listed, nearest
 from neuronsurgery.layers import Layer
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import widened
+from neuronsurgery.rows import HeldRows, rows_digest
 from neuronsurgery.state_dicts import CheckpointError, choose_dictionary, find_dictionaries, wanted_names
 from neuronsurgery.surveys import SHARDED_REASON, is_sharded
 from neuronsurgery.types import Checkpoint
@@ -31,31 +31,16 @@ SHOWN = 10
 
 @file_kind("rewind")
 @dataclass(frozen=True, repr=False)
-class Rewind(Edit):
+class Rewind(HeldRows):
     """See `rewind`. Equal are rewinds of the same neurons by the same share to the same values, wherever these lie."""
 
-    neurons: Neurons
-    alpha: float
-    digest: str
-    kept: tuple[Tensor, ...] = field(compare=False)
+    alpha: float = 1.0
     path: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", _checked_share(self.neurons, self.alpha))
-        shapes = [(len(indices), *layer.row_shape) for layer, indices in self.neurons.by_layer().items()]
-        kept = self.kept if isinstance(self.kept, tuple) else ()
-        rows = len(kept) == len(shapes) and all(map(is_tensor, kept, shapes))
-        known = isinstance(self.digest, str) and isinstance(self.path, str | None)
-        wrong = unfit("kept", rows, f"floating-point rows of the shapes {shapes}", self.kept)
-        wrong += unfit("digest and path", known, "strings, or no path", (self.digest, self.path))
+        wrong = [*self.unfit_rows(), *unfit("path", isinstance(self.path, str | None), "a string or None", self.path)]
         refuse("a rewind", wrong, "Make it with rewind(neurons, checkpoint)")
-
-    @override
-    def constants(self, layer: Layer, indices: Sequence[int]) -> Tensor:
-        """Return the rows of the checkpoint."""
-        every = self.neurons.by_layer()
-        position = {index: i for i, index in enumerate(every[layer])}
-        return self.kept[list(every).index(layer)][[position[index] for index in indices]]
 
     @override
     def rows(self, layer: Layer, indices: Tensor, weight: Tensor, constants: Tensor | None = None) -> Tensor:
@@ -86,7 +71,7 @@ class Rewind(Edit):
         if not isinstance(path, str | None):
             raise ValueError(f"the path of a rewind is a string, not {path!r}")
         kept = tuple(tensors) if path is None else checkpoint_rows(neurons, path)
-        edit = cls(neurons, values["alpha"], values["digest"], kept, path)
+        edit = cls(neurons, values["digest"], kept, values["alpha"], path)
         if rows_digest(neurons, kept) == edit.digest:
             return edit
         if path is None:
@@ -130,7 +115,7 @@ def rewind(neurons: Neurons, checkpoint: Checkpoint, alpha: float = 1.0) -> Rewi
     alpha = _checked_share(neurons, alpha)
     rows = checkpoint_rows(neurons, checkpoint)
     path = None if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-    return Rewind(neurons, alpha, rows_digest(neurons, rows), rows, path)
+    return Rewind(neurons, rows_digest(neurons, rows), rows, alpha, path)
 
 
 def _checked_share(neurons: Neurons, alpha: float) -> float:
@@ -198,11 +183,3 @@ def _fitting(layers: Iterable[Layer], tensors: Mapping[str, Tensor]) -> int:
     keys = wanted_names([layer.parameter for layer in every], tensors)
     found = [(layer, keys[layer.parameter]) for layer in every]
     return sum(key is not None and not _misfit(layer, tensors[key]) for layer, key in found)
-
-
-def rows_digest(neurons: Neurons, rows: Iterable[Tensor]) -> str:
-    """Return what says whether two sets of rows are the same: a SHA-256 of their neurons and values."""
-    pieces: list[str | Tensor] = []
-    for (layer, indices), tensor in zip(neurons.by_layer().items(), rows, strict=True):
-        pieces += [f"{layer.key}\0{indices}\0{tuple(tensor.shape)}\0{tensor.dtype}\0", tensor]
-    return digest(*pieces)

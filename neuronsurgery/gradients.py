@@ -6,10 +6,9 @@ leaves, and `torch.autograd.grad` differentiates: the same numbers as `torch.fun
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from typing_extensions import override
 
 from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import add_up, agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
@@ -32,7 +31,7 @@ from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_l
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
-from neuronsurgery.switches import KERNELS, restoring, without_cudnn
+from neuronsurgery.switches import KERNELS, restoring
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
@@ -56,7 +55,7 @@ class _Objective:
         runner: the model, as a copy to run.
         layout: the scored layers.
         leaves: the scored tensors by the layers' names, sharing the model's memory; only these get a gradient.
-        parameters: all of the model's tensors, the leaves among them, by every place in `_Within` that holds them.
+        parameters: all of the model's tensors, the leaves among them, by every place in `Within` that holds them.
         loss: (logits, targets) -> one loss per example; None is the default.
         predict: the model's output -> logits; None is the default.
         held: the scored parameters that plain attributes hold, too, and where.
@@ -99,19 +98,14 @@ def _objective(
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
     refuse_non_finite(norms(scored, layout), layout, "the model's weights are")
-    leaves = {name: _differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
+    leaves = {name: differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
     first_names = surveyed.first_names(leaves)
-    tensors = {name: _differentiable(parameter) for name, parameter in runner.parameters.items()}
+    tensors = {name: differentiable(parameter) for name, parameter in runner.parameters.items()}
     tensors |= {first_names[name]: leaf for name, leaf in leaves.items()}
     parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
     elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
     held = {name: at for name, at in elsewhere.items() if name in first_names.values()}
     return _Objective(runner, layout, leaves, parameters, loss, predict, held)
-
-
-def _differentiable(tensor: Tensor) -> Tensor:
-    """Return the tensor detached; one made in inference mode copied, since autograd cannot save such a tensor."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _zeros(objective: _Objective) -> Sums:
@@ -122,22 +116,6 @@ def _zeros(objective: _Objective) -> Sums:
 
 
 # Gradients of a batch
-
-
-class _Within(nn.Module):
-    """A model and a function to be called while the model's parameters are replaced.
-
-    The backward pass runs in there too: activation checkpointing runs parts of the model again, and must meet the
-    same parameters.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @override
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
 
 
 def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups: Members, seen: _Seen) -> None:
@@ -151,8 +129,8 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
         seen: what was seen so far; updated.
     """
     batch = move(batch, objective.runner.device)
-    with torch.enable_grad(), _differentiable_rnns(objective.runner), KERNELS.steady():
-        within, arguments = _Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
+    with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
+        within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
             found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
         finally:
@@ -220,13 +198,6 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
     if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
         return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
     return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
-
-
-def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which recurrent layers in evaluation mode can be differentiated."""
-    on_gpu = runner.device is not None and runner.device.type == "cuda"
-    recurrent = any(isinstance(module, nn.RNNBase) for module in runner.model.modules())
-    return without_cudnn() if on_gpu and recurrent else contextlib.nullcontext()
 
 
 # Gradients of groups

@@ -82,12 +82,7 @@ def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
         >>> causal_lm_loss(torch.zeros(1, 3, 7), torch.tensor([[2, 5, -100]]))
         tensor([1.9459])
     """
-    targets = _checked_targets(logits, targets)
-    if logits.dim() != 3 or targets.shape != logits.shape[:2]:
-        raise ValueError(
-            f"causal_lm_loss takes logits (example, token, vocabulary) and token ids (example, token), not shapes "
-            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
+    targets = _checked_tokens("causal_lm_loss", logits, targets)
     wide = widened(logits[:, :-1]).movedim(-1, 1)
     return _mean_over_positions(wide, targets[:, 1:])
 
@@ -160,6 +155,83 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
     true = targets[:, None].long()
     others = wide.scatter(1, true, float("-inf")).amax(1)
     return wide.gather(1, true)[:, 0] - others
+
+
+def causal_margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return by how much a causal language model is right about each sequence: its smallest margin over the tokens.
+
+    The margin of a token is its logit at the position before it minus the largest other one: positive for all of them
+    where greedy decoding from any true prefix gives the next token, see `recited`. inf where no label counts.
+
+    Args:
+        logits: shape (n, tokens, vocabulary).
+        targets: token ids, int, shape (n, tokens); -100 is left out.
+
+    Returns:
+        float32 or wider, shape (n,).
+
+    Raises:
+        ValueError: if the shapes do not fit or a label is not in the vocabulary.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
+        >>> causal_margin(logits, torch.tensor([[0, 1, 0]]))
+        tensor([2.])
+    """
+    targets = _checked_tokens("causal_margin", logits, targets)
+    wide, labels = widened(logits[:, :-1]), targets[:, 1:].long()
+    counted = labels != IGNORED_TOKEN
+    true = labels.where(counted, 0)[..., None]
+    others = wide.scatter(2, true, float("-inf")).amax(2)
+    margins = (wide.gather(2, true)[..., 0] - others).masked_fill(~counted, float("inf"))
+    return torch.cat([margins, margins.new_full((len(margins), 1), float("inf"))], dim=1).amin(1)
+
+
+def recited(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 for each sequence whose every label is the largest logit of the position before it, else 0.
+
+    That is what greedy decoding from the true prefix gives, in one forward pass and without generating: as long as
+    every token so far was right, the model has seen the sequence itself. A sequence with a NaN among its logits is not
+    recited; one without a label that counts is.
+
+    Args:
+        logits: shape (n, tokens, vocabulary).
+        targets: token ids, int, shape (n, tokens); -100 (the prefix that is given, padding) is left out.
+
+    Returns:
+        float32, shape (n,).
+
+    Raises:
+        ValueError: if the shapes do not fit or a label is not in the vocabulary.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
+        >>> recited(logits, torch.tensor([[0, 1, 0]])), recited(logits, torch.tensor([[0, 1, 1]]))
+        (tensor([1.]), tensor([0.]))
+
+    Source:
+        Carlini et al., "Quantifying memorization across neural language models", 2023 (greedy extraction).
+    """
+    targets = _checked_tokens("recited", logits, targets)
+    labels = targets[:, 1:]
+    right = (logits[:, :-1].argmax(2) == labels) & ~logits[:, :-1].isnan().any(2)
+    return (right | (labels == IGNORED_TOKEN)).all(1).float()
+
+
+def _checked_tokens(name: str, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the labels of a causal language model.
+
+    Raises:
+        ValueError: if the shapes do not fit or a label is not in the vocabulary.
+    """
+    targets = _checked_targets(logits, targets)
+    if logits.dim() != 3 or targets.shape != logits.shape[:2] or targets.is_floating_point():
+        raise ValueError(
+            f"{name} takes logits (example, token, vocabulary) and token ids (example, token), not shapes "
+            f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    refuse_unknown_classes(targets, logits.shape[2])
+    return targets
 
 
 # Labels
@@ -295,7 +367,7 @@ def refuse_unshifted_metrics(metrics: Iterable[Metric], logits: Tensor, batch: B
         ValueError: if it is.
     """
     if accuracy in metrics:
-        instead = "metric= with a function of your own, e.g. causal_lm_loss"
+        instead = "metric=neuronsurgery.recited, or causal_lm_loss, or a function of your own"
         refuse_unshifted_labels(logits, batch, "accuracy", instead)
 
 
@@ -310,7 +382,10 @@ def is_larger_better(metric: Metric, said: bool | None = None) -> bool | None:
         said: the caller's own word; None for none.
     """
     function = metric.func if isinstance(metric, functools.partial) else metric
-    known: dict[Any, bool] = {accuracy: True, margin: True, cross_entropy: False, causal_lm_loss: False}
+    known: dict[Any, bool] = {
+        **dict.fromkeys((accuracy, margin, causal_margin, recited), True),
+        **dict.fromkeys((cross_entropy, causal_lm_loss), False),
+    }
     return said if said is not None else known.get(function) if isinstance(function, Hashable) else None
 
 

@@ -298,6 +298,7 @@ def sweep_in_parts(
     larger_is_better: bool | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Iterator[Sweep]:
     """Yield the sweep of each of several mappings of edits in turn, as by `sweep`, with one capture of the model.
 
@@ -312,10 +313,12 @@ def sweep_in_parts(
         larger_is_better: the direction of a metric of your own, see `evaluate`.
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
+        process_group: gather over its ranks, which are to make the same parts.
 
     Raises:
         ValueError: if an edit does not fit the model, a group has no examples, or the metric is not one value per
             example.
+        RuntimeError: if another rank failed.
 
     Example:
         >>> from neuronsurgery import find_layout, select, zero_out
@@ -332,13 +335,17 @@ def sweep_in_parts(
     forward, base = None, _Tally(metrics)
     for edits in parts:
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
-        runner, edited = _planned(model, edits)
-        if forward is None:
-            forward = CheckedForward(runner, predict or default_predict)
-        else:
-            forward.start_again()
-            del edited[BASELINE]
-        with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
-        outcomes = [tally.outcomes for tally in tallies.values()]
-        yield _gathered("", direction, edits, tallies, [(seen, outcomes)], order, None)
+        seen, error = _Seen([], [], ()), None
+        try:
+            runner, edited = _planned(model, edits)
+            if forward is None:
+                forward = CheckedForward(runner, predict or default_predict)
+            else:
+                forward.start_again()
+                del edited[BASELINE]
+            with torch.no_grad(), without_mha_fastpath():
+                seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
+        except Exception as raised:
+            error = raised
+        shares = exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
+        yield _gathered("", direction, edits, tallies, shares, order, process_group)

@@ -24,9 +24,10 @@ ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
     *("paired", "objects", "parametrized", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
-    *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
-    *("edits", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes"),
-    *("sweeps", "fragile"),
+    *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
+    *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph"),
+    *("coupling", "outcomes", "sweeps", "fragile"),
+    *("outputs", "normed", "means", "first_order", "effects", "masks", "splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]
 GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "export", "trust", "residual"]

@@ -1,0 +1,317 @@
+"""Critical sets: few neurons whose cut takes one group's answers and spares everybody else's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neuronsurgery.batches import Unpack, by_key
+from neuronsurgery.checks import is_finite, is_integer, refuse, unfit
+from neuronsurgery.copies import Runner
+from neuronsurgery.distributed import exchange
+from neuronsurgery.edits import Edit, compose
+from neuronsurgery.effects import error_probability, prepared
+from neuronsurgery.errors import checked_function, counted, inline, listed
+from neuronsurgery.first_order import mean_effects, terms_of
+from neuronsurgery.layouts import Layout
+from neuronsurgery.loaders import named_loaders
+from neuronsurgery.losses import margin
+from neuronsurgery.means import find_means, unheld_layers
+from neuronsurgery.neurons import Neurons
+from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, points, selective
+from neuronsurgery.splits import checked_groups, groups_of
+from neuronsurgery.surveys import Survey
+from neuronsurgery.sweeps import sweep_in_parts
+from neuronsurgery.switches import restoring
+from neuronsurgery.types import Group, Loaders, Metric, Predict, Where
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Critical:
+    """What `find_critical` has found, with all of its numbers from the examples that it was searched on.
+
+    Attributes:
+        group: whose neurons were sought.
+        against: the groups to spare.
+        edit: the edit; the identity where nothing was found.
+        neurons: the chosen neurons, not the norm and bias entries that are written for them; none where nothing was
+            found.
+        path: the best set of every size by the objective, whether it is within the cap or not.
+        cost: "examples", "backward passes" and "edits" that the search took.
+        reasons: what could not be tried, in words.
+        cap: how much any other group was allowed to lose.
+    """
+
+    group: Group
+    against: tuple[Group, ...]
+    edit: Edit
+    neurons: Neurons
+    path: tuple[Step, ...]
+    cost: Mapping[str, int]
+    reasons: tuple[str, ...]
+    cap: float | None
+    found: Step | None
+    kinds: Kinds
+    searched: frozenset[str]
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in one sentence that says what the numbers are of."""
+        if self.found is None:
+            allowed = "" if self.cap is None else f" while no other group loses more than {100 * self.cap:g} points"
+            return f"no set of at most {len(self.path)} neurons takes anything from {self.group}{allowed}"
+        step = self.found
+        return (
+            f"{counted(len(self.neurons), 'neuron')} found for {self.group}: {points(step.own)} points there, "
+            f"{points(step.worst_other)} at most elsewhere, on the examples of the search; judge() them on others"
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"{counted(len(step.neurons), 'neuron')}: {step}" for step in self.path]
+        cost = ", ".join(f"{number} {what}" for what, number in self.cost.items())
+        said = [self.sentence, f"  {self.neurons}", listed(lines), f"  cost: {cost}"]
+        return "\n".join([*said, *(f"  {reason}" for reason in self.reasons)])
+
+
+@restoring
+def find_critical(
+    model: nn.Module,
+    loaders: Loaders,
+    group: Group,
+    *,
+    against: Iterable[Group] | None = None,
+    k: int = 3,
+    edits: Sequence[Kind] = ("zero", "mean"),
+    layout: Layout | None = None,
+    where: Where | None = None,
+    extra: str | Sequence[str] | None = None,
+    screen: Literal["effects", "mask"] = "effects",
+    pool: int = 40,
+    width: int = 2,
+    weight: float = 2.0,
+    cap: float = 0.005,
+    metric: Metric = margin,
+    objective: Objective | None = None,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+    group_key: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Critical:
+    """Return at most k neurons whose cut takes one group's answers and spares all others, as found on these examples.
+
+    An edit is scored by J = D p(own) - weight * max(0, max over the others of D p): p = sigmoid(-m) is the error
+    probability of an example of margin m, D the mean of a group after the edit minus before. Ties are broken by the
+    rise of log(1 + exp(-m)). Every neuron is screened by its predicted J (see `group_effects`, `error_probability`; one
+    backward pass), and the best `pool` of them go into a beam search with exact sweeps that share one capture, about
+    200 edits for k = 3. Of all sets that it looked at, it returns the one whose group loses most among those that take
+    no more than `cap` from any other group.
+
+    Its numbers are of the examples that it chose by, and say little: `judge` the result on others (see `halves`).
+
+    Args:
+        model: any module; not changed.
+        loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example; to
+            be iterated several times.
+        group: the name of the group whose neurons are sought.
+        against: the groups to spare; default all others.
+        k: the largest size of a set.
+        edits: how a neuron may be edited: "zero" (`zero_out`), "mean" (`mean_out`), or functions neurons -> edit. Where
+            no output can be held at its mean, zeroing alone is tried, and `reasons` says so. With a function, as with
+            `objective`, nothing can be screened: every neuron is tried exactly.
+        layout: the layers to search, see `find_layout`; `where` and `extra` are the short way to one.
+        where: which layers, see `find_layout`.
+        extra: layers to add, see `find_layout`.
+        screen: "effects", or "mask": half of the pool by the predicted J, half by `learned_mask`.
+        pool: so many candidates (a neuron and a kind of edit) go into the search.
+        width: of the beam: so many sets of one size are extended.
+        weight: what the loss of the worst other group counts.
+        cap: the share of its examples that any other group may lose.
+        metric: (logits, targets) -> one differentiable value per example, positive where it is right.
+        objective: (metric of each example before, after, their groups) -> a number, larger for a better edit, in the
+            place of J; then the best set counts, whatever it takes from whom, if it is better than none.
+        predict: the model's output -> logits.
+        unpack: what a loader yields -> `Batch`.
+        group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
+        seed: of the learned mask.
+        progress: whether to write lines of progress to standard error.
+        process_group: share the data over its ranks, each of which gives its part; all find the same.
+
+    Returns:
+        The set; with no set under the cap, one without neurons whose sentence says so.
+
+    Raises:
+        KeyError: if there is no such group; lists those there are.
+        TypeError: if an edit is none of these kinds.
+        ValueError: if there is no other group, or an argument is out of range (lists all).
+
+    Example:
+        >>> import neuronsurgery as ns
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> data = [(torch.randn(64, 2), torch.arange(64) % 2, torch.arange(64) // 2 % 2)]
+        >>> search, rest = ns.halves(data)
+        >>> found = ns.find_critical(model, search, 1, k=2)
+        >>> verdict = ns.judge(found, model, rest, 1)
+
+    Source:
+        Mean ablation and signed effects: Molchanov et al., 2019. The question: You et al., "The Silent Majority", 2025.
+    """
+    kinds, unpack = _checked(edits, objective, screen), by_key(unpack, group_key)
+    _refuse_unfit(k=k, pool=pool, width=width, weight=weight, cap=cap)
+    named = named_loaders(loaders)
+    options = _Options(metric, predict, unpack, progress, process_group)
+    counts, searched = counted_examples(named, unpack, process_group)
+    others = checked_groups(group, against, counts)
+    surveyed, runner, layout = prepared(model, layout, where, extra)
+    means = find_means(surveyed, runner, layout.layers, named, *options[1:]) if "mean" in kinds else None
+    made = Kinds(kinds, layout, means)
+    screened = objective is None and all(isinstance(kind, str) for kind in kinds)
+    candidates = list(made.candidates())
+    if screened:
+        predicted = _predicted(surveyed, runner, made, candidates, named, group, others, weight, options)
+        order = np.argsort(-predicted, kind="stable")
+        masked: list[Candidate] = []
+        if screen == "mask":
+            masked = _by_mask(model, made, named, group, others, seed, options)[: pool // 2]
+        best = [candidates[at] for at in order if candidates[at] not in masked]
+        candidates = [*masked, *best[: pool - len(masked)]]
+    search = Search(made, group, others, objective or selective(group, others, weight), k, pool, width)
+    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict, "unpack": unpack}
+    for swept in sweep_in_parts(model, search.parts(candidates), named, process_group=process_group, **settings):
+        search.take(swept)
+        if progress:
+            sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")
+    found = search.best(cap if objective is None else None)
+    cost = {"examples": sum(counts.values()), "backward passes": int(screened), "edits": len(search.scores)}
+    return Critical(
+        group,
+        others,
+        compose() if found is None else found.edit,
+        Neurons() if found is None else found.neurons,
+        tuple(search.path),
+        MappingProxyType(cost),
+        () if means is None or not means.reasons else (unheld_layers(means.reasons),),
+        cap if objective is None else None,
+        found,
+        made,
+        searched,
+    )
+
+
+class _Options(NamedTuple):
+    """How the data are read and what is measured."""
+
+    metric: Metric
+    predict: Predict | None
+    unpack: Unpack | None
+    progress: bool
+    process_group: dist.ProcessGroup | None
+
+
+def _checked(edits: Sequence[Kind], objective: Objective | None, screen: str) -> tuple[Kind, ...]:
+    checked_function(objective, "objective")
+    kinds = (edits,) if isinstance(edits, str) or callable(edits) else tuple(edits)
+    wrong = [repr(kind) for kind in kinds if kind not in ("zero", "mean") and not callable(kind)]
+    if wrong or not kinds:
+        raise TypeError(
+            f"edits= are 'zero', 'mean' or functions neurons -> edit, one or more, not {inline(wrong) or '()'}"
+        )
+    if screen not in ("effects", "mask"):
+        raise ValueError(f"screen must be 'effects' or 'mask', not {screen!r}")
+    return kinds
+
+
+def _refuse_unfit(k: int, pool: int, width: int, weight: float, cap: float) -> None:
+    integers = {"k": k, "pool": pool, "width": width}
+    wrong = [line for name, n in integers.items() for line in unfit(name, is_integer(n, 1), "an integer from 1", n)]
+    for name, number in (("weight", weight), ("cap", cap)):
+        wrong += unfit(name, is_finite(number) and number >= 0, "a finite number of at least 0", number)
+    refuse("a search", wrong, "The defaults are k=3, pool=40, width=2, weight=2.0, cap=0.005")
+
+
+def counted_examples(
+    loaders: Loaders, unpack: Unpack | None, process_group: dist.ProcessGroup | None
+) -> tuple[dict[Group, int], frozenset[str]]:
+    """Return the counts of all groups and what tells the examples apart, over the ranks."""
+    error: Exception | None = None
+    own: tuple[dict[Group, int], frozenset[str]] = {}, frozenset()
+    try:
+        own = groups_of(loaders, unpack)
+    except Exception as raised:
+        error = raised
+    counts: dict[Group, int] = {}
+    keys: set[str] = set()
+    for counted_here, known in exchange(process_group, error, own):
+        keys |= known
+        for name, count in counted_here.items():
+            counts[name] = counts.get(name, 0) + count
+    return counts, frozenset(keys)
+
+
+# Screening
+
+
+def _predicted(
+    surveyed: Survey,
+    runner: Runner,
+    made: Kinds,
+    candidates: Sequence[Candidate],
+    loaders: Loaders,
+    group: Group,
+    others: Sequence[Group],
+    weight: float,
+    options: _Options,
+) -> np.ndarray:
+    """Return the predicted objective of every candidate."""
+    count = made.layout.count
+    terms = [
+        term
+        for number, kind in enumerate(made.kinds)
+        for term in terms_of(surveyed, runner, made.layout, str(kind), made.means, number * count)
+    ]
+    metric, *rest = options
+    effects, _ = mean_effects(runner, surveyed, terms, loaders, metric, error_probability, *rest)  # type: ignore[arg-type]
+    places = [c.kind * count + made.layout.starts[c.layer] + c.neuron for c in candidates]
+    worst = torch.stack([effects[name] for name in others]).amax(0)
+    predicted: np.ndarray = (effects[group] - weight * worst.clamp(min=0))[places].numpy()
+    return predicted
+
+
+def _by_mask(
+    model: nn.Module,
+    made: Kinds,
+    loaders: Loaders,
+    group: Group,
+    others: Sequence[Group],
+    seed: int,
+    options: _Options,
+) -> list[Candidate]:
+    """Return the candidates in the order of a learned mask, every kind of the first neuron first."""
+    from neuronsurgery.masks import learned_mask
+
+    scores = learned_mask(
+        model,
+        loaders,
+        group,
+        against=others,
+        layout=made.layout,
+        metric=options.metric,
+        predict=options.predict,
+        unpack=options.unpack,
+        seed=seed,
+        progress=options.progress,
+    )
+    order = scores.values[0].argsort(descending=True, stable=True).tolist()
+    flat = {made.layout.starts[c.layer] + c.neuron: [] for c in made.candidates()}  # type: dict[int, list[Candidate]]
+    for candidate in made.candidates():
+        flat[made.layout.starts[candidate.layer] + candidate.neuron].append(candidate)
+    return [candidate for place in order for candidate in flat.get(place, [])]

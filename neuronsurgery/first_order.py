@@ -1,0 +1,376 @@
+"""First-order effects of edits on each example's metric, from one forward and one backward pass over the data.
+
+What is seen at the outputs of layers is heard there; a few examples of the first batch are run one by one to compare it
+with gradients to the weights, and where the two differ these are what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.func import functional_call
+
+from neuronsurgery.batches import Batch, Examples, Unpack, group_members, inseparable, ordered_groups
+from neuronsurgery.copies import Runner
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.distributed import exchange
+from neuronsurgery.errors import EXHAUSTED, checked, checked_function
+from neuronsurgery.evaluation import METRIC
+from neuronsurgery.forward import extract_logits, isolated_forward
+from neuronsurgery.independence import HALF, dependence
+from neuronsurgery.layers import Layer
+from neuronsurgery.layouts import Layout
+from neuronsurgery.loaders import iterate_groups, named_loaders
+from neuronsurgery.losses import refuse_unshifted_metrics
+from neuronsurgery.means import Holder, Means, zeroed
+from neuronsurgery.outputs import Listener, Place, place_of
+from neuronsurgery.surveys import Survey
+from neuronsurgery.switches import KERNELS, without_mha_fastpath
+from neuronsurgery.types import Group, Loaders, Metric, Predict
+
+FEW = 4
+"""Of so many examples what is heard at the outputs is compared with gradients to the weights."""
+
+TOLERANCE = 1e-3
+"""A larger difference, relative to the largest effect, is no rounding; in half precision one fifty times as large."""
+
+Transform = Callable[[Tensor], Tensor]
+"""The metric of each example, float64 -> what its effect is to be measured in."""
+
+
+# What is asked
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """What is asked of one layer: the effects of one kind of edit of its neurons.
+
+    Attributes:
+        layer: whose neurons.
+        start: where its effects stand among those of all terms.
+        place: where they are seen in a forward pass; None where they are not.
+        held: what the channels become there, on the device; None is 0.
+        holder: of mean ablation; None for zeroing.
+    """
+
+    layer: Layer
+    start: int
+    place: Place | None
+    held: Tensor | None
+    holder: Holder | None
+
+    @property
+    def span(self) -> slice:
+        """Where its effects stand among those of all terms."""
+        return slice(self.start, self.start + self.layer.count)
+
+    @property
+    def reads(self) -> tuple[Layer, ...]:
+        """The layers whose weights the edit sets."""
+        return (self.layer,) if self.holder is None else self.holder.reads
+
+    def written(self, weights: Mapping[Layer, Tensor], gradients: Mapping[Layer, Tensor | None]) -> Tensor:
+        """Return the effects, float64, shape (count,), from gradients to the weights."""
+        if self.holder is not None:
+            return self.holder.written(weights, gradients)
+        return zeroed(self.layer, weights[self.layer], gradients[self.layer])
+
+    def heard(self, values: Tensor, gradients: Tensor) -> Tensor:
+        """Return the effects on each example, shape (n, count), of channels, both of shape (n, positions, channels)."""
+        assert self.place is not None
+        change = -values if self.held is None else self.held.to(values.dtype) - values
+        return self.place.per_unit((gradients * change).sum(1))
+
+
+def terms_of(
+    surveyed: Survey, runner: Runner, layout: Layout, edit: str, means: Means | None, start: int = 0
+) -> list[Term]:
+    """Return what to ask of each layer that can be edited so; the effects begin at `start` and follow the layout."""
+    terms = []
+    for layer, at in layout.starts.items():
+        if edit == "zero":
+            place = place_of(layer, surveyed, runner)
+            # A norm's own shift and a bias stay where the row is zeroed.
+            bias = None if place is None or place.side == "input" else place.module._parameters.get("bias")
+            terms.append(Term(layer, start + at, place, None if bias is None else bias.detach(), None))
+        elif means is not None and layer in means.holders:
+            holder = means.holders[layer]
+            held = holder.held.to(runner.device or "cpu")
+            terms.append(Term(layer, start + at, means.places[layer], held, holder))
+    return terms
+
+
+# One pass over the data
+
+
+def mean_effects(
+    runner: Runner,
+    surveyed: Survey,
+    terms: Sequence[Term],
+    loaders: Loaders,
+    metric: Metric,
+    transform: Transform | None,
+    predict: Predict | None,
+    unpack: Unpack | None,
+    progress: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[dict[Group, Tensor], dict[Group, int]]:
+    """Return by group the mean effect of every neuron that is asked for, float64, on the CPU; and the counts."""
+    checked(metric, Callable, METRIC)
+    checked_function(transform, "transform")
+    checked_function(predict, "predict")
+    loaders = named_loaders(loaders)
+    going = _Pass(runner, surveyed, terms, metric, transform, predict)
+    error = None
+    try:
+        with without_mha_fastpath():
+            label = "effects" if progress else None
+            for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
+                going.add(groups, batch)
+    except Exception as raised:
+        error = raised
+    sums = {group: total.cpu() for group, total in going.sums.items()}
+    shares = exchange(
+        process_group, error, (list(loaders) if isinstance(loaders, Mapping) else None, sums, going.counts)
+    )
+    present = [group for _, own, _ in shares for group in own]
+    order = shares[0][0]
+    groups = ordered_groups(present) if order is None else list(dict.fromkeys(g for o, _, _ in shares for g in o))
+    counts = {group: sum(own.get(group, 0) for _, _, own in shares) for group in groups}
+    empty = [group for group, count in counts.items() if not count]
+    if empty or not groups:
+        raise ValueError(
+            f"no examples of {', '.join(map(repr, empty)) or 'any group'}: the loader yielded no batch. {EXHAUSTED}"
+        )
+    return {
+        group: torch.stack([own[group] for _, own, _ in shares if group in own]).sum(0) / counts[group]
+        for group in groups
+    }, counts
+
+
+class _Pass:
+    """The sums of effects by group so far, and how each term's effects come by.
+
+    Attributes:
+        sums: by group, float64, one entry for each neuron of each term.
+        counts: the examples of each group.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        surveyed: Survey,
+        terms: Sequence[Term],
+        metric: Metric,
+        transform: Transform | None,
+        predict: Predict | None,
+    ) -> None:
+        self.sums: dict[Group, Tensor] = {}
+        self.counts: dict[Group, int] = {}
+        self._runner, self._metric, self._predict = runner, metric, predict
+        self._transform = transform or (lambda values: values)
+        self._apart = transform is not None  # whether every example's own effects are needed
+        self._size = max((term.start + term.layer.count for term in terms), default=0)
+        self._terms = list(terms)
+        self._heard: list[Term] | None = None  # known after the first batch
+        self._written: list[Term] = []
+        names = surveyed.first_names({layer.parameter for term in terms for layer in term.reads})
+        self._names = {layer: names[layer.parameter] for term in terms for layer in term.reads}
+
+    def add(self, groups: Sequence[Group], batch: Batch) -> None:
+        """Add the effects on the examples of a batch."""
+        if self._heard is None:
+            self._listen_once(batch)
+        members = group_members(groups)
+        for group, indices in members.items():
+            self.counts[group] = self.counts.get(group, 0) + len(indices)
+            if group not in self.sums:
+                self.sums[group] = torch.zeros(self._size, dtype=torch.float64, device=batch.targets.device)
+        self._within((), self._add, batch, members)
+
+    # How a batch runs
+
+    def _within(self, leaves: Sequence[Layer], function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function gives while the model's parameters are tensors of which some get a gradient."""
+        wanted = {self._names[layer] for layer in leaves}
+        tensors = {
+            name: differentiable(p).requires_grad_(name in wanted) for name, p in self._runner.parameters.items()
+        }
+        self._tensors = tensors
+        given = {f"model.{place}": t for name, t in tensors.items() for place in self._runner.places[name]}
+        with torch.enable_grad(), differentiable_rnns(self._runner), KERNELS.steady():
+            try:
+                return functional_call(Within(self._runner.model), given, (function, *args), tie_weights=False)
+            finally:
+                self._runner.attributes.restore()  # the graph of what was kept is gone
+
+    def _values(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits of a batch and the metric of each example."""
+        logits = extract_logits(isolated_forward(self._runner.model, batch), self._predict, len(batch))
+        refuse_unshifted_metrics((self._metric,), logits, batch)
+        values = self._metric(logits, batch.targets)
+        if not isinstance(values, Tensor) or values.shape != batch.targets.shape[:1]:
+            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise ValueError(f"metric must return one value per example, shape ({len(batch)},), not {found}")
+        wrong = int((~torch.isfinite(values)).sum())
+        if wrong:
+            raise ValueError(
+                f"the metric of {wrong} of {len(values)} examples is NaN or infinite: look for bad inputs, or for "
+                f"sequences without a label that counts"
+            )
+        return logits, values
+
+    def _add(self, batch: Batch, members: Mapping[Group, Sequence[int]]) -> None:
+        collected = _Collected(self._heard or (), len(batch), self._deliver(members))
+        rest = [] if self._apart else self._written
+        for layer in (layer for term in rest for layer in term.reads):
+            self._tensors[self._names[layer]].requires_grad_()
+        with collected.listener.listening(len(batch)):
+            _, values = self._values(batch)
+            self._refuse_flat(values)
+            collected.values = values.detach().double()
+            together = self._gradients(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
+            collected.finish()
+        for left, (group, indices) in enumerate(members.items(), start=1):
+            if rest:
+                own = values[list(indices)].sum()
+                gradients = together if len(members) == 1 else self._gradients(rest, own, (), left < len(members))
+                for term, effects in zip(rest, self._written_effects(rest, gradients), strict=True):
+                    self.sums[group][term.span] += effects
+        if self._apart and self._written:
+            self._add_one_by_one(batch, collected.values, members)
+
+    def _refuse_flat(self, values: Tensor) -> None:
+        if not values.requires_grad:
+            name = getattr(self._metric, "__name__", type(self._metric).__name__)
+            raise ValueError(
+                f"{name} has no gradient, or something cuts it off (no_grad or detach in the forward or in predict=): "
+                f"pass a metric that changes with the logits, such as margin"
+            )
+
+    def _deliver(self, members: Mapping[Group, Sequence[int]]) -> Callable[[Term, Tensor, Tensor], None]:
+        def deliver(term: Term, values: Tensor, effects: Tensor) -> None:
+            if self._apart:
+                before = values[:, None]
+                effects = self._transform(before + effects.double()) - self._transform(before)
+            for group, indices in members.items():
+                own = effects if len(indices) == len(effects) else effects[list(indices)]
+                self.sums[group][term.span] += own.double().sum(0)
+
+        return deliver
+
+    def _gradients(
+        self, terms: Sequence[Term], of: Tensor, roots: Sequence[Tensor], retain: bool
+    ) -> dict[Layer, Tensor | None]:
+        """Return the gradients to the weights that terms read; what is listened to comes by on the way."""
+        layers = list({layer: None for term in terms for layer in term.reads})
+        leaves = [*(self._tensors[self._names[layer]] for layer in layers), *roots]
+        found = torch.autograd.grad(of, leaves, allow_unused=True, retain_graph=retain) if leaves else ()
+        return dict(zip(layers, found, strict=False))
+
+    def _written_effects(self, terms: Sequence[Term], gradients: Mapping[Layer, Tensor | None]) -> list[Tensor]:
+        weights = {layer: self._tensors[self._names[layer]] for term in terms for layer in term.reads}
+        return [term.written(weights, gradients) for term in terms]
+
+    def _add_one_by_one(self, batch: Batch, values: Tensor, members: Mapping[Group, Sequence[int]]) -> None:
+        """Add the effects on each example of what is not seen at outputs, from gradients of one example at a time."""
+        deliver = self._deliver(members)
+        rows = self._within(
+            [layer for term in self._written for layer in term.reads], self._each, self._written, batch, len(batch)
+        )
+        for term, effects in zip(self._written, rows, strict=True):
+            deliver(term, values, effects)
+
+    def _each(self, terms: Sequence[Term], batch: Batch, count: int) -> list[Tensor]:
+        """Return by term the effects on the first examples of a batch, float64, shape (count, neurons)."""
+        rows: list[list[Tensor]] = [[] for _ in terms]
+        whole = inseparable(batch)
+        values = self._values(batch)[1] if whole else None
+        for at in range(count):
+            one = values[at] if values is not None else self._values(Examples.of(batch).take([at]).batch())[1][0]
+            effects = self._written_effects(terms, self._gradients(terms, one, (), retain=bool(whole)))
+            for row, own in zip(rows, effects, strict=True):
+                row.append(own)
+        return [torch.stack(row) for row in rows]
+
+    # What is heard
+
+    def _listen_once(self, batch: Batch) -> None:
+        """Find out, on a few examples, of which terms the effects are heard at the outputs; written are the others."""
+        few = batch if inseparable(batch) else Examples.of(batch).take(range(min(FEW, len(batch)))).batch()
+        placed = [term for term in self._terms if term.place is not None]
+        rough = False
+        heard: dict[int, Tensor] = {}
+
+        def note(term: Term, values: Tensor, effects: Tensor) -> None:
+            heard[id(term)] = effects.double()
+
+        def listen() -> None:
+            nonlocal rough
+            self._refuse_dependence(batch)
+            collected = _Collected(placed, len(few), note)
+            with collected.listener.listening(len(few)):
+                logits, values = self._values(few)
+                collected.values = values.detach()
+                half = (logits, *self._runner.parameters.values())
+                rough = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in half)
+                self._refuse_flat(values)
+                self._gradients((), values.sum(), collected.listener.roots, retain=False)
+                collected.finish()
+
+        self._within((), listen)
+        count = min(FEW, len(few))
+        layers = [layer for term in placed for layer in term.reads]
+        expected = self._within(layers, self._each, placed, few, count) if placed else []
+        right = set()
+        for term, effects in zip(placed, expected, strict=True):
+            found = heard.get(id(term))
+            found = torch.zeros_like(effects) if found is None else found[:count]
+            largest = max(float(effects.abs().max()), float(found.abs().max()))
+            if float((found - effects).abs().max()) <= TOLERANCE * (50 if rough else 1) * largest:
+                right.add(id(term))
+        self._heard = [term for term in self._terms if id(term) in right]
+        self._written = [term for term in self._terms if id(term) not in right]
+
+    def _refuse_dependence(self, batch: Batch) -> None:
+        if len(batch) < 2:
+            return
+        logits, values = self._values(batch)
+        found = dependence(self._values, batch, logits.detach(), values.detach(), self._runner.parameters.values())
+        if found:
+            raise ValueError(
+                f"{found.replace('losses', 'metric')}. An effect is that on one example's metric: give a model and a "
+                f"metric whose examples do not depend on each other"
+            )
+
+
+class _Collected:
+    """The effects on the examples of one batch as they are heard, handed on term by term and forgotten."""
+
+    def __init__(self, terms: Sequence[Term], examples: int, deliver: Callable[[Term, Tensor, Tensor], None]) -> None:
+        self.values = torch.zeros(0, device="cpu")
+        self._deliver = deliver
+        self._by_place: dict[Place, Term] = {term.place: term for term in terms if term.place is not None}
+        self._calls: dict[Place, Tensor] = {}
+        self.listener = Listener(list(self._by_place), self._hear)
+
+    def _hear(self, place: Place, values: Tensor, gradients: Tensor, last: bool) -> None:
+        effects = self._by_place[place].heard(values, gradients)
+        if place in self._calls:
+            effects = self._calls.pop(place) + effects
+        if last:
+            self._deliver(self._by_place[place], self.values, effects)
+        else:
+            self._calls[place] = effects
+
+    def finish(self) -> None:
+        """Hand on what is known of modules of which a call had no part in the metric, and listen no longer."""
+        self.listener.awake = False
+        for place, effects in self._calls.items():
+            self._deliver(self._by_place[place], self.values, effects)
+        self._calls = {}
