@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,26 +42,50 @@ class Critical:
     Attributes:
         group: whose neurons were sought.
         against: the groups to spare.
-        edit: the edit; the identity where nothing was found.
-        neurons: the chosen neurons, not the norm and bias entries that are written for them; none where nothing was
-            found.
+        bests: for each size the set that counts among those of at most that size, None where there was none: the last
+            is what was found.
         path: the best set of every size by the objective, whether it is within the cap or not.
         cost: "examples", "backward passes" and "edits" that the search took.
         reasons: what could not be tried, in words.
-        cap: how much any other group was allowed to lose.
+        cap: how much any other group was allowed to lose; None where an objective of the caller's decided.
+        kinds: how sets of neurons become edits.
+        searched: what tells the examples of the search apart from others.
     """
 
     group: Group
     against: tuple[Group, ...]
-    edit: Edit
-    neurons: Neurons
+    bests: tuple[Step | None, ...]
     path: tuple[Step, ...]
     cost: Mapping[str, int]
     reasons: tuple[str, ...]
     cap: float | None
-    found: Step | None
     kinds: Kinds
     searched: frozenset[str]
+
+    @property
+    def found(self) -> Step | None:
+        """The set that was found, with its numbers on the examples of the search; None where there is none."""
+        return self.bests[-1]
+
+    @property
+    def edit(self) -> Edit:
+        """The edit; the identity where nothing was found."""
+        return compose() if self.found is None else self.found.edit
+
+    @property
+    def neurons(self) -> Neurons:
+        """The chosen neurons, not the norm and bias entries that are written for them; none where nothing was found."""
+        return Neurons() if self.found is None else self.found.neurons
+
+    def within(self, k: int) -> Critical:
+        """Return what the same search for at most k neurons finds: its first k steps are those of this one.
+
+        Raises:
+            ValueError: if k is less than 1 or more than was searched for.
+        """
+        if not is_integer(k, 1, len(self.bests)):
+            raise ValueError(f"k must be an integer from 1 to the {len(self.bests)} of this search, not {k!r}")
+        return dataclasses.replace(self, bests=self.bests[:k], path=self.path[:k])
 
     @property
     def sentence(self) -> str:
@@ -190,18 +215,16 @@ def find_critical(
         search.take(swept)
         if progress:
             sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")
-    found = search.best(cap if objective is None else None)
+    bests = tuple(search.best(size, cap if objective is None else None) for size in range(1, k + 1))
     cost = {"examples": sum(counts.values()), "backward passes": int(screened), "edits": len(search.scores)}
     return Critical(
         group,
         others,
-        compose() if found is None else found.edit,
-        Neurons() if found is None else found.neurons,
+        bests,
         tuple(search.path),
         MappingProxyType(cost),
         () if means is None or not means.reasons else (unheld_layers(means.reasons),),
         cap if objective is None else None,
-        found,
         made,
         searched,
     )

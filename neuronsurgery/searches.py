@@ -200,12 +200,13 @@ class Search:
             worst = min(float(lost[members[name]].mean()) for name in self._others)
             self._changes[chosen] = float(lost[members[self._group]].mean()), worst
 
-    def best(self, cap: float | None) -> Step | None:
-        """Return the set whose group loses most within a cap; without one the set of the best objective."""
+    def best(self, size: int, cap: float | None) -> Step | None:
+        """Return the set of at most so many neurons whose group loses most within a cap; the best, without a cap."""
+        looked = [chosen for chosen in self.scores if len(chosen) <= size]
         if cap is None:
-            best = max(self.scores, key=lambda chosen: (self.scores[chosen], -len(chosen)), default=None)
-            return None if best is None or self.scores[best] <= 0 else self._step(best)
-        allowed = [chosen for chosen, (own, worst) in self._changes.items() if worst >= -cap and own < 0]
+            best = max(looked, key=lambda chosen: (self.scores[chosen], -len(chosen)))
+            return self._step(best) if self.scores[best] > 0 else None
+        allowed = [chosen for chosen in looked for own, worst in [self._changes[chosen]] if worst >= -cap and own < 0]
         if not allowed:
             return None
         return self._step(min(allowed, key=lambda c: (self._changes[c][0], len(c), -self.scores[c])))
