@@ -23,7 +23,7 @@ from neuronsurgery.effects import error_probability, prepared
 from neuronsurgery.errors import checked_function, counted, inline, listed
 from neuronsurgery.first_order import mean_effects, terms_of
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import named_loaders
+from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import margin
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
@@ -210,8 +210,9 @@ def find_critical(
         best = [candidates[at] for at in order if candidates[at] not in masked]
         candidates = [*masked, *best[: pool - len(masked)]]
     search = Search(made, group, others, objective or selective(group, others, weight), k, pool, width)
-    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict, "unpack": unpack}
-    for swept in sweep_in_parts(model, search.parts(candidates), named, process_group=process_group, **settings):
+    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict}
+    parts = search.parts(candidates)
+    for swept in sweep_in_parts(model, parts, Mixed(named, unpack), process_group=process_group, **settings):
         search.take(swept)
         if progress:
             sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")
