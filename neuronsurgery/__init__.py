@@ -18,6 +18,7 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout, select
 from neuronsurgery.loaders import with_groups
 from neuronsurgery.losses import accuracy, causal_lm_loss, cross_entropy, margin
+from neuronsurgery.masks import learned_mask
 from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
 from neuronsurgery.outcomes import Sweep
@@ -58,6 +59,7 @@ __all__ = [
     "group_grad_norms",
     "hard_batch",
     "infer_groups",
+    "learned_mask",
     "load_file",
     "magnitudes",
     "margin",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -56,7 +56,7 @@ class _Objective:
         runner: the model, as a copy to run.
         layout: the scored layers.
         leaves: the scored tensors by the layers' names, sharing the model's memory; only these get a gradient.
-        parameters: all of the model's tensors, the leaves among them, by every place in `_Within` that holds them.
+        parameters: all of the model's tensors, the leaves among them, by every place in `Within` that holds them.
         loss: (logits, targets) -> one loss per example; None is the default.
         predict: the model's output -> logits; None is the default.
         held: the scored parameters that plain attributes hold, too, and where.
@@ -99,9 +99,9 @@ def _objective(
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
     refuse_non_finite(norms(scored, layout), layout, "the model's weights are")
-    leaves = {name: _differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
+    leaves = {name: differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
     first_names = surveyed.first_names(leaves)
-    tensors = {name: _differentiable(parameter) for name, parameter in runner.parameters.items()}
+    tensors = {name: differentiable(parameter) for name, parameter in runner.parameters.items()}
     tensors |= {first_names[name]: leaf for name, leaf in leaves.items()}
     parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
     elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
@@ -109,7 +109,7 @@ def _objective(
     return _Objective(runner, layout, leaves, parameters, loss, predict, held)
 
 
-def _differentiable(tensor: Tensor) -> Tensor:
+def differentiable(tensor: Tensor) -> Tensor:
     """Return the tensor detached; one made in inference mode copied, since autograd cannot save such a tensor."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
@@ -124,7 +124,7 @@ def _zeros(objective: _Objective) -> Sums:
 # Gradients of a batch
 
 
-class _Within(nn.Module):
+class Within(nn.Module):
     """A model and a function to be called while the model's parameters are replaced.
 
     The backward pass runs in there too: activation checkpointing runs parts of the model again, and must meet the
@@ -151,8 +151,8 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
         seen: what was seen so far; updated.
     """
     batch = move(batch, objective.runner.device)
-    with torch.enable_grad(), _differentiable_rnns(objective.runner), KERNELS.steady():
-        within, arguments = _Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
+    with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
+        within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
             found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
         finally:
@@ -222,7 +222,7 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
     return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
 
 
-def _differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any]:
+def differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which recurrent layers in evaluation mode can be differentiated."""
     on_gpu = runner.device is not None and runner.device.type == "cuda"
     recurrent = any(isinstance(module, nn.RNNBase) for module in runner.model.modules())
@@ -327,7 +327,7 @@ def group_grad_norms(
             "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
             "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss="
         )
-    _warn_of_unreached(objective, reached)
+    warn_of_unreached(objective.leaves, reached, objective.held)
     return Scores(
         torch.stack(list(rows.values())), tuple(rows), tuple(counts.values()), objective.layout, "gradient norm"
     )
@@ -433,18 +433,18 @@ def _warn_of_memory(sums: Mapping[Group, Sums]) -> None:
         )
 
 
-def _warn_of_unreached(objective: _Objective, reached: set[str]) -> None:
-    """Warn of scored layers that no gradient came to in any batch, and of parameters used in ways it cannot see."""
-    if objective.held:
-        partly = inline(f"{name} (by {where})" for name, where in objective.held.items())
+def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
+    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
+    if held:
+        partly = inline(f"{name} (by {where})" for name, where in held.items())
         warn(
             f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
             f"in no score: use the registered parameter, or leave these layers out with where="
         )
-    missed = [name for name in objective.leaves if name not in reached]
+    missed = [name for name in scored if name not in reached]
     if missed:
         warn(
-            f"no gradient reached {len(missed)} of {len(objective.leaves)} scored layers, whose scores are 0: "
+            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
             f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
             f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
         )

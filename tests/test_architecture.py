@@ -25,6 +25,7 @@ ORDER = [
     *("paired", "objects", "parametrized", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
+    *("pools", "masks"),
     *("edits", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes"),
     *("sweeps", "fragile"),
     *("memorization", "files", "study"),
