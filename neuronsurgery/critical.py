@@ -25,6 +25,7 @@ from neuronsurgery.first_order import mean_effects, terms_of
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import margin
+from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, in_turn, points, selective
@@ -319,8 +320,6 @@ def _by_mask(
     options: _Options,
 ) -> list[Candidate]:
     """Return the candidates in the order of a learned mask, every kind of the first neuron first."""
-    from neuronsurgery.masks import learned_mask
-
     scores = learned_mask(
         model,
         loaders,
