@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -194,6 +193,8 @@ def find_critical(
     """
     kinds, unpack = _checked(edits, objective, screen), by_key(unpack, group_key)
     _refuse_unfit(k=k, pool=pool, width=width, weight=weight, cap=cap)
+    if screen == "mask" and process_group is not None:
+        raise ValueError("a mask is learned by one process: pass screen='effects' with process_group=")
     named = named_loaders(loaders)
     options = _Options(metric, predict, unpack, progress, process_group)
     counts, searched = counted_examples(named, unpack, process_group)
@@ -225,7 +226,7 @@ def find_critical(
         others,
         bests,
         tuple(search.path),
-        MappingProxyType(cost),
+        cost,
         () if means is None or not means.reasons else (unheld_layers(means.reasons),),
         allowed,
         made,

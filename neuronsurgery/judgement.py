@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -301,8 +300,8 @@ def _verdict(
     return Verdict(
         group,
         against,
-        MappingProxyType(change),
-        MappingProxyType(interval),
+        change,
+        interval,
         net,
         (low, high),
         (1 + as_much) / (1 + len(controls)) if controls else None,
@@ -310,7 +309,7 @@ def _verdict(
         controls,
         said.verdict() + rest,
         said.caveats(),
-        MappingProxyType(dict(zip(swept.baseline.groups, swept.baseline.counts, strict=True))),
+        dict(zip(swept.baseline.groups, swept.baseline.counts, strict=True)),
         swept.metric,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,7 +168,8 @@ def test_the_learned_mask_screens() -> None:
 
 
 def test_it_is_a_value() -> None:
-    assert dataclasses.replace(find(), cost={}).edit == find().edit
+    found = pickle.loads(pickle.dumps(find()))
+    assert (found.edit, found.sentence, found.searched) == (find().edit, find().sentence, find().searched)
 
 
 @pytest.mark.parametrize(
