@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_argument("--permutations", type=int, default=100)
     arguments = parser.parse_args()
-    checkpoints = arguments.run if (arguments.run / "checkpoints").exists() else arguments.run / "erm"
-    model = load_checkpoint(small_resnet(), checkpoints, max(checkpoint_epochs(checkpoints)))
+    model = load_checkpoint(small_resnet(), arguments.run, max(checkpoint_epochs(arguments.run)))
     split, carries, found_none = synthetic(arguments.seed).train, 0, 0
     started = time.perf_counter()
     for number in range(arguments.permutations):
