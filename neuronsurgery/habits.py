@@ -7,6 +7,7 @@ base classes, and functions of its file that are given the module.
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import inspect
 import operator
@@ -32,6 +33,15 @@ FILLING = RECORDING | {"setdefault", "pop"}
 IN_PLACE = {name for name in (*dir(Tensor), *dir(nn.init)) if name.endswith("_") and not name.endswith("__")}
 IN_PLACE -= {"requires_grad_", "detach_", "retain_grad_", "rename_", "share_memory_"}
 """Functions that write into a tensor."""
+
+DATA = ".data"
+"""Stands for the `.data` of anything that is no attribute of the module, among the paths written to."""
+
+GATHERING = {"parameters", "named_parameters", "modules", "named_modules", "children", "state_dict", "_parameters"}
+"""What gets at parameters without naming them."""
+
+HANDING_ON = {"apply", "vector_to_parameters"}
+"""Functions that write into the parameters of what they are given, or may."""
 
 
 class Start(NamedTuple):
@@ -88,32 +98,53 @@ def overwriting(module: nn.Module) -> list[str]:
     That is to assign `.data`, or to call a function that works in place on `.data` or on a parameter: merging an
     adapter, resizing a table, initialising anew.
     """
-    kind = type_of(module)
-    return [name for name, paths in _written_paths(kind).items() if any(_is_parameter(module, path) for path in paths)]
+    methods = _other_methods(type_of(module))
+    return [name for name, code in methods.items() if any(_is_parameter(module, path) for path in code.in_place)]
+
+
+def doubtful(module: nn.Module) -> list[str]:
+    """Return the methods of a module, but for those that its forward mentions, that may write into parameters.
+
+    They get at parameters, or hand a module on, and write into something in place or hand on whatever it is.
+    """
+    return [
+        name
+        for name, code in _other_methods(type_of(module)).items()
+        if code.hands_on or (code.writes and (code.gathers or any(_is_parameter(module, path) for path in code.paths)))
+    ]
+
+
+def written_by_forward(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parameters that the forward of a module writes into in evaluation mode: who holds them, and how."""
+    paths = _Code.of(type_of(module), FORWARD).in_place
+    return [_holder(module, path) for path in sorted(paths) if path != DATA and _is_parameter(module, path)]
+
+
+def _holder(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return (operator.attrgetter(parent)(module) if parent else module), name
 
 
 def _is_parameter(module: nn.Module, path: str) -> bool:
-    parent, _, name = path.rpartition(".")
     try:
-        holder = operator.attrgetter(parent)(module) if parent else module
+        holder, name = _holder(module, path)
     except AttributeError:
         return False
-    return path == "data" or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
+    return path == DATA or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
 
 
 @functools.lru_cache(maxsize=1024)
-def _written_paths(kind: Any) -> dict[str, frozenset[str]]:
-    """Return for each method what it writes to in place: paths from the module, "data" for any `.data`."""
+def _other_methods(kind: Any) -> dict[str, _Code]:
+    """Return what is found in each method of a class that neither its forward nor a switch mentions."""
     names = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
     reached = _Code.of(kind, (*FORWARD, *SWITCHES)).methods
-    written = {}
+    found = {}
     for name in sorted(names - reached):
         function = None if name.startswith("__") else _function(inspect.getattr_static(kind, name, None))
         if function is not None:
-            code = _Code()
-            code.look_at(function, kind)
-            written[name] = frozenset(code.in_place)
-    return written
+            found[name] = _Code()
+            found[name].look_at(function, kind)
+    return found
 
 
 # Code
@@ -129,7 +160,11 @@ class _Code:
         filled: those whose content is changed.
         read: those that are read.
         starts: what those assigned are assigned last.
-        in_place: what is written to in place, see `_written_paths`.
+        in_place: the paths of attributes from the module that are written to in place in evaluation mode, or `DATA`.
+        paths: those that are read.
+        writes: whether anything is written to in place.
+        gathers: whether it gets at parameters by `parameters()` and the like.
+        hands_on: whether it gives modules to functions that may write into their parameters.
     """
 
     def __init__(self) -> None:
@@ -140,6 +175,8 @@ class _Code:
         self.read: set[str] = set()
         self.starts: dict[str, Start] = {}
         self.in_place: set[str] = set()
+        self.paths: set[str] = set()
+        self.writes = self.gathers = self.hands_on = False
 
     @classmethod
     def of(cls, kind: Any, entries: Iterable[str]) -> _Code:
@@ -182,6 +219,8 @@ class _Visitor(ast.NodeVisitor):
         self.mentioned: set[str] = set()
         self.helpers: set[str] = set()
         self.variables: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
+        self.training = False
 
     def attribute(self, node: ast.AST | None) -> str | None:
         """Return the attribute of the module that an expression is, perhaps by a variable's name."""
@@ -206,7 +245,19 @@ class _Visitor(ast.NodeVisitor):
         self._store(node.target, None)
         name = self.attribute(node.target)
         self.code.read |= {name} if name else set()
+        self._note_in_place(node.target)
         self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        tests = node.test.values if isinstance(node.test, ast.BoolOp) else [node.test]
+        outer = self.training
+        self.training |= any(self.attribute(test) == "training" for test in tests)
+        for statement in node.body:
+            self.visit(statement)
+        self.training = outer
+        for statement in node.orelse:
+            self.visit(statement)
 
     def visit_Delete(self, node: ast.Delete) -> None:
         for target in node.targets:
@@ -221,6 +272,9 @@ class _Visitor(ast.NodeVisitor):
                 self.code.read.add(name)
         elif isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
             self.mentioned.add(node.attr)
+        path = self.path(node)
+        self.code.paths |= {path} if path else set()
+        self.code.gathers |= node.attr in GATHERING
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -246,6 +300,9 @@ class _Visitor(ast.NodeVisitor):
                 # x.mul_(...), or init.zeros_(x)
                 self._note_in_place(function.value)
                 self._note_in_place(node.args[0] if node.args else None)
+        if any(keyword.arg == "max_norm" for keyword in node.keywords) and len(node.args) > 1:
+            self._note_in_place(node.args[1])  # F.embedding(x, weight, max_norm=...)
+        self._note_handed_on(node)
         self.generic_visit(node)
 
     def _store(self, target: ast.expr, value: ast.expr | None) -> None:
@@ -255,9 +312,11 @@ class _Visitor(ast.NodeVisitor):
             for part, of_it in zip(target.elts, values, strict=True):
                 self._store(part, of_it)
         elif isinstance(target, ast.Name):
-            named = self.attribute(value)
+            named, path = self.attribute(value), self.path(value)
             if named is not None:
                 self.variables[target.id] = named
+            if path is not None:
+                self.aliases[target.id] = path
         elif isinstance(target, ast.Subscript):
             self._store_within(target.value)
             self._note_in_place(target.value)
@@ -271,7 +330,7 @@ class _Visitor(ast.NodeVisitor):
             else:
                 self._store_within(target.value)
                 if target.attr == "data":
-                    self.code.in_place.add("data")
+                    self._note_in_place(target)
 
     def _store_within(self, container: ast.expr) -> None:
         """Note that the content of an attribute changes: self.cache[key] = ..., self.store.value = ..."""
@@ -279,16 +338,37 @@ class _Visitor(ast.NodeVisitor):
         if name is not None:
             self.code.filled.add(name)
 
+    def path(self, node: ast.AST | None) -> str | None:
+        """Return the path of attributes from the module that an expression is, without a `.data` at its end."""
+        if isinstance(node, ast.Name):
+            return self.aliases.get(node.id)
+        if not isinstance(node, ast.Attribute):
+            return None
+        own = isinstance(node.value, ast.Name) and node.value.id == self.module
+        if own:
+            return node.attr
+        parent = self.path(node.value)
+        return parent if parent is None or node.attr == "data" else f"{parent}.{node.attr}"
+
     def _note_in_place(self, node: ast.AST | None) -> None:
         """Note what is written to in place: `.data` of anything, or a path of attributes from the module."""
-        if isinstance(node, ast.Subscript):
-            node = node.value
-        if isinstance(node, ast.Attribute):
-            path = ast.unparse(node)
-            if node.attr == "data" and self.attribute(node) is None:
-                self.code.in_place.add("data")
-            elif path.startswith(f"{self.module}.") and all(part.isidentifier() for part in path.split(".")):
-                self.code.in_place.add(path.removeprefix(f"{self.module}."))
+        node = node.value if isinstance(node, ast.Subscript) else node
+        path = self.path(node)
+        self.code.writes |= path is None
+        if path is None and isinstance(node, ast.Attribute) and node.attr == "data":
+            path = DATA
+        if path is not None and not self.training:
+            self.code.in_place.add(path)
+
+    def _note_handed_on(self, node: ast.Call) -> None:
+        """Note where the module, or a part of it, is given to a function that is not Python's own."""
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        given = any(self._is_module(argument) for argument in node.args)
+        other = isinstance(node.func, ast.Name) and not hasattr(builtins, name) and given
+        self.code.hands_on |= name in HANDING_ON or other
+
+    def _is_module(self, node: ast.expr) -> bool:
+        return (isinstance(node, ast.Name) and node.id == self.module) or self.path(node) is not None
 
 
 def _whole(node: ast.expr) -> ast.expr:

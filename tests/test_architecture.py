@@ -22,10 +22,21 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "habits", "caches", "wrappers"),
-    *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
+    *("paired", "objects", "parametrized", "guards", "habits", "caches", "wrappers"),
+    *("batches", "loaders", "losses", "objectives", "surveys", "rebinding", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
-    *("edits", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph", "coupling", "outcomes"),
+    *(
+        "edits",
+        "state_dicts",
+        "checkpoints",
+        "plans",
+        "refusals",
+        "surgery",
+        "evaluation",
+        "graph",
+        "coupling",
+        "outcomes",
+    ),
     *("sweeps", "fragile"),
     *("memorization", "files", "study"),
 ]

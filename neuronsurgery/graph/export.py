@@ -41,7 +41,7 @@ def captured(runner: Runner, batch: Batch, predict: Predict = default_predict) -
         CaptureError: if the model cannot be captured, see `capture`.
     """
     with evaluating():
-        isolated_forward(runner.model, batch)
+        isolated_forward(runner, batch)
     runner.attributes.restore()
     return capture(runner, batch.args, batch.kwargs, predict)
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from neuronsurgery.batches import map_tensors
 from neuronsurgery.copies import Runner
-from neuronsurgery.errors import CaptureError, warn
+from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
@@ -131,17 +131,23 @@ class CheckedForward:
         """
         with KERNELS.steady(), evaluating():
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
-            weights = {name: as_parameter(edited[name], self._runner.parameters[name]) for name in edited}
+            parameters = self._runner.parameters
+            # A parameter that the forward writes into is a state, as buffers are.
+            weights = {name: changed[name] if name in changed else edited[name] for name in edited}
+            weights |= {name: changed.get(name, parameters[name]).clone() for name in self._runner.own - set(edited)}
+            weights = {name: as_parameter(weight, parameters[name]) for name, weight in weights.items()}
             given = {**weights, **buffers}
             args, kwargs = map_tensors(inputs.call(inputs.tensors), lambda tensor: as_parameter(tensor.clone(), tensor))
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             try:
-                logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))
+                with self._runner.guarded():
+                    output = functional_call(self._runner.model, placed, args, kwargs, tie_weights=False)
+                logits = self._predict(output)
             finally:
                 self._runner.attributes.restore()  # what was computed from these weights is none of the next ones
-            given = {name: placed[self._places[name][0]] for name in buffers}
-        for name, tensor in self._runner.model.named_buffers():
+            given = {name: placed[self._places[name][0]] for name in {**buffers, **dict.fromkeys(self._runner.own)}}
+        for name, tensor in (*self._runner.model.named_buffers(), *((n, parameters[n]) for n in self._runner.own)):
             if not same_bits(given[name], changed.get(name, tensor)):
                 changed[name] = given[name]
         return logits
@@ -184,6 +190,8 @@ class CheckedForward:
         """
         reason = "a replay of its captured graph gives other bits than the model itself"
         try:
+            if self._runner.own:
+                raise CaptureError(f"its forward writes into {inline(sorted(self._runner.own))}")
             inputs.refuse_objects()
             for graph in self._candidates(inputs):
                 carried = sorted(changed.intersection(graph.buffers))
