@@ -13,18 +13,17 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterator, Mapping, MutableSequence, MutableSet
 from typing import Any
 
 from torch import Tensor, nn
 
-from neuronsurgery.habits import habits_of, type_of
+from neuronsurgery.habits import filled_outside, habits_of, type_of
 from neuronsurgery.objects import kept_attributes, tensors_within
+from neuronsurgery.rebinding import CONTAINERS, assigned_outside, closure_of, functions_within
 
 ABSENT = object()
 """Stands for an attribute that is not there."""
-
-CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 
 
 def blank_caches(module: nn.Module, known: Mapping[int, Any]) -> dict[str, Any]:
@@ -75,7 +74,21 @@ def computed_attributes(module: nn.Module, known: Mapping[int, Any]) -> list[str
         computed = any(not tensor.is_leaf for tensor in tensors_within([value], known))
         if name not in blank and name in habits.read and (computed or name in habits.switched or made_empty):
             found.append(name)
-    return found
+    return [*found, *_kept_in_closures(module, known)]
+
+
+def _kept_in_closures(module: nn.Module, known: Mapping[int, Any]) -> Iterator[str]:
+    """Yield the variables in closures of a module's functions that these fill, and that hold tensors."""
+    for function in functions_within(_attributes(module).values()):
+        closure = closure_of(function)
+        for name in (assigned_outside(function.__code__) | filled_outside(function)) if closure else ():
+            held = tensors_within([closure[name].cell_contents], known) if name in closure else ()
+            if any(not isinstance(tensor, nn.Parameter) for tensor in held):
+                yield name
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not _is_registry(name)}
 
 
 def _holding_tensors(module: nn.Module, known: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
@@ -117,21 +130,24 @@ def _is_cache(module: nn.Module, name: str, value: Any) -> bool:
 class Attributes:
     """The attributes of a copy's modules as they are now, to be given back after each forward pass.
 
-    What methods keep by `functools.lru_cache` is forgotten.
+    What methods keep by `functools.lru_cache` the copy keeps on its own, and forgets.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [(module, vars(module)) for module in model.modules()]
-        self._values = [(values, dict(values)) for _, values in modules]
+        modules = list(model.modules())
+        self._memories = [_own_memory(module, name) for module in modules for name in _memories(type_of(module))]
+        self._values = [(vars(module), dict(vars(module))) for module in modules]
         self._contents: dict[int, tuple[Any, Any]] = {}
-        for module, values in modules:
-            for name, value in values.items():
-                if not (_is_registry(name) or isinstance(module, nn.RNNBase)):
-                    collect_containers(value, self._contents)
-        self._buffers = [(module._buffers, dict(module._buffers)) for module, _ in modules]
-        kinds = {type_of(module) for module, _ in modules}
-        found = [value for kind in kinds for base in kind.__mro__ for value in vars(base).values()]
-        self._memories = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
+        self._cells: list[tuple[types.CellType, Any]] = []
+        for module in modules:
+            if not isinstance(module, nn.RNNBase):
+                collect_containers(list(_attributes(module).values()), self._contents)
+        for function in functions_within(value for module in modules for value in _attributes(module).values()):
+            if isinstance(function, functools._lru_cache_wrapper):
+                self._memories.append(function)
+            self._cells += [(cell, cell.cell_contents) for cell in closure_of(function).values()]
+        collect_containers([content for _, content in self._cells], self._contents)
+        self._buffers = [(module._buffers, dict(module._buffers)) for module in modules]
 
     def restore(self) -> None:
         """Give the modules their attributes back, the containers in these what they held, and cut buffers off."""
@@ -140,6 +156,8 @@ class Attributes:
                 values.clear()
                 values.update(before)
         give_contents_back(self._contents)
+        for cell, content in self._cells:
+            cell.cell_contents = content
         for buffers, before in self._buffers:
             # Made in a forward pass, or computed from a parameter: the graph of that is gone after one backward pass.
             made = [name for name in buffers if before.get(name) is None and buffers[name] is not None]
@@ -149,6 +167,21 @@ class Attributes:
                 buffers.update(before)
         for memory in self._memories:
             memory.cache_clear()
+
+
+@functools.lru_cache(maxsize=1024)
+def _memories(kind: Any) -> tuple[str, ...]:
+    """Return the methods of a class that keep what they return by `functools.lru_cache`."""
+    names = {name for base in kind.__mro__ for name in vars(base)}
+    return tuple(n for n in sorted(names) if isinstance(inspect.getattr_static(kind, n), functools._lru_cache_wrapper))
+
+
+def _own_memory(module: nn.Module, name: str) -> Any:
+    """Give a copy such a method with a memory of its own, and return it: that of the class is everybody's."""
+    method = inspect.getattr_static(type(module), name)
+    own = functools.lru_cache(**method.cache_parameters())(types.MethodType(method.__wrapped__, module))
+    vars(module)[name] = own
+    return own
 
 
 def _is_registry(name: str) -> bool:

@@ -10,7 +10,6 @@ import ast
 import builtins
 import functools
 import inspect
-import operator
 import textwrap
 import types
 from collections.abc import Iterable, Mapping
@@ -120,16 +119,35 @@ def written_by_forward(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [_holder(module, path) for path in sorted(paths) if path != DATA and _is_parameter(module, path)]
 
 
-def _holder(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, name = path.rpartition(".")
-    return (operator.attrgetter(parent)(module) if parent else module), name
+@functools.lru_cache(maxsize=1024)
+def filled_outside(function: types.FunctionType) -> frozenset[str]:
+    """Return the variables of its closure whose content a function changes, and that it does more with than that."""
+    names, tree = function.__code__.co_freevars, _tree_of(function)
+    changed, written = set(), set()
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Subscript | ast.Attribute):
+            stored = isinstance(node.ctx, ast.Store)
+            target = _whole(node.value)
+            if isinstance(target, ast.Name) and (stored or getattr(node, "attr", "") in FILLING):
+                changed.add(target.id)
+                written |= {id(target)} if stored or getattr(node, "attr", "") in RECORDING else set()
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Name)] if tree is not None else []
+    read = {node.id for node in loads if id(node) not in written}
+    return frozenset(changed & read).intersection(names)
+
+
+def _holder(module: nn.Module, path: str) -> tuple[Any, str]:
+    """Return what a path of attributes ends in, as far as it leads without running a property, and its last name."""
+    *parents, name = path.split(".")
+    holder: Any = module
+    for parent in parents:
+        held = holder._modules if isinstance(holder, nn.Module) and parent in holder._modules else None
+        holder = (getattr(holder, "__dict__", {}) if held is None else held).get(parent)
+    return holder, name
 
 
 def _is_parameter(module: nn.Module, path: str) -> bool:
-    try:
-        holder, name = _holder(module, path)
-    except AttributeError:
-        return False
+    holder, name = _holder(module, path)
     return path == DATA or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
 
 

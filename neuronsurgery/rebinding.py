@@ -11,7 +11,7 @@ import copy
 import dis
 import functools
 import types
-from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,6 +46,27 @@ def rebound_hooks(hooks: Mapping[int, Any], memo: dict[int, Any]) -> Mapping[int
                 del memo[id(hook)]
             new[key] = rebinding.new(hook)
     return new
+
+
+def functions_within(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the functions that some values hold at any depth, each once: plain ones and those of `lru_cache`."""
+    queue, seen = list(values), {}
+    while queue:
+        value = queue.pop()
+        if id(value) in seen or isinstance(value, (nn.Module, *_ATOMIC)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, types.FunctionType | functools._lru_cache_wrapper):
+            yield value
+        queue += _parts(value)
+
+
+def closure_of(function: Any) -> dict[str, types.CellType]:
+    """Return the variables in the closure of a function of the caller's, by name; those that hold something."""
+    if not isinstance(function, types.FunctionType) or _is_of_torch(function):
+        return {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell for name, cell in cells if _is_filled(cell)}
 
 
 class _Rebinding:
@@ -139,15 +160,15 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, functools
 
 def _keeps(function: types.FunctionType) -> bool:
     """Return whether a function of the caller's keeps something in its closure: in a container, or by `nonlocal`."""
-    if _is_of_torch(function) or not function.__closure__:
-        return False
-    held = any(_is_filled(cell) and isinstance(cell.cell_contents, CONTAINERS) for cell in function.__closure__)
-    return held or _assigns_outer(function.__code__)
+    held = any(isinstance(cell.cell_contents, CONTAINERS) for cell in closure_of(function).values())
+    return held or bool(assigned_outside(function.__code__))
 
 
 @functools.lru_cache(maxsize=4096)
-def _assigns_outer(code: types.CodeType) -> bool:
-    return any(i.opname == "STORE_DEREF" and i.argval in code.co_freevars for i in dis.get_instructions(code))
+def assigned_outside(code: types.CodeType) -> frozenset[str]:
+    """Return the variables of its closure that a function assigns (`nonlocal`)."""
+    stored = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
+    return frozenset(stored.intersection(code.co_freevars))
 
 
 def _is_of_torch(function: types.FunctionType) -> bool:

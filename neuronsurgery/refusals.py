@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
@@ -143,11 +141,15 @@ class _Guarded(_Refusal):
 
     def __init__(self, module: nn.Module, method: str, message: str, shared: Mapping[str, Tensor]) -> None:
         super().__init__(module, method, "")
-        self.guard = functools.partial(Guard, shared, message)
+        self.message = message
+        self.shared = {name: weakref.ref(tensor) for name, tensor in shared.items()}
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if is_guarded() or torch.compiler.is_compiling() else self.guard():
+        if is_guarded() or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        shared = {name: tensor for name, reference in self.shared.items() if (tensor := reference()) is not None}
+        with Guard(shared, self.message):
             return super().__call__(*args, **kwargs)
 
     @override

@@ -22,8 +22,8 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "guards", "habits", "caches", "wrappers"),
-    *("batches", "loaders", "losses", "objectives", "surveys", "rebinding", "copies", "forward"),
+    *("paired", "objects", "parametrized", "guards", "rebinding", "habits", "caches", "wrappers"),
+    *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
     *(
         "edits",
