@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
 from neuronsurgery.guards import Guard
-from neuronsurgery.habits import written_by_forward
+from neuronsurgery.habits import given_to, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
@@ -86,7 +86,7 @@ def copy_structure(
     for module in names:
         _share(module, memo, buffers, optimizers=not replace)
     memo.update(replace or {})
-    known = {id(module): None for module in names}
+    known = given_to(names)
     for module, name in names.items():
         _fill(memo[id(module)], module, name, memo, blank_caches(module, known) if blank else {})
     copied = {module: memo[id(module)] for module in names}
@@ -217,7 +217,7 @@ class Runner:
     parameters: Mapping[str, nn.Parameter]
     places: Mapping[str, tuple[str, ...]]
     device: torch.device | None
-    own: frozenset[str]
+    own: frozenset[str] = frozenset()
     attributes: Attributes = field(init=False)
     _unguarded: list[bool] = field(init=False, default_factory=list)
 

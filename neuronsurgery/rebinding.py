@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
@@ -195,9 +196,15 @@ def _parts(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, tuple | frozenset | MutableSequence | MutableSet):
         return list(value)
-    foreign = type(value).__module__.partition(".")[0] in ("torch", "builtins", "numpy")
-    attributes = None if foreign else getattr(value, "__dict__", None)
-    return [*attributes.values(), _compiled(value)] if isinstance(attributes, dict) else [_compiled(value)]
+    return [*(own_attributes(value) or {}).values(), _compiled(value)]
+
+
+def own_attributes(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object of a class of the caller's, or of a namespace; None of any other."""
+    home = type(value).__module__.partition(".")[0]
+    foreign = home in ("torch", "numpy", *sys.stdlib_module_names) and not isinstance(value, types.SimpleNamespace)
+    attributes = None if foreign or isinstance(value, nn.Module) else getattr(value, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
 
 
 def _is_filled(cell: types.CellType) -> bool:

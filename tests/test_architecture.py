@@ -22,7 +22,7 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "guards", "rebinding", "habits", "caches", "wrappers"),
+    *("paired", "objects", "parametrized", "guards", "rebinding", "sources", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "gradients", "hard"),
     *(

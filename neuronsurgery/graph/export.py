@@ -155,7 +155,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in model.modules()}
     contents: dict[int, tuple[Any, Any]] = {}
     for values in attributes.values():
-        collect_containers(list(values.values()), contents)
+        collect_containers(list(values.values()), contents, entries=False)
     try:
         yield
     finally:

@@ -102,6 +102,23 @@ class CheckedForward:
         """Forget what the buffers of the edited models have become, for another pass over the data: graphs are kept."""
         self._changed_buffers.clear()
 
+    def reads(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> bool:
+        """Return whether a forward pass reads a parameter at all: whether NaN in its place makes any difference.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            name: the parameter's first name.
+        """
+        inputs, logits = Inputs.of(args, kwargs), []
+        for edited in ({}, {name: torch.full_like(self._runner.parameters[name], torch.nan)}):
+            try:
+                with random_state_kept(inputs.tensors):
+                    logits.append(self._eager(inputs, edited, {}))
+            except Exception:  # a model that checks its values
+                return True
+        return not same_bits(*logits)
+
     def one_by_one(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
