@@ -17,7 +17,7 @@ from neuronsurgery.guards import Guard, is_guarded
 from neuronsurgery.habits import doubtful, overwriting, written_by_forward
 from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class
 from neuronsurgery.surveys import Survey
-from neuronsurgery.wrappers import is_a
+from neuronsurgery.wrappers import is_a, unwrap
 
 SAVING = (
     ("PreTrainedModel", "transformers.modeling_utils"),
@@ -44,7 +44,7 @@ WRITES = (
 
 
 class Origin:
-    """The parameters that a view shares with the model it was made from, all of them held weakly."""
+    """The parameters that a view shares with the model it was made from, and that one's modules, all held weakly."""
 
     def __init__(self, surveyed: Survey) -> None:
         self.shared = [
@@ -53,6 +53,15 @@ class Origin:
             if not tensor.parametrized
             for use, parameter in zip(tensor.uses, tensor.parameters, strict=True)
         ]
+        self.children = [
+            (weakref.ref(module), key, weakref.ref(unwrap(child)), path)
+            for module, path in surveyed.modules.items()
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+        chains = [module for module in surveyed.modules if isinstance(module, nn.Sequential | nn.ModuleList)]
+        self.lengths = [(weakref.ref(module), len(module), surveyed.modules[module]) for module in chains]
+        self.met: set[int] = set()
         # Alive as long as the view is, which asks.
         self.parameters = {id(parameter()) for _, _, parameter, _ in self.shared}
 
@@ -60,7 +69,7 @@ class Origin:
         return self
 
     def refuse_replaced(self, weight: Tensor) -> None:
-        """Raise if the model has another parameter now in the place of one that the view goes on to use.
+        """Raise if the model has another parameter or module now in the place of one that the view goes on to use.
 
         Args:
             weight: of the view; where it is none of the shared parameters, the view is independent by now.
@@ -70,18 +79,40 @@ class Origin:
         """
         if id(weight) not in self.parameters:
             return
+        if self.met and id(weight) not in self.met:
+            self.met.add(id(weight))  # looked at with another weight, in the same forward pass
+            return
+        self.met = {id(weight)}
         replaced = [
             name
             for reference, attribute, parameter, name in self.shared
-            if (module := reference()) is not None
-            and (now := module._parameters.get(attribute)) is not None
-            and now is not parameter()
+            if (module := reference()) is not None and module._parameters.get(attribute) is not parameter()
         ]
         if replaced:
             raise RuntimeError(
                 f"the model that this view was made from has other parameters now: {inline(replaced)} were replaced "
-                f"(load_state_dict(assign=True)?), and the view has the old ones: apply the edit again"
+                f"(load_state_dict(assign=True), a parametrization?), and the view has the old ones: apply the edit "
+                f"again"
             )
+        replaced = [
+            f"{path}.{key}".removeprefix(".")
+            for reference, key, child, path in self.children
+            if (module := reference()) is not None and not _is_still(module._modules.get(key), child())
+        ] + [
+            path or "the model" for reference, length, path in self.lengths if len(reference() or "") not in (0, length)
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"the model that this view was made from has other modules now: {inline(replaced)} were replaced, "
+                f"taken out or added to, and the view has the old ones: apply the edit again"
+            )
+
+
+def _is_still(child: nn.Module | None, before: nn.Module | None) -> bool:
+    """Return whether a child is what it was before, maybe in another wrapper."""
+    if child is None or before is None:
+        return False
+    return child is before or unwrap(child) is before
 
 
 def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
