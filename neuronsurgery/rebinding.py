@@ -12,6 +12,7 @@ import dis
 import functools
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
@@ -33,14 +34,15 @@ def rebound(value: Any, memo: dict[int, Any]) -> Any:
     return rebinding.new(value) if rebinding.leads(value, called=False) else value
 
 
-def rebound_hooks(hooks: Mapping[int, Any], memo: dict[int, Any]) -> Mapping[int, Any]:
+def rebound_hooks(hooks: Mapping[int, Any], memo: dict[int, Any]) -> OrderedDict[int, Any]:
     """Return the hooks of a module, rebound; what they note outside of the model they go on to note there.
 
     Args:
         hooks: by the id of their handles.
         memo: see `rebound`; hooks that are to be shared may be in it.
     """
-    rebinding, new = _Rebinding(memo, own=False), dict(hooks)
+    # An ordered dictionary, as torch's handles want it.
+    rebinding, new = _Rebinding(memo, own=False), OrderedDict(hooks)
     for key, hook in hooks.items():
         if isinstance(hook, types.FunctionType | functools.partial) and rebinding.leads(hook):
             if memo.get(id(hook)) is hook:
