@@ -44,9 +44,14 @@ def type_of(module: nn.Module) -> Any:  # a class: mypy does not take those for 
 
 
 @functools.lru_cache(maxsize=1024)
+def _forward(kind: Any) -> Code:
+    return Code.of(kind, FORWARD)
+
+
+@functools.lru_cache(maxsize=1024)
 def habits_of(kind: Any) -> Habits:
     """Return what the code of a class does with attributes."""
-    forward, switches = Code.of(kind, FORWARD), Code.of(kind, SWITCHES)
+    forward, switches = _forward(kind), Code.of(kind, SWITCHES)
     constructor = Code.of(kind, ("__init__",))
     starts = dict(constructor.starts)
     for name in (forward.cleared | switches.cleared) - starts.keys():
@@ -80,7 +85,8 @@ def doubtful(module: nn.Module) -> list[str]:
     return [
         name
         for name, code in _other_methods(type_of(module)).items()
-        if code.hands_on or (code.writes and (code.gathers or any(_is_parameter(module, path) for path in code.paths)))
+        if not code.of_torch
+        and (code.hands_on or (code.writes and (code.gathers or any(_is_parameter(module, p) for p in code.paths))))
     ]
 
 
@@ -112,8 +118,8 @@ def given_to(modules: Iterable[nn.Module]) -> dict[int, set[str]]:
 
 
 def written_by_forward(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parameters that the forward of a module writes into in evaluation mode: who holds them, and how."""
-    paths = Code.of(type_of(module), FORWARD).in_place
+    """Return what a module's forward writes into in evaluation mode: the holder of a parameter, and its name there."""
+    paths = _forward(type_of(module)).in_place
     return [_holder(module, path) for path in sorted(paths) if path != DATA and _is_parameter(module, path)]
 
 
@@ -142,5 +148,6 @@ def _other_methods(kind: Any) -> dict[str, Code]:
         function = None if name.startswith("__") else function_of(inspect.getattr_static(kind, name, None))
         if function is not None:
             found[name] = Code()
+            found[name].of_torch = f"{function.__module__}.".startswith("torch.")
             found[name].look_at(function, kind)
     return found

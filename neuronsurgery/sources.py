@@ -63,6 +63,7 @@ class Code:
         paths: the paths that are read.
         writes: whether anything is written to in place.
         gathers: whether it gets at parameters by `parameters()` and the like.
+        of_torch: whether it is torch's own code.
         hands_on: whether it gives modules to functions that may write into their parameters.
     """
 
@@ -78,7 +79,7 @@ class Code:
         self.starts: dict[str, Start] = {}
         self.in_place: set[str] = set()
         self.paths: set[str] = set()
-        self.writes = self.gathers = self.hands_on = False
+        self.writes = self.gathers = self.hands_on = self.of_torch = False
 
     @classmethod
     def of(cls, kind: Any, entries: Iterable[str]) -> Code:
@@ -203,9 +204,9 @@ class _Visitor(ast.NodeVisitor):
                     self.visit(argument)
                 return
             if function.attr in IN_PLACE:
-                # x.mul_(...), or init.zeros_(x)
-                self._note_in_place(function.value)
-                self._note_in_place(node.args[0] if node.args else None)
+                # init.zeros_(x), or x.mul_(...)
+                of_torch = ast.unparse(function.value).rpartition(".")[2] in ("init", "torch", "F", "functional")
+                self._note_in_place(node.args[0] if of_torch and node.args else function.value)
         if any(keyword.arg == "max_norm" for keyword in node.keywords) and len(node.args) > 1:
             self._note_in_place(node.args[1])  # F.embedding(x, weight, max_norm=...)
         self._note_handed_on(node)
