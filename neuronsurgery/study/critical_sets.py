@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -110,8 +110,7 @@ class Case:
         """The images to search on, and those to judge on."""
         if self.control is not None:
             return ns.halves(self.matched)
-        present = self.protocol.present
-        a, b = ({name: half[name] for name in present} for half in self.protocol.halves)  # type: ignore[index]  # of a mapping they are mappings
+        a, b = (_only(half, self.protocol.present) for half in self.protocol.halves)
         return a, b
 
     @functools.cached_property
@@ -247,6 +246,11 @@ def _look(
     lost = float((right & ~after).sum() / right.sum()) if right.any() else None
     worst = min(value for group, value in change.items() if group != name)
     return change[name], worst, lost, changes_of(swept, "found")
+
+
+def _only(half: Loaders, groups: Collection[str]) -> Loaders:
+    assert isinstance(half, Mapping)  # as what it is half of
+    return {name: loader for name, loader in half.items() if name in groups}
 
 
 def _count(loaders: Loaders, name: str) -> int:
