@@ -28,6 +28,7 @@ from neuronsurgery.outcomes import Sweep
 from neuronsurgery.plans import Plan, plan
 from neuronsurgery.rows import set_rows
 from neuronsurgery.scores import Scores, grad_norms, magnitudes, sample, top_fraction, topk
+from neuronsurgery.sharing import Shared, share
 from neuronsurgery.splits import Matched, halves, matched
 from neuronsurgery.surgery import apply, bake, edited_parameters
 from neuronsurgery.sweeps import sweep
@@ -47,6 +48,7 @@ __all__ = [
     "Neurons",
     "Plan",
     "Scores",
+    "Shared",
     "Sweep",
     "Verdict",
     "accuracy",
@@ -93,6 +95,7 @@ __all__ = [
     "scale",
     "select",
     "set_rows",
+    "share",
     "sweep",
     "top_fraction",
     "topk",

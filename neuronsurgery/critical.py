@@ -23,11 +23,11 @@ from neuronsurgery.effects import error_probability, prepared
 from neuronsurgery.errors import checked_function, counted, inline, listed
 from neuronsurgery.first_order import mean_effects, terms_of
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import named_loaders
+from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import margin
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
-from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, points, selective
+from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, in_turn, points, selective
 from neuronsurgery.splits import checked_groups, groups_of
 from neuronsurgery.surveys import Survey
 from neuronsurgery.sweeps import sweep_in_parts
@@ -44,7 +44,7 @@ class Critical:
         against: the groups to spare.
         bests: for each size the set that counts among those of at most that size, None where there was none: the last
             is what was found.
-        path: the best set of every size by the objective, whether it is within the cap or not.
+        path: for each size the set that the search went on from first, within the cap where one is.
         cost: "examples", "backward passes" and "edits" that the search took.
         reasons: what could not be tried, in words.
         cap: how much any other group was allowed to lose; None where an objective of the caller's decided.
@@ -138,8 +138,9 @@ def find_critical(
     probability of an example of margin m, D the mean of a group after the edit minus before. Ties are broken by the
     rise of log(1 + exp(-m)). Every neuron is screened by its predicted J (see `group_effects`, `error_probability`; one
     backward pass), and the best `pool` of them go into a beam search with exact sweeps that share one capture, about
-    200 edits for k = 3. Of all sets that it looked at, it returns the one whose group loses most among those that take
-    no more than `cap` from any other group.
+    200 edits for k = 3. The pool and the beam take in turn the best of those within `cap` and the best of all. Of all
+    sets that it looked at, it returns the one whose group loses most among those that take no more than `cap` from any
+    other group.
 
     Its numbers are of the examples that it chose by, and say little: `judge` the result on others (see `halves`).
 
@@ -202,20 +203,21 @@ def find_critical(
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)
     candidates = list(made.candidates())
     if screened:
-        predicted = _predicted(surveyed, runner, made, candidates, named, group, others, weight, options)
-        order = np.argsort(-predicted, kind="stable")
-        masked: list[Candidate] = []
+        own, worst = _predicted(surveyed, runner, made, candidates, named, group, others, options)
+        order = np.argsort(-own + weight * np.maximum(worst, 0), kind="stable")
+        best = in_turn([candidates[at] for at in order if worst[at] <= cap], [candidates[at] for at in order])
         if screen == "mask":
-            masked = _by_mask(model, made, named, group, others, seed, options)[: pool // 2]
-        best = [candidates[at] for at in order if candidates[at] not in masked]
-        candidates = [*masked, *best[: pool - len(masked)]]
-    search = Search(made, group, others, objective or selective(group, others, weight), k, pool, width)
-    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict, "unpack": unpack}
-    for swept in sweep_in_parts(model, search.parts(candidates), named, process_group=process_group, **settings):
+            best = in_turn(_by_mask(model, made, named, group, others, seed, options), best)
+        candidates = best[:pool]
+    allowed = cap if objective is None else None
+    search = Search(made, group, others, objective or selective(group, others, weight), k, allowed, pool, width)
+    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict}
+    parts = search.parts(candidates)
+    for swept in sweep_in_parts(model, parts, Mixed(named, unpack), process_group=process_group, **settings):
         search.take(swept)
         if progress:
             sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")
-    bests = tuple(search.best(size, cap if objective is None else None) for size in range(1, k + 1))
+    bests = tuple(search.best(size) for size in range(1, k + 1))
     cost = {"examples": sum(counts.values()), "backward passes": int(screened), "edits": len(search.scores)}
     return Critical(
         group,
@@ -224,7 +226,7 @@ def find_critical(
         tuple(search.path),
         MappingProxyType(cost),
         () if means is None or not means.reasons else (unheld_layers(means.reasons),),
-        cap if objective is None else None,
+        allowed,
         made,
         searched,
     )
@@ -291,10 +293,9 @@ def _predicted(
     loaders: Loaders,
     group: Group,
     others: Sequence[Group],
-    weight: float,
     options: _Options,
-) -> np.ndarray:
-    """Return the predicted objective of every candidate."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for every candidate the predicted rise of the error probability of the group, and the largest other."""
     count = made.layout.count
     terms = [
         term
@@ -305,8 +306,7 @@ def _predicted(
     effects, _ = mean_effects(runner, surveyed, terms, loaders, metric, error_probability, *rest)  # type: ignore[arg-type]
     places = [c.kind * count + made.layout.starts[c.layer] + c.neuron for c in candidates]
     worst = torch.stack([effects[name] for name in others]).amax(0)
-    predicted: np.ndarray = (effects[group] - weight * worst.clamp(min=0))[places].numpy()
-    return predicted
+    return effects[group].numpy()[places], worst.numpy()[places]
 
 
 def _by_mask(

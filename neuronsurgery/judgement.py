@@ -21,7 +21,7 @@ from neuronsurgery.edits import Edit, compose, leaves
 from neuronsurgery.errors import checked, counted, inline, listed, warn
 from neuronsurgery.evaluation import named_directions
 from neuronsurgery.layers import Layer
-from neuronsurgery.loaders import named_loaders
+from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import accuracy
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.outcomes import Sweep
@@ -209,11 +209,10 @@ def judge(
     swept = sweep(
         model,
         edits,
-        named,
+        Mixed(named, unpack),
         metric=metric,
         larger_is_better=direction,
         predict=predict,
-        unpack=unpack,
         progress=progress,
         process_group=process_group,
     )

@@ -221,6 +221,42 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
         yield group, part.batch()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixed:
+    """Loaders as one stream of full batches, whatever their groups: few shapes, so that few captures are needed.
+
+    A batch is as large as the largest that came so far. What cannot be taken apart comes as it is.
+
+    Attributes:
+        loaders: a mapping group -> loader, or one loader.
+        unpack: what they yield -> `Batch`.
+    """
+
+    loaders: Loaders
+    unpack: Unpack | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: dict[Any, Examples] = {}
+        full = 0
+        for groups, batch in iterate_groups(self.loaders, unpack=self.unpack):
+            named = dataclasses.replace(batch, groups=tuple(groups))
+            full = max(full, len(batch))
+            if inseparable(batch):
+                yield named
+                continue
+            shape = signature(batch), batch.indices is None
+            part = Examples.of(named)
+            # What waits is a copy: a loader may reuse its memory.
+            part = join([waiting.pop(shape), part]) if shape in waiting else part
+            while len(part) >= full:
+                yield part.take(range(full)).batch()
+                part = part.take(range(full, len(part)))
+            if len(part):
+                waiting[shape] = part.take(list(range(len(part))))
+        for part in waiting.values():
+            yield part.batch()
+
+
 # Groups from elsewhere
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,8 @@ from neuronsurgery.means import Means
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.outcomes import Sweep
 from neuronsurgery.types import Group
+
+T = TypeVar("T")
 
 Kind: TypeAlias = "Literal['zero', 'mean'] | Callable[[Neurons], Edit]"
 """How a neuron is edited: by `zero_out`, by `mean_out`, or by a function neurons -> edit."""
@@ -134,6 +136,12 @@ def points(change: float) -> str:
     return f"{100 * change:+.1f}"
 
 
+def in_turn(first: Sequence[T], second: Sequence[T]) -> list[T]:
+    """Return the entries of two lists, one of each in turn, every one once."""
+    length = max(len(first), len(second))
+    return list(dict.fromkeys(entry for at in range(length) for part in (first, second) for entry in part[at : at + 1]))
+
+
 def selective(group: Group, others: Sequence[Group], weight: float) -> Objective:
     """Return the objective J of `find_critical`, ties broken."""
 
@@ -163,6 +171,7 @@ class Search:
         others: Sequence[Group],
         objective: Objective,
         k: int,
+        cap: float | None,
         pool: int,
         width: int,
     ) -> None:
@@ -171,7 +180,7 @@ class Search:
         self._changes: dict[Chosen, tuple[float, float]] = {}
         self._made, self._group, self._others = made, group, tuple(others)
         self._objective = objective
-        self._k, self._pool, self._width = k, pool, width
+        self._k, self._cap, self._pool, self._width = k, cap, pool, width
         self._asked: dict[str, Chosen] = {}
 
     def parts(self, candidates: Sequence[Candidate]) -> Iterator[dict[str, Edit]]:
@@ -183,11 +192,21 @@ class Search:
             if not self._asked:
                 return
             yield {label: self._made.edit(chosen) for label, chosen in self._asked.items()}
-            ranked = sorted(self._asked.values(), key=lambda chosen: -self.scores[chosen])
+            ranked = self._ranked(self._asked.values())
             if size == 1:
                 candidates = [next(iter(chosen)) for chosen in ranked[: self._pool]]
             beam = ranked[: self._width]
             self.path.append(self._step(beam[0]))
+
+    def _ranked(self, sets: Iterable[Chosen]) -> list[Chosen]:
+        """Return sets in the order in which they are worth extending: those within the cap and all, in turn.
+
+        What is over the cap can only be returned if a later neuron undoes the harm; what is within it may be timid.
+        """
+        ranked = sorted(sets, key=lambda chosen: -self.scores[chosen])
+        if self._cap is None:
+            return ranked
+        return in_turn([chosen for chosen in ranked if self._changes[chosen][1] >= -self._cap], ranked)
 
     def take(self, swept: Sweep) -> None:
         """Note what the edits of the last part came to."""
@@ -200,13 +219,14 @@ class Search:
             worst = min(float(lost[members[name]].mean()) for name in self._others)
             self._changes[chosen] = float(lost[members[self._group]].mean()), worst
 
-    def best(self, size: int, cap: float | None) -> Step | None:
-        """Return the set of at most so many neurons whose group loses most within a cap; the best, without a cap."""
+    def best(self, size: int) -> Step | None:
+        """Return the set of at most so many neurons whose group loses most within the cap; the best, without a cap."""
         looked = [chosen for chosen in self.scores if len(chosen) <= size]
-        if cap is None:
+        if self._cap is None:
             best = max(looked, key=lambda chosen: (self.scores[chosen], -len(chosen)))
             return self._step(best) if self.scores[best] > 0 else None
-        allowed = [chosen for chosen in looked for own, worst in [self._changes[chosen]] if worst >= -cap and own < 0]
+        within = [chosen for chosen in looked if self._changes[chosen][1] >= -self._cap]
+        allowed = [chosen for chosen in within if self._changes[chosen][0] < 0]
         if not allowed:
             return None
         return self._step(min(allowed, key=lambda c: (self._changes[c][0], len(c), -self.scores[c])))

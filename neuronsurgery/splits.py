@@ -94,10 +94,9 @@ def halves(
             `key=`; later passes are checked as they come), or batches cannot be taken apart.
 
     Example:
+        >>> import torch
         >>> data = [(torch.arange(8.0)[:, None], torch.zeros(8, dtype=torch.int64), torch.arange(8) % 2)]
         >>> first, second = halves(data)
-        >>> [sorted(x[0] for b in half for x in b.args[0].tolist()) for half in (first, second)]  # doctest: +SKIP
-        [[0.0, 3.0, 5.0, 6.0], [1.0, 2.0, 4.0, 7.0]]
         >>> [sum(len(batch) for batch in half) for half in (first, second)]
         [4, 4]
     """
@@ -271,6 +270,7 @@ def matched(
         ValueError: if the two are one, or no example of `by` is near enough.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(1, 2)
         >>> data = {"few": [(torch.randn(2, 1), torch.zeros(2, dtype=torch.int64))],
         ...         "many": [(torch.randn(64, 1), torch.zeros(64, dtype=torch.int64))]}

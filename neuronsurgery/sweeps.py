@@ -28,6 +28,7 @@ from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Plan, plan
+from neuronsurgery.sharing import Shared
 from neuronsurgery.surgery import refuse_computed, refuse_unreachable
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import restoring, without_mha_fastpath
@@ -60,7 +61,7 @@ class _Edited(Mapping[str, Tensor]):
 
 @overload
 def sweep(
-    model: nn.Module,
+    model: nn.Module | Shared,
     edits: Mapping[str, Edit],
     loaders: Loaders,
     *,
@@ -76,7 +77,7 @@ def sweep(
 
 @overload
 def sweep(
-    model: nn.Module,
+    model: nn.Module | Shared,
     edits: Mapping[str, Edit],
     loaders: Loaders,
     *,
@@ -92,7 +93,7 @@ def sweep(
 
 @restoring
 def sweep(
-    model: nn.Module,
+    model: nn.Module | Shared,
     edits: Mapping[str, Edit],
     loaders: Loaders,
     *,
@@ -111,7 +112,7 @@ def sweep(
     elsewhere one warning says why, and every edit costs a forward pass of its own. Nothing of the model changes.
 
     Args:
-        model: any module.
+        model: any module, or what `share` made of it, whose capture is used again.
         edits: the edits by a label of the caller's.
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example.
         metric: (logits, targets) -> one value per example, shape (n,); or a mapping name -> such functions, all of
@@ -163,9 +164,11 @@ def sweep(
     seen = _Seen([], [], ())
     error = None
     try:
-        runner, edited = _planned(model, edits)
+        shared, predict = _shared(model, predict)
+        runner, edited = _planned(model if isinstance(model, nn.Module) else model.model, edits)
+        forward = None if shared is None else shared.rebound(runner)
         with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, predict, unpack, progress)
+            seen = _run(runner, edited, tallies, loaders, predict, unpack, progress, forward)
     except Exception as raised:
         error = raised
     order = list(loaders) if isinstance(loaders, Mapping) else None
@@ -174,6 +177,20 @@ def sweep(
         name: _gathered(name, directions[name], edits, tallies, shares, order, process_group) for name in metrics
     }
     return results if isinstance(metric, Mapping) else results[""]
+
+
+def _shared(model: nn.Module | Shared, predict: Predict | None) -> tuple[CheckedForward | None, Predict | None]:
+    """Return what was captured of a model before, if it was, and from where in its output the logits are.
+
+    Raises:
+        TypeError: if it is neither a module nor a share of one.
+        ValueError: if logits are to be taken otherwise than they were captured.
+    """
+    if not isinstance(model, Shared):
+        return None, predict
+    if predict is not None and predict is not model.predict:
+        raise ValueError("predict= is a part of what share() captured: give it to share(), not to sweep()")
+    return model.forward, model.predict
 
 
 class _Tally:

@@ -26,7 +26,7 @@ ORDER = [
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph"),
-    *("coupling", "outcomes", "sweeps", "fragile"),
+    *("coupling", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "masks", "splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError
 from neuronsurgery.graph.inputs import Dims, Inputs
 from neuronsurgery.switches import KERNELS
@@ -99,6 +100,20 @@ class Graph:
     ) -> Iterator[tuple[Label, Tensor]]:
         """Return an iterator over (label, logits) of every edit: see `Schedule.run`."""
         return schedule(self, {frozenset(edited) for edited in edits.values()}).run(args, kwargs, edits)
+
+
+def bound(graph: Graph, runner: Runner) -> Graph | None:
+    """Return a graph with the parameters and buffers of another copy of the model, or None where they do not fit."""
+    buffers = dict(runner.model.named_buffers())
+    places: dict[fx.Node, Tensor | None] = {
+        node: runner.parameters.get(name) for name, nodes in graph.parameters.items() for node in nodes
+    }
+    places |= {node: buffers.get(name) for name, node in graph.buffers.items()}
+    for node, tensor in places.items():
+        old = graph.constants[node]
+        if tensor is None or (tensor.shape, tensor.dtype, tensor.device) != (old.shape, old.dtype, old.device):
+            return None
+    return replace(graph, constants={**graph.constants, **places}, originals=runner.parameters)
 
 
 # Schedules

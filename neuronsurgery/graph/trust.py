@@ -17,7 +17,7 @@ from neuronsurgery.errors import CaptureError, warn
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
-from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, schedule
+from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, bound, schedule
 from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
 
@@ -101,6 +101,18 @@ class CheckedForward:
     def start_again(self) -> None:
         """Forget what the buffers of the edited models have become, for another pass over the data: graphs are kept."""
         self._changed_buffers.clear()
+
+    def rebound(self, runner: Runner) -> CheckedForward:
+        """Return the same for another copy of the model: with its graphs, none of which is trusted yet.
+
+        Args:
+            runner: a new copy of the same model; its parameters and buffers as they are now take the place of the old.
+        """
+        forward = CheckedForward(runner, self._predict)
+        graphs = {kind: bound(graph, runner) for kind, graph in self._newest.items()}
+        forward._newest = {kind: graph for kind, graph in graphs.items() if graph is not None}
+        forward._shapes = {kind: list(self._shapes[kind]) for kind in forward._newest}
+        return forward
 
     def one_by_one(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]

@@ -1,0 +1,201 @@
+"""First-order effects are minus weights times gradient, per group and per example, and tend to the exact changes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import reference
+import torch
+from snapshot import assert_unchanged, snapshot
+from torch import Tensor, nn
+from zoo import Case, small_case
+
+import neuronsurgery as ns
+
+SEED = 1
+ROUNDING = 2e-5  # of the largest effect of a layer, in float32
+
+
+def own_metric(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    return ns.causal_lm_loss if case.causal else ns.cross_entropy
+
+
+@functools.cache
+def expected(name: str) -> dict[Any, dict[str, list[Tensor]]]:
+    """By group and layer, for each example minus the product of weights and gradients, row by row, in float64."""
+    from zoo import CASES
+
+    case = CASES[name]
+    model = reference.plain_copy(case.build())
+    loss = reference.causal_lm_loss if case.causal else reference.cross_entropy
+    tensors = reference.tensors(model)
+    found: dict[Any, dict[str, list[Tensor]]] = {}
+    for example in reference.examples(case.batches(SEED)):
+        value = loss(reference.forward(model, example), example.target).sum()
+        weights = [tensors[layer] for layer in case.axes]
+        gradients = torch.autograd.grad(value, weights, allow_unused=True)
+        for (layer, (axis, groups)), weight, gradient in zip(case.axes.items(), weights, gradients, strict=True):
+            gradient = torch.zeros_like(weight) if gradient is None else gradient
+            rows = reference.rows(weight.detach() * gradient, axis, groups)
+            own = found.setdefault(example.group, {}).setdefault(layer, [])
+            own.append(torch.stack([-row.sum() for row in rows]))
+    return found
+
+
+def assert_effects(found: ns.Scores, right: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    assert found.groups == tuple(sorted(right))
+    for group, layers in right.items():
+        for layer, values in found[group].by_layer().items():
+            wanted = layers[layer.parameter]
+            error = (values[0].double() - wanted).abs().max()
+            assert error <= ROUNDING * max(1e-3, float(wanted.abs().max())), f"{group}, {layer.parameter}: {error:.2e}"
+
+
+@small_case
+def test_a_zeroed_row_is_minus_weight_times_gradient(case: Case) -> None:
+    model, batches = case.build(), case.batches(SEED)
+    before = snapshot(model, batches)
+    found = ns.group_effects(model, batches, metric=own_metric(case))
+    assert_unchanged(before, model, batches)
+    means = {g: {n: torch.stack(v).mean(0) for n, v in layers.items()} for g, layers in expected(case.name).items()}
+    assert_effects(found, means)
+
+
+@small_case
+def test_a_transform_sees_every_example_on_its_own(case: Case) -> None:
+    model, batches = case.build(), case.batches(SEED)
+    loss = reference.causal_lm_loss if case.causal else reference.cross_entropy
+    plain = reference.plain_copy(model)
+    values: dict[Any, list[Tensor]] = {}
+    for example in reference.examples(batches):
+        value = loss(reference.forward(plain, example), example.target).detach().sum()
+        values.setdefault(example.group, []).append(value)
+    means = {
+        group: {
+            name: torch.stack(
+                [torch.sigmoid(v + e) - torch.sigmoid(v) for v, e in zip(values[group], effects, strict=True)]
+            ).mean(0)
+            for name, effects in layers.items()
+        }
+        for group, layers in expected(case.name).items()
+    }
+    found = ns.group_effects(model, batches, metric=own_metric(case), transform=torch.sigmoid)
+    assert_effects(found, means)
+
+
+# What first order means
+
+
+def wide_data(n: int = 40, inputs: int = 5, classes: int = 2) -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, inputs, generator=generator, dtype=torch.float64)
+    return [
+        (x[i : i + 16], torch.arange(n)[i : i + 16] % classes, torch.arange(n)[i : i + 16] % 3) for i in (0, 16, 32)
+    ]
+
+
+def network(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.6)
+    return model.eval()
+
+
+def exact(model: nn.Module, edit: ns.Edit, data: Any) -> Tensor:
+    swept = ns.sweep(model, {"edit": edit}, data, metric=ns.margin)
+    return torch.tensor([swept.change("edit")[group] for group in swept.baseline.groups])
+
+
+def units(layout: ns.Layout) -> list[ns.Neurons]:
+    return [layout.neurons([i]) for i in range(layout.count)]
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+def test_first_order_is_exact_where_the_margin_is_linear(kind: Any) -> None:
+    model, data = network(nn.Linear(5, 4), nn.Linear(4, 2)), wide_data()
+    layout = ns.find_layout(model)
+    found = ns.group_effects(model, data, edit=kind)
+    for column, neuron in enumerate(units(layout)):
+        edit = ns.zero_out(neuron) if kind == "zero" else ns.mean_out(neuron, model, data)
+        assert torch.allclose(found.values[:, column], exact(model, edit, data).float(), atol=1e-5), neuron
+
+
+def test_the_error_is_of_second_order() -> None:
+    """Of an edit that is half as far, the error is a quarter."""
+    model, data = network(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)), wide_data()
+    layout = ns.find_layout(model, where="0.*")
+    found = ns.group_effects(model, data, layout=layout).values.double()
+    for column, neuron in enumerate(units(layout)):
+        errors = [
+            (exact(model, ns.scale(neuron, 1 - step), data) - step * found[:, column]).abs().max()
+            for step in (0.02, 0.01)
+        ]
+        assert 3.2 < errors[0] / errors[1] < 4.8, neuron
+
+
+def test_heads_and_hidden_units_are_seen_at_the_input_that_reads_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    heads = ns.find_layout(model, where="2.*", patterns={"2.weight": ("o (head d) -> head o d", {"d": 2})})
+    found = ns.group_effects(model, wide_data(), layout=heads)
+    for column, neuron in enumerate(units(heads)):
+        wanted = exact(model, ns.zero_out(neuron), wide_data())  # linear in what the last layer reads
+        assert torch.allclose(found.values[:, column], wanted.float(), atol=1e-6)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"edit": "median"}, ValueError, "edit must be 'zero' or 'mean', not 'median'"),
+        ({"metric": ns.accuracy}, ValueError, "accuracy has no gradient"),
+        ({"metric": 3}, TypeError, "a metric is a function"),
+        ({"metric": lambda z, y: z.sum()}, ValueError, "one value per example, shape (16,), not shape ()"),
+        ({"metric": lambda z, y: z[:, 0] / 0}, ValueError, "the metric of 16 of 16 examples is NaN or infinite"),
+        ({"transform": 3}, TypeError, "transform= is a function"),
+        ({"where": "nothing"}, KeyError, "no layer matches 'nothing'"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], said: str) -> None:
+    model = network(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(error) as raised:
+        ns.group_effects(model, wide_data(), **options)
+    assert said in str(raised.value)
+
+
+def test_a_group_without_examples() -> None:
+    with pytest.raises(ValueError, match="no examples of 'b': the loader yielded no batch"):
+        ns.group_effects(network(nn.Linear(5, 2)), {"a": wide_data(), "b": []})
+
+
+def test_examples_that_depend_on_each_other() -> None:
+    model = network(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="An effect is that on one example's metric"):
+        ns.group_effects(model, wide_data())
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"leave it, or use torch\.no_grad"):
+        ns.group_effects(network(nn.Linear(5, 2)), wide_data())
+
+
+def test_a_layer_that_cannot_be_held() -> None:
+    model = network(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"0\.weight: it has no bias, and no norm with a shift alone reads its output"):
+        ns.group_effects(model, wide_data(), edit="mean")
+
+
+def test_frozen_models_caller_modes_and_mappings_make_no_difference() -> None:
+    model = network(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    wanted = ns.group_effects(model, wide_data()).values
+    model.requires_grad_(False).train()
+    with torch.no_grad():
+        assert torch.equal(ns.group_effects(model, wide_data()).values, wanted)
+    by_group = {g: [(x[z == g], y[z == g]) for x, y, z in wide_data() if (z == g).any()] for g in (0, 1, 2)}
+    assert torch.allclose(ns.group_effects(model, by_group).values, wanted, atol=1e-6)
