@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from neuronsurgery.study.seeds import combine
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Recipe
 from study.little_study import tiny_resnet
-from study.test_readers import make_birds
+from study.test_readers import make_birds, write_image
 from study.test_reliability import KilledError, files_in, killed_after
 from study.test_report_schema import PAGE, keys_of
 
@@ -33,6 +34,14 @@ COUNTS = {"train": (60, 24, 8, 44), "held-out": (24, 8, 6, 12), "validation": (4
 GROUPS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 RARE, RARER = GROUPS[1:3]
 COMMAND = ("study", "--quick", "--stages", "1", "--experiments", "1h")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_search() -> Iterator[None]:
+    """Few candidates and one set of each size: a second instead of ten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ns, "find_critical", functools.partial(ns.find_critical, pool=6, width=1))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,8 @@ def test_what_is_kept_of_a_search_is_judged_as_the_search(protocol: Protocol, re
     for k in (1, 2, 3):
         a, b = searched.within(k), remade.within(k)
         assert (a.edit, a.neurons, a.sentence, a.searched) == (b.edit, b.neurons, b.sentence, b.searched)
-        verdicts = [ns.judge(one, protocol.model, case.halves[1], RARE, draws=5) for one in (a, b)]
+        with pytest.warns(UserWarning, match="fewer than 10 examples"):
+            verdicts = [ns.judge(one, protocol.model, case.halves[1], RARE, draws=5) for one in (a, b)]
         assert str(verdicts[0]) == str(verdicts[1]) and verdicts[0].controls == verdicts[1].controls
 
 
@@ -130,10 +140,10 @@ def test_without_test_images_or_matches_the_rest_is_there(protocol: Protocol, mo
         raise ValueError("no example is near enough")
 
     monkeypatch.setattr(ns, "matched", none_near)
-    changed = {"test": {}, "kept": Parts(), "draws": 2, "minority": (RARE,)}
+    changed = {"test": {}, "kept": Parts(), "draws": 2, "minority": (RARE,)}  # the other one is a control then
     found = critical_sets(Protocol(**{**vars_of(protocol), **changed}))
-    assert [record["k"] for record in found] == [1, 2, 3, None, None]
-    assert [record["impossible"] for record in found[3:]] == ["no example is near enough"] * 2
+    assert [record["k"] for record in found] == [1, 2, 3, None, None, None]
+    assert [record["impossible"] for record in found[3:]] == ["no example is near enough"] * 3
     assert {record["test_own"] for record in found[:3]} == {None}
 
 
@@ -193,7 +203,12 @@ def test_two_quick_seeds_have_the_claims_and_the_table_of_1h(
 @pytest.mark.usefixtures("little_study")
 def test_images_on_disk_are_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEWEST", 1)
-    make_birds(tmp_path / "birds")
+    table = make_birds(tmp_path / "birds")
+    rows = []
+    for index, y in enumerate([1] * 2 + [0] * 14):  # two of the rare group, beside the one that there is
+        write_image(tmp_path / "birds" / f"more-{index}.jpg", 3 * index, (50, 40))
+        rows.append(f"{100 + index},more-{index}.jpg,{y},0,0,/l/lake/{100 + index}.jpg\n")
+    table.write_text(table.read_text() + "".join(rows))
     small = ("--data", "waterbirds", "--root", str(tmp_path / "birds"), "--arch", "small_resnet", "--image-size", "16")
     assert main([*COMMAND, "--epochs", "1", *small, "--out", str(tmp_path / "run")]) == 0
     records = results_of(tmp_path / "run")["experiments"]["1h"]["train"]
@@ -209,7 +224,14 @@ def made_up(
     """A run's results with this net (a share) at three neurons, and nothing at fewer; a net of 0 is of no set."""
 
     def record(net: float, k: int, control: str | None = None) -> dict[str, Any]:
-        said = {"chosen_for": RARE, "control": control, "k": k, "net": net, "neurons": 3 * bool(net), "own": worst - net}
+        said = {
+            "chosen_for": RARE,
+            "control": control,
+            "k": k,
+            "net": net,
+            "neurons": 3 * bool(net),
+            "own": worst - net,
+        }
         more = {"worst_other": worst, "right_lost": lost[0], "test_right_lost": lost[1], "p_value": 0.01}
         shown = {"examples": control or RARE, "net_low": net, "net_high": net, "sentence": "said", "changes": []}
         return {**said, **more, **shown}
@@ -297,7 +319,11 @@ def test_it_is_memory(lost: list[tuple[float, Any]], expected: str) -> None:
 
 
 def test_where_no_set_is_found_net_and_difference_are_nothing_and_the_controls_still_count() -> None:
-    found = {r["text"][:3]: r for r in judge(seeds(0.0, 0.0, controls=(0.1, 0.3), lost=(None, None))) if r["mean"] is not None}
+    found = {
+        r["text"][:3]: r
+        for r in judge(seeds(0.0, 0.0, controls=(0.1, 0.3), lost=(None, None)))
+        if r["mean"] is not None
+    }
     assert found["(a)"]["values"] == found["(c)"]["values"] == [0.0, 0.0]
     assert found["(b)"]["values"] == pytest.approx([-20.0, -20.0])
 
