@@ -74,8 +74,8 @@ QUICK = {
     "comparison_epochs": 2,
     "quick": True,
 }
-QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
-QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
+QUICK_COUNTS = {"train": (350, 24, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
+QUICK_HELD_OUT = {"held-out": (175, 12, 4, 53)}
 COLUMNS = ("path", "label", "attribute", "split")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

@@ -29,6 +29,9 @@ from neuronsurgery.types import Loader, Loaders
 FEWEST: Final = 10
 """A group of fewer images a half is not searched: too few to tell its neurons from its images."""
 
+FEWEST_MATCHED: Final = 5
+"""Nor is a control: some of a group's images may have none that matches them."""
+
 DRAWS: Final = 100
 """Random sets of the same layers and kinds behind a p-value."""
 
@@ -135,8 +138,9 @@ class Case:
             name, gaps = made.name, {"gap": made.gap, "largest_gap": made.largest_gap, "unmatched": made.unmatched}
             sizes = [_count(half, name) for half in self.halves]
         said = {"examples": name, "searched": sizes[0], "judged": sizes[1], **gaps}
-        if min(sizes) < FEWEST:
-            said["impossible"] = f"too few: {sizes[0]} and {sizes[1]} images in the halves, {FEWEST} are asked for"
+        fewest = FEWEST if self.control is None else FEWEST_MATCHED
+        if min(sizes) < fewest:
+            said["impossible"] = f"too few: {sizes[0]} and {sizes[1]} images in the halves, {fewest} are asked for"
         return said
 
     def records(self, number: int) -> list[dict[str, Any]]:

@@ -202,7 +202,8 @@ def test_two_quick_seeds_have_the_claims_and_the_table_of_1h(
 
 @pytest.mark.usefixtures("little_study")
 def test_images_on_disk_are_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEWEST", 1)
+    for name in ("FEWEST", "FEWEST_MATCHED"):
+        monkeypatch.setattr(module, name, 1)
     table = make_birds(tmp_path / "birds")
     rows = []
     for index, y in enumerate([1] * 2 + [0] * 14):  # two of the rare group, beside the one that there is

@@ -110,6 +110,8 @@ def _finding(records: Sequence[Results], seeds: int, groups: Groups) -> str:
         f"{counts[verdict]} {words}"
         for verdict, words in zip(VERDICTS, ("hold", "do not hold", "are undecided"), strict=True)
     ]
+    lacking = sum(record["mean"] is None for record in records)
+    parts += [f"{lacking} lack a number in some seed"] if lacking else []
     text = f"Of {times(len(records), 'claim')} about a group, over {times(seeds, 'seed')}, {listed(parts)}."
     for verdict, words in zip(VERDICTS[:2], ("Holds", "Does not hold"), strict=True):
         found = dict.fromkeys(
