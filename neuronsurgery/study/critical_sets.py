@@ -21,7 +21,6 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.searches import Candidate, Step
 from neuronsurgery.study.experiments import SIZES, changes_of
 from neuronsurgery.study.run import Parts
 from neuronsurgery.types import Loader, Loaders
@@ -31,6 +30,9 @@ FEWEST: Final = 10
 
 FEWEST_MATCHED: Final = 5
 """Nor is a control: some of a group's images may have none that matches them."""
+
+SCORES: Final = ("own", "worst_other", "score")
+"""What a search says of a set, on the images that it was searched on."""
 
 DRAWS: Final = 100
 """Random sets of the same layers and kinds behind a p-value."""
@@ -171,14 +173,10 @@ class Case:
         return ns.find_critical(self.protocol.model, searching, name, where=self.protocol.where, **fewer)
 
     def _search(self) -> dict[str, Any]:
-        """Return what is kept of a search: the best set of every size, each neuron by kind, layer and number."""
+        """Return what is kept of a search: the best set of every size, by the places among all candidates."""
         found = self._found()
-        layers = {layer: place for place, layer in enumerate(found.kinds.layout)}
-        return {
-            "bests": [None if best is None else _plain(best, layers) for best in found.bests],
-            "cost": dict(found.cost),
-            "reasons": list(found.reasons),
-        }
+        places = {candidate: place for place, candidate in enumerate(found.kinds.candidates())}
+        return {"bests": [_plain(best, places) for best in found.bests], "cost": dict(found.cost)}
 
     @functools.cached_property
     def critical(self) -> ns.Critical:
@@ -189,7 +187,7 @@ class Case:
         """
         found = self._found(k=1, pool=1, width=1)
         kept = self.protocol.kept[f"{self._name}: search"]["bests"]
-        bests = tuple(None if best is None else _restored(best, found) for best in kept)
+        bests = tuple(None if best is None else _restored(found, **best) for best in kept)
         path = tuple(best or found.path[0] for best in bests)  # which nothing here reads
         return dataclasses.replace(found, bests=bests, path=path)
 
@@ -264,24 +262,24 @@ def _count(loaders: Loaders, name: str) -> int:
     return sum(list(batch.groups).count(name) for batch in loaders)
 
 
-def _plain(best: Step, layers: Mapping[ns.Layer, int]) -> dict[str, Any]:
-    chosen = sorted([candidate.kind, layers[candidate.layer], candidate.neuron] for candidate in best.chosen)
-    return {"chosen": chosen, "own": best.own, "worst_other": best.worst_other, "score": best.score}
+def _plain(best: Any, places: Mapping[Any, int]) -> dict[str, Any] | None:
+    """Return what is kept of a set that a search has found; None of none."""
+    if best is None:
+        return None
+    scores = {name: getattr(best, name) for name in SCORES}
+    return {"chosen": sorted(places[candidate] for candidate in best.chosen), **scores}
 
 
-def _restored(kept: Mapping[str, Any], like: ns.Critical) -> Step:
-    """Return a set as the search has it, from what was kept of it."""
-    kinds = like.kinds
+def _restored(like: ns.Critical, chosen: Sequence[int], **scores: float) -> Any:
+    """Return a set as the search has it, from the places of its candidates and its scores."""
+    candidates, kinds = list(like.kinds.candidates()), like.kinds
     layers = list(kinds.layout)
-    chosen = [Candidate(kind, layers[place], neuron) for kind, place, neuron in kept["chosen"]]
-    ordered = sorted(chosen, key=lambda one: (layers.index(one.layer), one.neuron))
+    members = sorted((candidates[place] for place in chosen), key=lambda one: (layers.index(one.layer), one.neuron))
     return dataclasses.replace(
         like.path[0],
-        neurons=functools.reduce(lambda a, b: a | b, (ns.Neurons({one.layer: [one.neuron]}) for one in ordered)),
-        kinds=tuple(kinds.name(one.kind) for one in ordered),
-        edit=kinds.edit(ordered),
-        own=kept["own"],
-        worst_other=kept["worst_other"],
-        score=kept["score"],
-        chosen=frozenset(chosen),
+        neurons=functools.reduce(lambda a, b: a | b, (ns.Neurons({one.layer: [one.neuron]}) for one in members)),
+        kinds=tuple(kinds.name(one.kind) for one in members),
+        edit=kinds.edit(members),
+        chosen=frozenset(members),
+        **scores,
     )

@@ -90,8 +90,12 @@ def critical_sets_over_seeds(run: Results, groups: Groups) -> list[Section]:
     rows = run.get("critical_sets") or []
     if not rows:
         return []
-    verdicts = [f"{record['text']}: {_of(groups, record)}" for record in run["claims"] if record["experiment"] == "1h"]
-    section = Section(f"Over {times(len(run['seeds']), 'seed')}: {'; '.join(verdicts)}.")
+    verdicts: dict[str, list[str]] = {}
+    for record in run["claims"]:
+        if record["experiment"] == "1h":
+            verdicts.setdefault(record["text"], []).append(f"{record['verdict']} for {groups.label(record['group'])}")
+    said = [f"{text}: {listed(found, 12)}" for text, found in verdicts.items()]
+    section = Section(f"Over {times(len(run['seeds']), 'seed')}: {'; '.join(said)}.")
     table = [
         [
             escape(groups.label(row["group"])),
@@ -106,10 +110,6 @@ def critical_sets_over_seeds(run: Results, groups: Groups) -> list[Section]:
     section.remarks = [*READ, "Means over the seeds with Student's 95 % intervals; the claims have 99.17 %."]
     section.rows = {"critical_sets": _flat(rows)}
     return [section]
-
-
-def _of(groups: Groups, record: Results) -> str:
-    return f"{record['verdict']} for {groups.label(record['group'])}"
 
 
 def _mean(found: Results | None) -> str:
