@@ -21,6 +21,7 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout, select
 from neuronsurgery.loaders import with_groups
 from neuronsurgery.losses import accuracy, causal_lm_loss, causal_margin, cross_entropy, margin, recited
+from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import mean_out
 from neuronsurgery.neurons import Neuron, Neurons
 from neuronsurgery.objectives import contrastive_pruning_loss
@@ -75,6 +76,7 @@ __all__ = [
     "hard_batch",
     "infer_groups",
     "judge",
+    "learned_mask",
     "load_file",
     "magnitudes",
     "margin",

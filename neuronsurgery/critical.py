@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from neuronsurgery.first_order import mean_effects, terms_of
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import margin
+from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, in_turn, points, selective
@@ -193,6 +193,8 @@ def find_critical(
     """
     kinds, unpack = _checked(edits, objective, screen), by_key(unpack, group_key)
     _refuse_unfit(k=k, pool=pool, width=width, weight=weight, cap=cap)
+    if screen == "mask" and process_group is not None:
+        raise ValueError("a mask is learned by one process: pass screen='effects' with process_group=")
     named = named_loaders(loaders)
     options = _Options(metric, predict, unpack, progress, process_group)
     counts, searched = counted_examples(named, unpack, process_group)
@@ -224,7 +226,7 @@ def find_critical(
         others,
         bests,
         tuple(search.path),
-        MappingProxyType(cost),
+        cost,
         () if means is None or not means.reasons else (unheld_layers(means.reasons),),
         allowed,
         made,
@@ -319,8 +321,6 @@ def _by_mask(
     options: _Options,
 ) -> list[Candidate]:
     """Return the candidates in the order of a learned mask, every kind of the first neuron first."""
-    from neuronsurgery.masks import learned_mask
-
     scores = learned_mask(
         model,
         loaders,

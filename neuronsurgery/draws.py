@@ -7,10 +7,12 @@ import hashlib
 import numpy as np
 
 
-def random_bits(key: str, size: int) -> np.ndarray:
-    """Return `size` random 64-bit integers (uint64) that depend on the key alone."""
+def random_bits(key: str, size: int, start: int = 0) -> np.ndarray:
+    """Return `size` random 64-bit integers (uint64) that depend on the key alone, those from the place `start` on."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    return np.random.Philox(key=number).random_raw(size)
+    generator = np.random.Philox(key=number)
+    generator.advance(start // 4)  # it makes four at a time
+    return generator.random_raw(start % 4 + size)[start % 4 :]
 
 
 def normals(key: str, size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -298,7 +298,7 @@ def group_grad_norms(
             "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
             "flattens the gradient and changes the ranking of neurons: pass predict= to take the logits, or loss="
         )
-    _warn_of_unreached(objective, reached)
+    warn_of_unreached(objective.leaves, reached, objective.held)
     return Scores(
         torch.stack(list(rows.values())), tuple(rows), tuple(counts.values()), objective.layout, "gradient norm"
     )
@@ -404,18 +404,18 @@ def _warn_of_memory(sums: Mapping[Group, Sums]) -> None:
         )
 
 
-def _warn_of_unreached(objective: _Objective, reached: set[str]) -> None:
-    """Warn of scored layers that no gradient came to in any batch, and of parameters used in ways it cannot see."""
-    if objective.held:
-        partly = inline(f"{name} (by {where})" for name, where in objective.held.items())
+def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
+    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
+    if held:
+        partly = inline(f"{name} (by {where})" for name, where in held.items())
         warn(
             f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
             f"in no score: use the registered parameter, or leave these layers out with where="
         )
-    missed = [name for name in objective.leaves if name not in reached]
+    missed = [name for name in scored if name not in reached]
     if missed:
         warn(
-            f"no gradient reached {len(missed)} of {len(objective.leaves)} scored layers, whose scores are 0: "
+            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
             f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
             f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -289,7 +288,7 @@ def _verdict(
     sign = 1.0 if swept.baseline.larger_is_better else -1.0
     change, interval = swept.change("judged"), swept.interval("judged", LEVEL)
     net = _net(change, group, against, sign)
-    low, high = _net_interval(swept, group, against, sign, f"net\0{seed}")
+    low, high = _net_interval(swept, group, against, sign, net, f"net\0{seed}")
     controls = tuple(
         Control(one.neurons, changes[group], _worst(changes, against, sign), _net(changes, group, against, sign))
         for number, one in enumerate(drawn or ())
@@ -301,8 +300,8 @@ def _verdict(
     return Verdict(
         group,
         against,
-        MappingProxyType(change),
-        MappingProxyType(interval),
+        change,
+        interval,
         net,
         (low, high),
         (1 + as_much) / (1 + len(controls)) if controls else None,
@@ -310,7 +309,7 @@ def _verdict(
         controls,
         said.verdict() + rest,
         said.caveats(),
-        MappingProxyType(dict(zip(swept.baseline.groups, swept.baseline.counts, strict=True))),
+        dict(zip(swept.baseline.groups, swept.baseline.counts, strict=True)),
         swept.metric,
     )
 
@@ -324,11 +323,14 @@ def _net(change: Mapping[Group, float], group: Group, against: Iterable[Group], 
     return sign * (_worst(change, against, sign) - change[group])
 
 
-def _net_interval(swept: Sweep, group: Group, against: Sequence[Group], sign: float, key: str) -> tuple[float, float]:
+def _net_interval(
+    swept: Sweep, group: Group, against: Sequence[Group], sign: float, net: float, key: str
+) -> tuple[float, float]:
     """Return the interval of the net by bootstrap: each group's examples drawn anew, and the worst of the others.
 
     Of values of 0 and 1 each group is drawn from with one example more that rises and one that falls, as in the
-    interval of Bonett and Price, so that groups in which nothing changed are not taken for certain.
+    interval of Bonett and Price, so that groups in which nothing changed are not taken for certain. The worst of
+    several is worse in most draws than in truth, so the middle of the draws is moved to the net that was measured.
     """
     number = int.from_bytes(random_bits(key, 2).tobytes(), "little")
     generator = np.random.Generator(np.random.Philox(key=number))
@@ -336,8 +338,8 @@ def _net_interval(swept: Sweep, group: Group, against: Sequence[Group], sign: fl
     members = group_members(swept.members)
     means = {name: _resampled(difference[members[name]], swept.is_binary, generator) for name in (group, *against)}
     nets = np.min([means[name] for name in against], axis=0) - means[group]
-    low, high = np.quantile(nets, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    low, middle, high = np.quantile(nets, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    return float(low + net - middle), float(high + net - middle)
 
 
 def _resampled(difference: np.ndarray, binary: bool, generator: np.random.Generator) -> np.ndarray:

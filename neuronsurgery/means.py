@@ -217,24 +217,16 @@ def find_means(
     error = None
     try:
         with without_mha_fastpath():
-            for number, batch in enumerate(_batches(loaders, runner, unpack, None)):
-                found.see(batch, predict)
-                if found.settled or number:  # what the first batch does not run, the second hardly will
-                    break
+            batch = next((b for _, b in iterate_groups(loaders, device=runner.device, unpack=unpack)), None)
+            seen = None if batch is None else found.see(batch, predict)
     except Exception as raised:
-        error = raised
-    exchange(process_group, error, None)
+        error, seen = raised, None
+    shares = [share for share in exchange(process_group, error, seen) if share is not None]
+    if not shares:
+        raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
+    found.take(shares[0])  # of the first rank that has an example
     channels = _channel_means(runner, found.wanted, loaders, unpack, progress, process_group)
     return found.means(channels)
-
-
-def _batches(loaders: Loaders, runner: Runner, unpack: Unpack | None, progress: str | None) -> Iterator[Batch]:
-    empty = True
-    for _, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=progress):
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
 
 
 def _channel_means(
@@ -252,7 +244,8 @@ def _channel_means(
     examples, error = 0, None
     try:
         with torch.no_grad(), without_mha_fastpath():
-            for batch in _batches(loaders, runner, unpack, "means" if progress else None):
+            label = "means" if progress else None
+            for _, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
                 with _summing(wanted) as batch_means:
                     isolated_forward(runner.model, batch)
                 runner.attributes.restore()
@@ -263,7 +256,10 @@ def _channel_means(
         error = raised
     shares = exchange(process_group, error, ({at: total.cpu() for at, total in sums.items()}, examples))
     total = sum(count for _, count in shares)
-    return {place: torch.stack([share[at] for share, _ in shares]).sum(0) / total for at, place in enumerate(wanted)}
+    return {
+        place: torch.stack([share[at] for share, _ in shares if at in share]).sum(0) / total
+        for at, place in enumerate(wanted)
+    }
 
 
 @contextmanager
@@ -295,16 +291,20 @@ class _Search:
         self._surveyed, self._runner = surveyed, runner
         self._seen = {layer: place_of(layer, surveyed, runner) for layer in layers}
         self._norms: dict[Layer, nn.Module] = {}
-        self.settled = False
 
-    def see(self, batch: Batch, predict: Predict | None) -> None:
-        """See which norm alone reads which layer's output, on a few examples of a batch."""
+    def see(self, batch: Batch, predict: Predict | None) -> dict[int, str]:
+        """Return which norm alone reads which layer's output, on a few examples of a batch, by the norm's path."""
         if not inseparable(batch):
             batch = Examples.of(batch).take(range(min(FEW, len(batch)))).batch()
-        outputs = {layer: place.module for layer, place in self._seen.items() if place and place.side == "output"}
+        outputs = {at: place.module for at, place in enumerate(self._seen.values()) if place and place.side == "output"}
         readers = sole_readers(self._runner, set(outputs.values()), batch, predict)
-        self._norms |= {layer: readers[module] for layer, module in outputs.items() if module in readers}
-        self.settled = all(module in readers for module in outputs.values())
+        paths = {module: path for path, module in self._runner.model.named_modules()}
+        return {at: paths[readers[module]] for at, module in outputs.items() if module in readers}
+
+    def take(self, norms: Mapping[int, str]) -> None:
+        """Note which norm alone reads each layer's output, by the number of the layer and the path of the norm."""
+        layers = list(self._seen)
+        self._norms = {layers[at]: self._runner.model.get_submodule(path) for at, path in norms.items()}
 
     @property
     def wanted(self) -> list[Place]:

@@ -107,6 +107,7 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
         given.model, {"a": given.data, "b": given.data[:1]}
     ),
     "group_grad_norms of whole batches": lambda given: ns.group_grad_norms(given.model, given.data, regroup=False),
+    "learned_mask": lambda given: ns.learned_mask(given.model, given.data, 1, steps=2, batch_size=3),
     "topk": lambda given: ns.topk(ns.magnitudes(given.model), 3),
     "sample": lambda given: ns.sample(ns.find_layout(given.model), 3, seed=1),
     "hard_batch": lambda given: ns.hard_batch(given.model, given.data, top=4, sample=2).args[0],

@@ -27,7 +27,8 @@ ORDER = [
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph"),
     *("coupling", "outcomes", "sharing", "sweeps", "fragile"),
-    *("outputs", "normed", "means", "first_order", "effects", "masks", "splits", "searches", "critical", "judgement"),
+    *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
+    *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]
 GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "export", "trust", "residual"]

@@ -82,6 +82,7 @@ def test_random_states_of_the_gpu_are_kept() -> None:
     ns.evaluate(model, given.data)
     ns.group_grad_norms(model, given.data)
     ns.hard_batch(model, given.data, top=4, sample=2)
+    assert ns.learned_mask(model, given.data, 1, steps=2).values.device.type == "cpu"
     assert torch.equal(torch.cuda.get_rng_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
 

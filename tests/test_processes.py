@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -91,6 +92,21 @@ def hardest(model: nn.Module, data: Any, **world: Any) -> tuple[Tensor, Tensor, 
     return batch.args[0].numpy(), batch.targets.numpy(), batch.groups  # type: ignore[return-value]  # arrays compare by bytes
 
 
+def effects(model: nn.Module, data: Any, **world: Any) -> tuple[Any, ...]:
+    found = [ns.group_effects(model, data, edit=kind, **world) for kind in ("zero", "mean")]  # type: ignore[arg-type]
+    # The ranks' sums are added up in another order.
+    return np.round(found[0].values.numpy(), 5), np.round(found[1].values.numpy(), 5), found[0].groups
+
+
+def search(model: nn.Module, data: Any, **world: Any) -> tuple[Any, ...]:
+    found = ns.find_critical(model, data, 1, k=2, pool=6, **world)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of small groups
+        verdict = ns.judge(found.edit, model, data, 1, draws=4, **world)
+    own = np.array([step.own for step in found.path])
+    return own, np.array([verdict.net, *verdict.net_interval]), (found.neurons, found.cost, verdict.sentence)
+
+
 def equal(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(one[0], np.ndarray):
         return all(np.array_equal(a, b) for a, b in zip(one[:2], other[:2], strict=True)) and one[2] == other[2]
@@ -111,6 +127,10 @@ AGREE: dict[str, Callable[..., Any]] = {
     "sweeps": both(sweeps, share),
     "the hardest examples": both(hardest, share),
     "the hardest, a rank without a batch": both(hardest, first_only(share, [])),
+    "effects": both(effects, share),
+    "effects, a rank without a batch": both(effects, first_only(share, [])),
+    "a search and a verdict": both(search, share),
+    "a search, a rank without a batch": both(search, first_only(share, [])),
 }
 
 
@@ -266,6 +286,14 @@ def test_metrics_are_those_of_one_process(name: str, results: list[dict[str, Out
     found, right = results[0][name], AGREE[name](0, 1)
     assert (found.groups, found.counts) == (right.groups, right.counts)
     assert found.values == pytest.approx(right.values, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in AGREE if "effects" in name or "search" in name])
+def test_effects_and_searches_are_those_of_one_process(name: str, results: list[dict[str, Outcome]]) -> None:
+    found, right = results[0][name], AGREE[name](0, 1)
+    assert found[2] == right[2]
+    for one, other in zip(found[:2], right[:2], strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
 
 
 def test_several_metrics_are_those_of_one_process(results: list[dict[str, Outcome]]) -> None:
