@@ -6,10 +6,9 @@ original, is mended: functions that call a module of the model, and the classes 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
-import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
+from neuronsurgery.guards import Guard
+from neuronsurgery.habits import given_to, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
@@ -32,7 +33,8 @@ from neuronsurgery.parametrized import (
     remove_parametrization,
     tensor_attributes,
 )
-from neuronsurgery.surveys import Survey, refuse_unrunnable, survey
+from neuronsurgery.rebinding import rebound, rebound_hooks
+from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
 from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap
@@ -84,7 +86,7 @@ def copy_structure(
     for module in names:
         _share(module, memo, buffers, optimizers=not replace)
     memo.update(replace or {})
-    known = {id(module): None for module in names}
+    known = given_to(names)
     for module, name in names.items():
         _fill(memo[id(module)], module, name, memo, blank_caches(module, known) if blank else {})
     copied = {module: memo[id(module)] for module in names}
@@ -139,75 +141,16 @@ def _clone(buffer: Tensor) -> Tensor:
     return buffer if buffer.is_meta else buffer.detach().clone()
 
 
-def _rebound(value: Any, memo: Mapping[int, Any], within: tuple[int, ...] = ()) -> Any:
-    """Return a function so that it calls the copy where it called the model, as an uncompiled one; else the value.
-
-    A deep copy takes functions as they are, and with a forward that was replaced by a closure (by `torch.compile`, by
-    autocast, by hand) the original would go on to run in the copy. Modules in containers of a closure and among the
-    defaults of a function count as well.
-
-    Args:
-        value: what an attribute or a closure holds.
-        memo: the copies of the modules, by the id of the original.
-        within: the ids of the functions that this one is in the closure of.
-    """
-    if isinstance(value, nn.Module):
-        return memo.get(id(value), value)
-    compiled = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
-    if compiled is not None:
-        return _rebound(compiled, memo, within)
-    if isinstance(value, types.MethodType):
-        function, owner = _rebound(value.__func__, memo, within), memo.get(id(value.__self__), value.__self__)
-        same = function is value.__func__ and owner is value.__self__
-        return value if same else types.MethodType(function, owner)
-    if isinstance(value, functools.partial):
-        inner = [value.func, *value.args]
-        function, *args = (_rebound(part, memo, within) for part in inner)
-        same = all(new is old for new, old in zip([function, *args], inner, strict=True))
-        return value if same else functools.partial(function, *args, **value.keywords)
-    if type(value) in (list, tuple, set, dict) and id(value) not in within and (within or _holds_functions(value)):
-        return _rebound_container(value, memo, (*within, id(value)))
-    if not isinstance(value, types.FunctionType) or id(value) in within:
-        return value
-    return _rebound_function(value, memo, (*within, id(value)))
-
-
-def _rebound_container(value: Any, memo: Mapping[int, Any], within: tuple[int, ...]) -> Any:
-    """Return a container with what it holds rebound; the container itself where nothing is."""
-    items = list(value.values()) if isinstance(value, dict) else list(value)
-    rebound = [_rebound(item, memo, within) for item in items]
-    if all(new is old for new, old in zip(rebound, items, strict=True)):
-        return value
-    return dict(zip(value, rebound, strict=True)) if isinstance(value, dict) else type(value)(rebound)
-
-
-def _rebound_function(value: types.FunctionType, memo: Mapping[int, Any], within: tuple[int, ...]) -> Any:
-    """Return a function whose closure and defaults are rebound; the function itself where nothing is."""
-    contents = [_content(cell) for cell in value.__closure__ or ()]
-    rebound = [_rebound(content, memo, within) for content in contents]
-    defaults = _rebound(value.__defaults__, memo, within)
-    named = _rebound(value.__kwdefaults__, memo, within)
-    same = all(new is old for new, old in zip(rebound, contents, strict=True))
-    if same and defaults is value.__defaults__ and named is value.__kwdefaults__:
-        return value
-    cells = tuple(types.CellType(content) for content in rebound) or None
-    function = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
-    function.__kwdefaults__ = named
-    function.__dict__.update(vars(value))
-    return function
-
-
-def _holds_functions(container: Any) -> bool:
-    """Return whether a container has functions that may call a module; what else is in it is copied afterwards."""
-    items = container.values() if isinstance(container, dict) else container
-    return any(isinstance(item, types.FunctionType | types.MethodType | functools.partial) for item in items)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    rebound = _rebound(value, memo)
-    if rebound is not value:
-        return copy.deepcopy(rebound, memo) if isinstance(value, list | tuple | set | dict) else rebound
-    known = len(memo)
+def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Return the copy of an attribute; one that is compiled is bound to the original, and the copy runs uncompiled."""
+    if key == "_compiled_call_impl":
+        return None
+    hooks = key.endswith("_hooks") and isinstance(value, dict)
+    new = rebound_hooks(value, memo) if hooks else rebound(value, memo)
+    if new is not value and not hooks:
+        memo[id(value)] = new if callable(value) else copy.deepcopy(new, memo)
+        return memo[id(value)]
+    value, known = new, len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:
@@ -220,21 +163,13 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
 def _fill(new: nn.Module, module: nn.Module, name: str, memo: dict[int, Any], blank: Mapping[str, Any]) -> None:
     attributes = {key: value for key, value in blank.items() if value is not ABSENT}
     for key, value in kept_attributes(module).items():
         if key in blank:
             continue
         try:
-            # A compiled forward is bound to the original; the copy runs uncompiled.
-            attributes[key] = None if key == "_compiled_call_impl" else _copied(value, memo)
+            attributes[key] = _copied(key, value, memo)
         except Exception as error:
             raise TypeError(
                 f"cannot make a view of the model: attribute '{key}' of module '{name or type(module).__name__}' "
@@ -259,6 +194,11 @@ def _keep_parameters() -> None:
 
 # Copies to run
 
+WRITES = (
+    "the forward pass would write into {}, a parameter of your model: have it compute with a copy of the parameter "
+    "(weight.clamp(...) in the place of weight.data.clamp_(...)), or change the parameter outside of the forward"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Runner:
@@ -269,6 +209,7 @@ class Runner:
         parameters: its parameters by the names of the survey.
         places: for each parameter one path to every module and attribute that hold it, for `functional_call`.
         device: of its first parameter, or None.
+        own: the names of the parameters that the copy does not share, since its forward pass writes into them.
         attributes: of its modules, to be given back after each forward pass.
     """
 
@@ -276,10 +217,24 @@ class Runner:
     parameters: Mapping[str, nn.Parameter]
     places: Mapping[str, tuple[str, ...]]
     device: torch.device | None
+    own: frozenset[str] = frozenset()
     attributes: Attributes = field(init=False)
+    _unguarded: list[bool] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attributes", Attributes(self.model))
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Have the first forward pass refused if it writes into a shared parameter, before it does.
+
+        Raises:
+            RuntimeError: where it would; names the parameter.
+        """
+        shared = {name: tensor for name, tensor in self.parameters.items() if name not in self.own}
+        with contextlib.nullcontext() if self._unguarded else Guard(shared, WRITES):
+            yield
+        self._unguarded.append(True)
 
 
 def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True) -> Runner:
@@ -310,7 +265,8 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
     """
-    copied = copy_structure(surveyed, replace=_renormalised(surveyed), blank=blank)
+    written = _written(surveyed)
+    copied = copy_structure(surveyed, replace=_own_copies(written), blank=blank)
     _set_eval(copied.model)
     if checkpoints:
         children = [child for module in surveyed.modules for child in module._modules.values() if child is not None]
@@ -327,7 +283,8 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
         for name, tensor in surveyed.tensors.items()
     }
     places = {name: tuple(use.path for use in tensor.uses) for name, tensor in surveyed.tensors.items()}
-    return Runner(copied.model, parameters, places, surveyed.device)  # type: ignore[arg-type]  # none is None
+    own = frozenset(tensor.name for tensor in written)
+    return Runner(copied.model, parameters, places, surveyed.device, own)  # type: ignore[arg-type]  # none is None
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
@@ -383,13 +340,28 @@ def _checkpoint(module: nn.Module) -> None:
     module.__dict__["forward"] = run
 
 
-def _renormalised(surveyed: Survey) -> dict[int, Tensor]:
-    """Return own copies of the weights that a forward pass itself changes: those of embeddings with `max_norm`."""
-    own: dict[int, Tensor] = {}
+def _written(surveyed: Survey) -> list[SurveyedTensor]:
+    """Return the tensors that a forward pass in evaluation mode itself changes: embeddings with `max_norm`, clamps."""
+    written: set[tuple[int, str]] = set()
     for module in surveyed.modules:
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and weight is not None:
-            own[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        written |= {(id(holder), attribute) for holder, attribute in written_by_forward(module)}
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            written.add((id(module), "weight"))
+    return [
+        tensor
+        for tensor in surveyed.tensors.values()
+        if any((id(use.module), use.attribute) in written for use in tensor.uses)
+    ]
+
+
+def _own_copies(tensors: Iterable[SurveyedTensor]) -> dict[int, Tensor]:
+    """Return copies of some tensors, by the id of each parameter; what lies in one memory goes on doing so."""
+    own: dict[int, Tensor] = {}
+    for tensor in tensors:
+        value = tensor.parameter.detach().clone()
+        for held in tensor.parameters:
+            if not tensor.parametrized and id(held) not in own:
+                own[id(held)] = nn.Parameter(value.detach(), held.requires_grad)
     return own
 
 

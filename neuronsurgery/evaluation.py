@@ -288,7 +288,7 @@ def evaluate(
         with torch.no_grad(), without_mha_fastpath():
             label = "evaluation" if progress else None
             for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):
-                logits = extract_logits(isolated_forward(runner.model, batch), predict, len(batch))
+                logits = extract_logits(isolated_forward(runner, batch), predict, len(batch))
                 refuse_unshifted_metrics(metrics.values(), logits, batch)
                 for key, function in metrics.items():
                     tallies[key].add(groups, example_values(function, logits, batch.targets))

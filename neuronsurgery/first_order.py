@@ -211,7 +211,7 @@ class _Pass:
 
     def _values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of a batch and the metric of each example."""
-        logits = extract_logits(isolated_forward(self._runner.model, batch), self._predict, len(batch))
+        logits = extract_logits(isolated_forward(self._runner, batch), self._predict, len(batch))
         refuse_unshifted_metrics((self._metric,), logits, batch)
         values = self._metric(logits, batch.targets)
         if not isinstance(values, Tensor) or values.shape != batch.targets.shape[:1]:

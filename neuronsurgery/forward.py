@@ -14,13 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from neuronsurgery.batches import Batch, map_tensors
+from neuronsurgery.copies import Runner
 from neuronsurgery.errors import checked_function
 from neuronsurgery.switches import KERNELS, undoing
 from neuronsurgery.types import Predict
 
 
-def isolated_forward(model: nn.Module, batch: Batch) -> Any:
-    """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside."""
+def isolated_forward(runner: Runner, batch: Batch) -> Any:
+    """Return a model's output for a batch; what it writes into its inputs, or draws, stays without effect outside.
+
+    Raises:
+        RuntimeError: if it would write into a parameter of the caller's model, as far as the first pass shows.
+    """
     copies: list[Tensor] = []
 
     def own(tensor: Tensor) -> Tensor:
@@ -28,8 +33,8 @@ def isolated_forward(model: nn.Module, batch: Batch) -> Any:
         return copies[-1]
 
     args, kwargs = map_tensors((batch.args, dict(batch.kwargs)), own)
-    with random_state_kept(copies), KERNELS.steady(), decoder_inputs_given(model, batch):
-        return model(*args, **kwargs)
+    with random_state_kept(copies), KERNELS.steady(), decoder_inputs_given(runner.model, batch), runner.guarded():
+        return runner.model(*args, **kwargs)
 
 
 @contextlib.contextmanager

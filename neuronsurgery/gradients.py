@@ -164,7 +164,7 @@ def _gradients(
 
 
 def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-    logits = extract_logits(isolated_forward(objective.runner.model, batch), objective.predict, len(batch))
+    logits = extract_logits(isolated_forward(objective.runner, batch), objective.predict, len(batch))
     refuse_unshifted_loss(objective.loss, logits, batch)
     return logits, example_losses(objective.loss, logits, batch.targets)
 

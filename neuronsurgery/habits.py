@@ -1,44 +1,18 @@
-"""What the code of a module's class does with its attributes and parameters, read off its source.
-
-Nothing is run. What is followed are the methods and properties of the class that its forward mentions, those of its
-base classes, and functions of its file that are given the module.
-"""
+"""What the code of a module's class does with its attributes and parameters, read off its source."""
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import operator
-import textwrap
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from neuronsurgery.parametrized import tensor_attributes
-
-FORWARD = ("forward", "__call__")
-SWITCHES = ("train", "eval")
-"""The methods that a model runs by itself, and those that it runs between training and evaluation."""
-
-RECORDING = {"append", "appendleft", "extend", "insert", "add", "update", "__setitem__", "clear"}
-FILLING = RECORDING | {"setdefault", "pop"}
-"""Methods that change a container; the first read nothing from it."""
-
-IN_PLACE = {name for name in (*dir(Tensor), *dir(nn.init)) if name.endswith("_") and not name.endswith("__")}
-IN_PLACE -= {"requires_grad_", "detach_", "retain_grad_", "rename_", "share_memory_"}
-"""Functions that write into a tensor."""
-
-
-class Start(NamedTuple):
-    """What a constructor sets an attribute to: a constant, something empty, or something else."""
-
-    kind: Literal["constant", "empty", "filled"]
-    value: Any = None
+from neuronsurgery.sources import DATA, FORWARD, SWITCHES, Code, Start, function_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +23,8 @@ class Habits:
         assigned: those that its forward or a switch assigns.
         filled: those whose content these change.
         switched: those that a switch assigns; it has no inputs to compute them from.
+        accumulated: those that these change by `+=` and the like.
+        given: the paths of attributes of other objects that these assign or fill.
         read: those that its forward reads.
         starts: what its constructor sets them to; those that it does not mention are missing.
     """
@@ -56,6 +32,8 @@ class Habits:
     assigned: frozenset[str]
     filled: frozenset[str]
     switched: frozenset[str]
+    accumulated: frozenset[str]
+    given: frozenset[str]
     read: frozenset[str]
     starts: Mapping[str, Start]
 
@@ -66,10 +44,15 @@ def type_of(module: nn.Module) -> Any:  # a class: mypy does not take those for 
 
 
 @functools.lru_cache(maxsize=1024)
+def _forward(kind: Any) -> Code:
+    return Code.of(kind, FORWARD)
+
+
+@functools.lru_cache(maxsize=1024)
 def habits_of(kind: Any) -> Habits:
     """Return what the code of a class does with attributes."""
-    forward, switches = _Code.of(kind, FORWARD), _Code.of(kind, SWITCHES)
-    constructor = _Code.of(kind, ("__init__",))
+    forward, switches = _forward(kind), Code.of(kind, SWITCHES)
+    constructor = Code.of(kind, ("__init__",))
     starts = dict(constructor.starts)
     for name in (forward.cleared | switches.cleared) - starts.keys():
         starts[name] = Start("constant", None)  # some method sets it back to None
@@ -77,6 +60,8 @@ def habits_of(kind: Any) -> Habits:
         frozenset(forward.assigned | switches.assigned),
         frozenset(forward.filled | switches.filled),
         frozenset(switches.assigned),
+        frozenset(forward.accumulated | switches.accumulated),
+        frozenset(forward.given | switches.given),
         frozenset(forward.read),
         starts,
     )
@@ -88,239 +73,81 @@ def overwriting(module: nn.Module) -> list[str]:
     That is to assign `.data`, or to call a function that works in place on `.data` or on a parameter: merging an
     adapter, resizing a table, initialising anew.
     """
-    kind = type_of(module)
-    return [name for name, paths in _written_paths(kind).items() if any(_is_parameter(module, path) for path in paths)]
+    methods = _other_methods(type_of(module))
+    return [name for name, code in methods.items() if any(_is_parameter(module, path) for path in code.in_place)]
+
+
+def doubtful(module: nn.Module) -> list[str]:
+    """Return the methods of a module, but for those that its forward mentions, that may write into parameters.
+
+    They get at parameters, or hand a module on, and write into something in place or hand on whatever it is.
+    """
+    return [
+        name
+        for name, code in _other_methods(type_of(module)).items()
+        if not code.of_torch
+        and (code.hands_on or (code.writes and (code.gathers or any(_is_parameter(module, p) for p in code.paths))))
+    ]
+
+
+def computed_by_methods(module: nn.Module) -> set[str]:
+    """Return the attributes that other methods of a module than its forward set to something made of parameters."""
+    kind, found = type_of(module), set()
+    for code in _other_methods(kind).values():
+        found |= {name for name, paths in code.sources.items() if any(_is_made(module, path) for path in paths)}
+    return found
+
+
+def _is_made(module: nn.Module, path: str) -> bool:
+    """Return whether a path is that of a parameter, or of a method or property that reads one."""
+    if _is_parameter(module, path):
+        return True
+    method = function_of(inspect.getattr_static(type_of(module), path, None)) if path.isidentifier() else None
+    return method is not None and any(_is_parameter(module, inner) for inner in Code.of(type_of(module), [path]).paths)
+
+
+def given_to(modules: Iterable[nn.Module]) -> dict[int, set[str]]:
+    """Return for each module of a model, by its id, the attributes that the forward of another one writes."""
+    found: dict[int, set[str]] = {id(module): set() for module in modules}
+    for module in modules:
+        for path in habits_of(type_of(module)).given:
+            holder, name = _holder(module, path)
+            if id(holder) in found:
+                found[id(holder)].add(name)
+    return found
+
+
+def written_by_forward(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return what a module's forward writes into in evaluation mode: the holder of a parameter, and its name there."""
+    paths = _forward(type_of(module)).in_place
+    return [_holder(module, path) for path in sorted(paths) if path != DATA and _is_parameter(module, path)]
+
+
+def _holder(module: nn.Module, path: str) -> tuple[Any, str]:
+    """Return what a path of attributes ends in, as far as it leads without running a property, and its last name."""
+    *parents, name = path.split(".")
+    holder: Any = module
+    for parent in parents:
+        held = holder._modules if isinstance(holder, nn.Module) and parent in holder._modules else None
+        holder = (getattr(holder, "__dict__", {}) if held is None else held).get(parent)
+    return holder, name
 
 
 def _is_parameter(module: nn.Module, path: str) -> bool:
-    parent, _, name = path.rpartition(".")
-    try:
-        holder = operator.attrgetter(parent)(module) if parent else module
-    except AttributeError:
-        return False
-    return path == "data" or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
+    holder, name = _holder(module, path)
+    return path == DATA or (isinstance(holder, nn.Module) and name in tensor_attributes(holder))
 
 
 @functools.lru_cache(maxsize=1024)
-def _written_paths(kind: Any) -> dict[str, frozenset[str]]:
-    """Return for each method what it writes to in place: paths from the module, "data" for any `.data`."""
+def _other_methods(kind: Any) -> dict[str, Code]:
+    """Return what is found in each method of a class that neither its forward nor a switch mentions."""
     names = {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}
-    reached = _Code.of(kind, (*FORWARD, *SWITCHES)).methods
-    written = {}
+    reached = Code.of(kind, (*FORWARD, *SWITCHES)).methods
+    found = {}
     for name in sorted(names - reached):
-        function = None if name.startswith("__") else _function(inspect.getattr_static(kind, name, None))
+        function = None if name.startswith("__") else function_of(inspect.getattr_static(kind, name, None))
         if function is not None:
-            code = _Code()
-            code.look_at(function, kind)
-            written[name] = frozenset(code.in_place)
-    return written
-
-
-# Code
-
-
-class _Code:
-    """What was found in the source of some functions of a class.
-
-    Attributes:
-        methods: the names that were followed.
-        assigned: attributes of the module that are assigned.
-        cleared: those that are assigned None.
-        filled: those whose content is changed.
-        read: those that are read.
-        starts: what those assigned are assigned last.
-        in_place: what is written to in place, see `_written_paths`.
-    """
-
-    def __init__(self) -> None:
-        self.methods: set[str] = set()
-        self.assigned: set[str] = set()
-        self.cleared: set[str] = set()
-        self.filled: set[str] = set()
-        self.read: set[str] = set()
-        self.starts: dict[str, Start] = {}
-        self.in_place: set[str] = set()
-
-    @classmethod
-    def of(cls, kind: Any, entries: Iterable[str]) -> _Code:
-        """Return what is found in some methods, those that they mention, and so on; torch's own are not looked at."""
-        code, queue = cls(), list(entries)
-        while queue:
-            name = queue.pop()
-            if name in code.methods:
-                continue
-            code.methods.add(name)
-            for base in reversed(kind.__mro__):
-                function = _function(vars(base).get(name))
-                if function is not None and not f"{function.__module__}.".startswith("torch."):
-                    queue += code.look_at(function, base)
-        return code
-
-    def look_at(self, function: types.FunctionType, owner: type) -> set[str]:
-        """Add what is found in a function; return the names of methods that it mentions."""
-        tree = _tree_of(function)
-        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-        if tree is None or not arguments:
-            self.starts |= {name: Start("filled") for name in function.__code__.co_names if tree is None}
-            return set()
-        found = _Visitor(self, arguments[0], owner)
-        found.visit(tree)
-        for helper in found.helpers:
-            inner = function.__globals__.get(helper)
-            ours = isinstance(inner, types.FunctionType) and inner.__module__ == function.__module__
-            if ours and helper not in self.methods:
-                self.methods.add(helper)
-                found.mentioned |= self.look_at(inner, owner)  # type: ignore[arg-type]  # it is a function
-        return found.mentioned
-
-
-class _Visitor(ast.NodeVisitor):
-    """Sees what the source of one function does with the attributes of the module, which goes by one name in it."""
-
-    def __init__(self, code: _Code, module: str, owner: type) -> None:
-        self.code, self.module, self.owner = code, module, owner
-        self.mentioned: set[str] = set()
-        self.helpers: set[str] = set()
-        self.variables: dict[str, str] = {}
-
-    def attribute(self, node: ast.AST | None) -> str | None:
-        """Return the attribute of the module that an expression is, perhaps by a variable's name."""
-        if isinstance(node, ast.Name):
-            return self.variables.get(node.id)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.module:
-            private = node.attr.startswith("__") and not node.attr.endswith("__")
-            return f"_{self.owner.__name__.lstrip('_')}{node.attr}" if private else node.attr
-        return None
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self._store(target, node.value)
-        self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self._store(node.target, node.value)
-        self.generic_visit(node)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self._store(node.target, None)
-        name = self.attribute(node.target)
-        self.code.read |= {name} if name else set()
-        self.generic_visit(node)
-
-    def visit_Delete(self, node: ast.Delete) -> None:
-        for target in node.targets:
-            self._store(target, None)
-        self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        name = self.attribute(node)
-        if name is not None:
-            self.mentioned.add(name)
-            if isinstance(node.ctx, ast.Load):
-                self.code.read.add(name)
-        elif isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super":
-            self.mentioned.add(node.attr)
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        function = node.func
-        name = function.id if isinstance(function, ast.Name) else ""
-        of_module = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == self.module
-        if of_module and name:
-            self.helpers.add(name)
-            said = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
-            if name == "setattr" and isinstance(said, str):
-                self.code.assigned.add(said)
-            elif name in ("getattr", "hasattr") and isinstance(said, str):
-                self.code.read.add(said)
-        if isinstance(function, ast.Attribute):
-            receiver = self.attribute(_whole(function.value))
-            if receiver is not None and function.attr in FILLING:
-                self.code.filled.add(receiver)
-                if function.attr in RECORDING:
-                    for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-                        self.visit(argument)
-                    return
-            if function.attr in IN_PLACE:
-                # x.mul_(...), or init.zeros_(x)
-                self._note_in_place(function.value)
-                self._note_in_place(node.args[0] if node.args else None)
-        self.generic_visit(node)
-
-    def _store(self, target: ast.expr, value: ast.expr | None) -> None:
-        if isinstance(target, ast.Tuple | ast.List):
-            fits = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
-            values: list[Any] = value.elts if fits else [None] * len(target.elts)  # type: ignore[union-attr]  # it fits
-            for part, of_it in zip(target.elts, values, strict=True):
-                self._store(part, of_it)
-        elif isinstance(target, ast.Name):
-            named = self.attribute(value)
-            if named is not None:
-                self.variables[target.id] = named
-        elif isinstance(target, ast.Subscript):
-            self._store_within(target.value)
-            self._note_in_place(target.value)
-        elif isinstance(target, ast.Attribute):
-            name = self.attribute(target)
-            if name is not None:
-                start = _start(value)
-                self.code.assigned.add(name)
-                self.code.cleared |= {name} if start == Start("constant", None) else set()
-                self.code.starts[name] = start
-            else:
-                self._store_within(target.value)
-                if target.attr == "data":
-                    self.code.in_place.add("data")
-
-    def _store_within(self, container: ast.expr) -> None:
-        """Note that the content of an attribute changes: self.cache[key] = ..., self.store.value = ..."""
-        name = self.attribute(_whole(container))
-        if name is not None:
-            self.code.filled.add(name)
-
-    def _note_in_place(self, node: ast.AST | None) -> None:
-        """Note what is written to in place: `.data` of anything, or a path of attributes from the module."""
-        if isinstance(node, ast.Subscript):
-            node = node.value
-        if isinstance(node, ast.Attribute):
-            path = ast.unparse(node)
-            if node.attr == "data" and self.attribute(node) is None:
-                self.code.in_place.add("data")
-            elif path.startswith(f"{self.module}.") and all(part.isidentifier() for part in path.split(".")):
-                self.code.in_place.add(path.removeprefix(f"{self.module}."))
-
-
-def _whole(node: ast.expr) -> ast.expr:
-    """Return what an expression is an entry of, or the expression itself."""
-    while isinstance(node, ast.Subscript):
-        node = node.value
-    return node
-
-
-def _start(value: ast.expr | None) -> Start:
-    if isinstance(value, ast.Constant):
-        return Start("constant", value.value)
-    if isinstance(value, ast.List | ast.Set | ast.Dict):
-        return Start("filled" if (value.keys if isinstance(value, ast.Dict) else value.elts) else "empty")
-    if isinstance(value, ast.Call):
-        name = ast.unparse(value.func)
-        bare = not (value.args or value.keywords) or name.endswith(("defaultdict", "deque"))
-        return Start("empty" if bare and not name.startswith("self.") else "filled")
-    return Start("filled")
-
-
-def _function(value: Any) -> types.FunctionType | None:
-    """Return the function behind a method, a property or decorators."""
-    value = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
-    value = inspect.unwrap(value) if callable(value) else value
-    return value if isinstance(value, types.FunctionType) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _tree_of(function: types.FunctionType) -> ast.AST | None:
-    """Return the syntax tree of a function; None if it was made from a string."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
+            found[name] = Code()
+            found[name].of_torch = f"{function.__module__}.".startswith("torch.")
+            found[name].look_at(function, kind)
+    return found

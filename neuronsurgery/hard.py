@@ -143,7 +143,7 @@ def _refuse_several(shapes: set[Any]) -> None:
 def _losses(runner: Runner, batch: Batch, loss: Loss | None, predict: Predict | None) -> tuple[Tensor, Tensor]:
     """Return the logits, and the loss of each example."""
     moved = move(batch, runner.device)
-    logits = extract_logits(isolated_forward(runner.model, moved), predict, len(batch))
+    logits = extract_logits(isolated_forward(runner, moved), predict, len(batch))
     refuse_unshifted_loss(loss, logits, moved)
     losses = example_losses(loss, logits, moved.targets)
     refuse_bad_losses(losses, "a batch")

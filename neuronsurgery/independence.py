@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ def dependence(
         parameters: of the model: where one is in half precision, the logits are no better, whatever their dtype.
 
     Raises:
-        ValueError: if the logits of these examples alone are not one per example: a dimension that is none of examples
-            was taken for one.
+        ValueError: if the logits of these examples alone are not one per example, or they run alone only with a tensor
+            of the whole batch: a dimension that is none of examples was taken for one.
 
     Warns:
         UserWarning: if these examples cannot be run alone; says why.
@@ -45,7 +46,8 @@ def dependence(
     count = min(ALONE, len(batch) - 1)
     if count < 1 or inseparable(batch):
         return ""
-    alone = Examples.of(batch).take(range(count)).batch()
+    examples = Examples.of(batch)
+    alone = examples.take(range(count)).batch()
     try:
         with torch.no_grad():
             parts = forward(alone)
@@ -56,6 +58,7 @@ def dependence(
             f"put the example first, or keep batches together (regroup=False, or a mapping group -> loader)"
         ) from error
     except Exception as error:
+        _refuse_whole(forward, examples, count, logits)
         warn(f"whether examples depend on each other was not checked: {count} of a batch fail alone ({error})")
         return ""
     half = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in (logits, *parameters))
@@ -70,6 +73,36 @@ def dependence(
                 f"in-batch negatives, pad_packed_sequence without total_length=)"
             )
     return ""
+
+
+def _refuse_whole(forward: Forward, examples: Examples, count: int, logits: Tensor) -> None:
+    """Raise if some examples run alone, and as within their batch, once a tensor among the inputs stays whole.
+
+    It has one entry for each class, say, and there are as many classes as examples: it must not be taken apart.
+
+    Raises:
+        ValueError: if there is such a tensor; says where.
+    """
+    places = [place for place, flag in enumerate(examples.per_example) if flag]
+    for whole in places if len(places) > 1 else ():
+        flags = tuple(flag and place != whole for place, flag in enumerate(examples.per_example))
+        part = _logits(forward, replace(examples, per_example=flags).take(range(count)).batch())
+        if part is not None and _difference(logits[:count], part) <= TOLERANCE:
+            shape = tuple(examples.leaves[whole].shape)
+            raise ValueError(
+                f"tensor {whole + 1} of the inputs, of shape {shape}, is not one entry per example, though it has as "
+                f"many entries as the batch has examples: give batches of another size, put it into the model, or keep "
+                f"batches together (regroup=False, or a mapping group -> loader)"
+            )
+
+
+def _logits(forward: Forward, batch: Batch) -> Tensor | None:
+    """Return the logits of a batch, or None where it does not run."""
+    try:
+        with torch.no_grad():
+            return forward(batch)[0]
+    except Exception:
+        return None
 
 
 def _difference(whole: Tensor, part: Tensor) -> float:

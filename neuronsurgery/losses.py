@@ -306,17 +306,18 @@ def refuse_unknown_classes(targets: Tensor, classes: int) -> None:
     """Raise if a class index is not one of the classes; -100 marks a token or pixel that does not count.
 
     Raises:
-        ValueError: if there is one; shows some of them.
+        ValueError: if there is one; shows some of them. If there is a single class, of which the loss is always 0.
     """
     known = (targets >= 0) & (targets < classes)
     if targets.dim() > 1:
         known |= targets == IGNORED_TOKEN
+    one = "for one logit pass loss= with binary_cross_entropy_with_logits(..., reduction='none')"
     if not known.all():
         wrong = sorted(set(targets[~known].tolist()))[:5]
-        hint = ""
-        if classes == 1:
-            hint = "; for one logit pass loss= with binary_cross_entropy_with_logits(..., reduction='none')"
+        hint = f"; {one}" if classes == 1 else ""
         raise ValueError(f"labels must be 0..{classes - 1} for {classes} classes, found {wrong}{hint}")
+    if classes == 1:
+        raise ValueError(f"the cross entropy over a single class is 0, whatever the logits are; {one}")
 
 
 def refuse_unshifted_labels(logits: Tensor, batch: Batch, default: str, instead: str) -> None:

@@ -91,7 +91,7 @@ class _Masked:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, with whatever tensors the copy holds at the moment."""
-        return extract_logits(isolated_forward(self.runner.model, batch), self.predict, len(batch))
+        return extract_logits(isolated_forward(self.runner, batch), self.predict, len(batch))
 
 
 def _masked(model: nn.Module, layout: Layout | None, where: Where | None, predict: Predict | None) -> _Masked:

@@ -247,7 +247,7 @@ def _channel_means(
             label = "means" if progress else None
             for _, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
                 with _summing(wanted) as batch_means:
-                    isolated_forward(runner.model, batch)
+                    isolated_forward(runner, batch)
                 runner.attributes.restore()
                 for at, parts in batch_means.items():
                     sums[at] = sums.get(at, torch.zeros_like(parts[0])) + torch.stack(parts).mean(0) * len(batch)

@@ -72,7 +72,7 @@ def sole_readers(
 
     def look() -> None:
         with readers.listening():
-            logits = extract_logits(isolated_forward(runner.model, batch), predict, len(batch))
+            logits = extract_logits(isolated_forward(runner, batch), predict, len(batch))
         # Any function of all logits: different numbers, so that nothing cancels.
         numbers = torch.arange(logits.numel(), device=logits.device).reshape(logits.shape)
         total = (logits.float() * torch.cos(1.7 * numbers + 0.3)).sum()

@@ -6,48 +6,27 @@ what it returns, one pure function of the model's tensors, so they agree bit for
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization
+from torch.nn.utils.parametrize import register_parametrization
 from typing_extensions import override
 
 from neuronsurgery.copies import computed_copy, copy_structure
 from neuronsurgery.edits import Edit
-from neuronsurgery.errors import inline
-from neuronsurgery.habits import overwriting
+from neuronsurgery.guards import guard_edited
 from neuronsurgery.objects import tensors_in_attributes
 from neuronsurgery.parametrized import (
-    TENSOR_ORDER,
     give_own_class,
     parametrizations,
     remove_parametrization,
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
+from neuronsurgery.refusals import Origin, refuse_writing, release
 from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
-from neuronsurgery.wrappers import is_a
-
-SAVING = (
-    ("PreTrainedModel", "transformers.modeling_utils"),
-    ("PeftModel", "peft.peft_model"),
-    ("ModelHubMixin", "huggingface_hub.hub_mixin"),
-)
-"""Classes that write their state dict to files, by `save_pretrained` and `push_to_hub`, and where they are defined."""
-
-UNEDITED = (
-    "the state dict of a view has the unedited weights, under the names of parametrizations: bake the edit first, and "
-    "save that model"
-)
-
-SHARED = (
-    "this view shares its weights with the model it was made from: convert the model and apply again, or use bake for "
-    "an independent copy"
-)
 
 
 def with_grad_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -> Tensor:
@@ -63,7 +42,7 @@ def with_grad_flag(edited: Tensor, weight: Tensor, *, trainable: bool = False) -
 class EditedRows(nn.Module):
     """The parametrization of a view: the edited weight as a function of the shared one."""
 
-    def __init__(self, tensor_plan: TensorPlan, origin: _Origin) -> None:
+    def __init__(self, tensor_plan: TensorPlan, origin: Origin) -> None:
         super().__init__()
         self.plan = tensor_plan
         self.origin = origin
@@ -71,9 +50,11 @@ class EditedRows(nn.Module):
     @override
     def forward(self, weight: Tensor) -> Tensor:
         """Return the edited weight."""
+        edited = with_grad_flag(self.plan(weight), weight, trainable=self.plan.trainable)
         if not torch.compiler.is_compiling():
             self.origin.refuse_replaced(weight)
-        return with_grad_flag(self.plan(weight), weight, trainable=self.plan.trainable)
+            guard_edited(edited)
+        return edited
 
     @override
     def extra_repr(self) -> str:
@@ -131,13 +112,14 @@ again, or use bake for an independent copy
     refuse_unreachable(planned, held_elsewhere(surveyed))
     refuse_computed(planned, computed_elsewhere(surveyed))
     copied = copy_structure(surveyed, buffers=buffers)
-    origin = _Origin(surveyed)
+    origin = Origin(surveyed)
     for name, tensor_plan in planned.tensors.items():
         tensor = surveyed.tensors[name]
         uses = [use._replace(module=copied.modules[use.module]) for use in tensor.uses]
         _parametrize(uses, EditedRows(tensor_plan, origin), tensor.parametrized)
+    shared = {name: tensor.parameter for name, tensor in surveyed.tensors.items()}
     for module in copied.model.modules():
-        _refuse_writing(module)
+        refuse_writing(module, shared)
     return copied.model
 
 
@@ -186,7 +168,7 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
             for module, attribute, _ in surveyed.tensors[name].uses:
                 remove_parametrization(copied.modules[module], attribute, value)
     for module in copied.model.modules():
-        _release(module)
+        release(module)
     return copied.model
 
 
@@ -315,101 +297,6 @@ def refuse_unreachable(planned: Plan, held: Mapping[str, str]) -> None:
             )
 
 
-class _Origin:
-    """The parameters that a view shares with the model it was made from, all of them held weakly."""
-
-    def __init__(self, surveyed: Survey) -> None:
-        self.shared = [
-            (weakref.ref(use.module), use.attribute, weakref.ref(parameter), tensor.name)
-            for tensor in surveyed.tensors.values()
-            if not tensor.parametrized
-            for use, parameter in zip(tensor.uses, tensor.parameters, strict=True)
-        ]
-        # Alive as long as the view is, which asks.
-        self.parameters = {id(parameter()) for _, _, parameter, _ in self.shared}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Origin:
-        return self
-
-    def refuse_replaced(self, weight: Tensor) -> None:
-        """Raise if the model has another parameter now in the place of one that the view goes on to use.
-
-        Args:
-            weight: of the view; where it is none of the shared parameters, the view is independent by now.
-
-        Raises:
-            RuntimeError: if there is one; names them.
-        """
-        if id(weight) not in self.parameters:
-            return
-        replaced = [
-            name
-            for reference, attribute, parameter, name in self.shared
-            if (module := reference()) is not None
-            and (now := module._parameters.get(attribute)) is not None
-            and now is not parameter()
-        ]
-        if replaced:
-            raise RuntimeError(
-                f"the model that this view was made from has other parameters now: {inline(replaced)} were replaced "
-                f"(load_state_dict(assign=True)?), and the view has the old ones: apply the edit again"
-            )
-
-
-def _refuse_writing(module: nn.Module) -> None:
-    """Put refusals in the place of the methods of a view's module that would write into the shared weights or files."""
-    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(module)}
-    for method in writing:
-        module.__dict__[method] = _Refusal(module, method, SHARED)
-    module.__dict__["_apply"] = _Conversion(module, "_apply", SHARED)
-    if any(is_a(module, kind, at) for kind, at in SAVING):
-        for method in ("save_pretrained", "push_to_hub"):
-            module.__dict__[method] = _Refusal(module, method, UNEDITED)
-
-
-class _Refusal:
-    """Stands in the instance of a view's module for a method that would change the shared weights.
-
-    An attribute of the instance, so that the module keeps its class; a weak reference, so that a view is freed as soon
-    as it is dropped. In a deep copy, which owns its weights, the method works again.
-    """
-
-    def __init__(self, module: nn.Module, method: str, reason: str) -> None:
-        self.module = weakref.ref(module)
-        self.method = method
-        self.reason = reason
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.reason:
-            raise RuntimeError(self.reason)
-        module = self.module()
-        method: Callable[..., Any] = getattr(type(module), self.method)
-        return method(module, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
-        copied = memo.get(id(self.module()))
-        return self if copied is None else type(self)(copied, self.method, "")
-
-
-def _changes_nothing(module: nn.Module, conversion: Callable[[Tensor], Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            return all(conversion(tensor) is tensor for tensor in (*module.parameters(), *module.buffers()))
-    except Exception:  # a device that is not there
-        return False
-
-
-class _Conversion(_Refusal):
-    """Stands for `_apply`, through which a module is converted: trainers move a model to where it is already."""
-
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module()
-        if self.reason and module is not None and _changes_nothing(module, args[0]):
-            return module
-        return super().__call__(*args, **kwargs)
-
-
 def _is_view_of(tensor: SurveyedTensor) -> bool:
     """Return whether the tensor is computed by an edit of a view."""
     use = tensor.uses[0]
@@ -433,15 +320,3 @@ def _own_parameters(surveyed: Survey) -> dict[int, Tensor]:
             if id(parameter) not in own:
                 own[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     return own
-
-
-def _release(module: nn.Module) -> None:
-    """Take off a copy that owns its weights whatever kept it from changing them."""
-    for name in [name for name, value in vars(module).items() if isinstance(value, _Refusal)]:
-        del module.__dict__[name]
-    if isinstance(module, nn.RNNBase):
-        module.__dict__.pop("flatten_parameters", None)
-    if is_parametrized(module):
-        give_own_class(module, assignable=True)
-    else:
-        module.__dict__.pop(TENSOR_ORDER, None)

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from neuronsurgery.caches import computed_attributes
 from neuronsurgery.errors import inline, listed
+from neuronsurgery.habits import given_to
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
 from neuronsurgery.wrappers import is_a, name_within, same_names, unwrap
@@ -350,7 +351,7 @@ def computed_elsewhere(surveyed: Survey) -> dict[str, str]:
     These are the parameters within the module that has the attribute. An attribute that can be computed anew is none:
     in a copy it is blank.
     """
-    known = {id(module): None for module in surveyed.modules}
+    known = given_to(surveyed.modules)
     found: dict[str, str] = {}
     for module, path in surveyed.modules.items():
         attributes = computed_attributes(module, known)

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from neuronsurgery.batches import Unpack, by_key
+from neuronsurgery.batches import Batch, Unpack, by_key
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
-from neuronsurgery.errors import checked_function
+from neuronsurgery.errors import checked_function, inline, warn
 from neuronsurgery.evaluation import Tally, named_directions, named_metrics
 from neuronsurgery.forward import decoder_inputs_given, default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
@@ -251,16 +251,49 @@ def _run(
     members: list[Group] = []
     indices: list[int] = []
     label = "sweep" if progress else None
+    unheard = {edit for edit, tensors in edited.items() if tensors}
+    batch = None
     batches = iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label, edits=len(edited))
     for groups, batch in batches:
         indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
+        sums: dict[Edit, int] = {}
         with decoder_inputs_given(runner.model, batch):
             for edit, logits in run(batch.args, batch.kwargs, edited):
+                if edit in unheard or edit is BASELINE:
+                    sums[edit] = _sum_of_bits(logits)
                 logits = extract_logits(logits, None, len(batch))
                 refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
                 tallies[edit].add(groups, logits, batch.targets)
+        unheard = {edit for edit in unheard if sums[edit] == sums.get(BASELINE)}
+    if unheard and batch is not None:
+        _warn_of_unread({edit: edited[edit] for edit in unheard}, runner, forward, batch)
     return _Seen(members, indices, tuple(sorted(forward.reasons)))
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Return a number that differs, but by chance, where any bit of a tensor does."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.contiguous().view(integers[tensor.dtype.itemsize]).sum(dtype=torch.int64))
+
+
+def _warn_of_unread(
+    edited: Mapping[Edit, Mapping[str, Tensor]], runner: Runner, forward: CheckedForward, batch: Batch
+) -> None:
+    """Warn of parameters that the forward does not read, though edits that change no output have changed them."""
+    changed = {
+        name: None
+        for tensors in edited.values()
+        for name in tensors
+        if not torch.equal(tensors[name], runner.parameters[name])
+    }
+    unread = [name for name in changed if not forward.reads(batch.args, batch.kwargs, name)]
+    if unread:
+        warn(
+            f"edits of {inline(unread)} changed no output: either nothing reads these parameters here, or what was "
+            f"computed from them is kept where an edit does not reach (a global dictionary, an object): empty it, and "
+            f"have the forward compute it anew"
+        )
 
 
 Share: TypeAlias = "tuple[_Seen, list[dict[str, list[Outcomes]]]]"

@@ -22,11 +22,11 @@ import neuronsurgery
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
     *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "habits", "caches", "wrappers"),
+    *("paired", "objects", "parametrized", "guards", "rebinding", "sources", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
-    *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "surgery", "evaluation", "graph"),
-    *("coupling", "outcomes", "sharing", "sweeps", "fragile"),
+    *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
+    *("evaluation", "graph", "coupling", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),

@@ -7,10 +7,11 @@ import copy
 import functools
 import threading
 import warnings
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -136,6 +137,13 @@ def test_float_targets_are_probabilities_or_refused(model: nn.Module, targets: T
     assert ns.group_grad_norms(model, [(X, targets)], loss=bce).values.abs().max() > 0
 
 
+def test_labels_of_a_single_logit_are_refused_whatever_they_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"the cross entropy over a single class is 0, whatever .*; for one logit pass"
+    ):
+        ns.group_grad_norms(nn.Linear(4, 1), [(X, torch.zeros(8, dtype=torch.long))])
+
+
 def test_targets_that_are_not_finite_are_no_probabilities() -> None:
     with pytest.raises(ValueError, match="not numbers that are not finite"):
         ns.evaluate(nn.Linear(4, 3), [(X, torch.full((8, 3), torch.nan))])
@@ -174,7 +182,83 @@ def in_a_default() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [in_a_list, in_a_dictionary_of_tuples, in_a_default])
+class Pair(NamedTuple):
+    first: nn.Module
+    second: nn.Module
+
+
+class Holder:
+    """An object of a class of the caller's."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        self.first, self.rest = first, [second]
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.rest[0](self.first(x).relu())  # type: ignore[no-any-return]
+
+
+Forward = Callable[[Tensor], Any]
+
+
+def first_then_second(held: Any, first: Callable[[Any], Any], second: Callable[[Any], Any]) -> Forward:
+    return lambda x: second(held)(first(held)(x).relu())
+
+
+def attributes(held: Any) -> Forward:
+    return first_then_second(held, lambda held: held.first, lambda held: held.second)
+
+
+def entries(held: Any) -> Forward:
+    return first_then_second(held, lambda held: held[0], lambda held: held[1])
+
+
+def in_an_object(held: dict[str, list[Holder]]) -> Forward:
+    return lambda x: held["it"][0].run(x)
+
+
+HOLDERS: dict[str, Callable[[nn.Module, nn.Module], Forward]] = {
+    "ordered": lambda a, b: entries(OrderedDict([(0, a), (1, b)])),
+    "named tuple": lambda a, b: attributes(Pair(a, b)),
+    "deque": lambda a, b: entries(deque([a, b], maxlen=2)),
+    "namespace": lambda a, b: attributes(SimpleNamespace(first=a, second=b)),
+    "object": lambda a, b: in_an_object({"it": [Holder(a, b)]}),
+    "method of an object": lambda a, b: Holder(a, b).run,
+    "bound arguments": lambda a, b: functools.partial(lambda x, a, b: b(a(x).relu()), a=a, b=b),
+}
+
+
+def held_by(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        model.forward = HOLDERS[name](model[0], model[1])  # type: ignore[method-assign]
+        return model
+
+    build.__name__ = name
+    return build
+
+
+def recursive() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(x: Tensor, again: bool = True) -> Any:
+        return forward(model[0](x).relu(), again=False) if again else model[1](x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def by_a_hook() -> nn.Module:
+    """A hook that calls another layer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Identity())
+    model[2].register_forward_hook(lambda *_: model[1](model[0](X).relu()))
+    return model
+
+
+PATCHED = (in_a_list, in_a_dictionary_of_tuples, in_a_default, recursive, by_a_hook, *map(held_by, HOLDERS))
+
+
+@pytest.mark.parametrize("build", PATCHED, ids=lambda build: build.__name__)
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
 def test_a_replaced_forward_that_holds_layers_anywhere_runs_those_of_the_copy(build: Callable[[], nn.Module]) -> None:
     model = build()
     edit = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": (0, 2)}))
@@ -186,6 +270,63 @@ def test_a_replaced_forward_that_holds_layers_anywhere_runs_those_of_the_copy(bu
         torch.testing.assert_close(edited(X), expected)
     swept = ns.sweep(model, {"cut": edit}, [(X, Y)], metric=ns.cross_entropy)
     assert swept["cut"].average == pytest.approx(ns.cross_entropy(expected, Y).mean().item())
+
+
+def closure_with_a_dictionary() -> nn.Module:
+    model, kept = nn.Sequential(nn.Linear(4, 2)), {}  # type: ignore[var-annotated]
+
+    def forward(x: Tensor) -> Any:
+        if "weight" not in kept:
+            kept["weight"] = model[0].weight.softmax(0)
+        return x @ kept["weight"].T
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def closure_with_a_variable() -> nn.Module:
+    model, kept = nn.Sequential(nn.Linear(4, 2)), None
+
+    def forward(x: Tensor) -> Any:
+        nonlocal kept
+        if kept is None:
+            kept = model[0].weight.softmax(0)
+        return x @ kept.T
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def closure_with_a_memory() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 2))
+
+    @functools.lru_cache
+    def weight() -> Tensor:
+        return model[0].weight.softmax(0)
+
+    model.forward = lambda x: x @ weight().T  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("build", [closure_with_a_dictionary, closure_with_a_variable, closure_with_a_memory])
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_what_a_closure_keeps_is_none_of_another_copy_s(build: Callable[[], nn.Module]) -> None:
+    model: Any = build().eval()
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0}))
+    weight = model[0].weight.detach().clone()
+    unedited = X @ weight.softmax(0).T
+    weight[0] = 0
+    right = X @ weight.softmax(0).T
+    for edited in (ns.apply(edit, model), ns.bake(edit, model)):
+        torch.testing.assert_close(edited(X), right)
+    swept = ns.sweep(model, {"cut": edit}, [(X, Y)] * 2, metric=ns.cross_entropy)
+    assert swept["cut"].average == pytest.approx(ns.cross_entropy(right, Y).mean().item())
+    ns.group_grad_norms(model, [(X, Y)] * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), unedited)
+    if build is not closure_with_a_memory:
+        with pytest.raises(ValueError, match=r"the forward computes with 'kept' of module '' .* come of 0\.weight as"):
+            ns.apply(edit, model)
 
 
 def test_functions_in_a_container_call_the_copy() -> None:
@@ -389,6 +530,22 @@ def test_a_first_dimension_that_is_no_example_by_chance() -> None:
     for group, data in right.items():
         by_hand = ns.group_grad_norms(model, {group: data}, loss=loss[group])
         torch.testing.assert_close(found[group].values, by_hand.values * 2)
+
+
+class PerClass(nn.Linear):
+    def forward(self, x: Tensor, temperature: Tensor) -> Tensor:
+        return super().forward(x) * temperature
+
+
+def test_a_tensor_with_one_entry_per_class_is_not_taken_apart() -> None:
+    """There are as many classes as examples in a batch, and groups come to as many, too."""
+    model, temperature = PerClass(4, 8), torch.rand(8) + 0.5
+    data = [({"x": torch.randn(8, 4), "temperature": temperature}, torch.arange(8), G) for _ in range(2)]
+    message = r"tensor 2 of the inputs, of shape \(8,\), is not one entry per example.*regroup=False"
+    for refused in (lambda: ns.group_grad_norms(model, data), lambda: ns.hard_batch(model, data)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert ns.group_grad_norms(model, data, regroup=False).counts == (8, 8)
 
 
 def test_the_hardest_of_dependent_examples_are_warned_of() -> None:
@@ -648,9 +805,50 @@ class FromTheStart(Table):
         return self.bias
 
 
+class Child(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.bias.T  # type: ignore[no-any-return,union-attr]
+
+
+class InAChild(Table):
+    """Which reads what its parent writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.child.bias is None:
+            self.child.bias = self.compute()
+        return self.child(x)  # type: ignore[no-any-return]
+
+
+class BehindASetter(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self._bias: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        self._bias = value
+
+    def kept(self) -> Tensor:
+        if self.bias is None:
+            self.bias = self.compute()
+        return self.bias
+
+
 CACHES = (
     *(InADictionary, InAnAttribute, InATuple, InADeque, AtTheSwitch, MadeLate, AsAProperty, OfTheClass, ByLruCache),
-    *(Inherited, Counted, ByAFunction),
+    *(Inherited, Counted, ByAFunction, InAChild, BehindASetter),
 )
 every_cache = pytest.mark.parametrize("kind", CACHES)
 
@@ -690,7 +888,33 @@ def test_a_cache_of_a_parameter_does_not_survive_into_a_second_backward_pass(kin
         torch.testing.assert_close(ns.group_grad_norms(model, data).values, ns.group_grad_norms(plain, data).values)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(InAnObject, "store"), (FromTheStart, "bias")])
+class ByAMethod(Table):
+    """Which the caller calls, and which autograd says nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias: Tensor | None = None
+
+    @torch.no_grad()
+    def prepare(self) -> Tensor:
+        weight = self.compute()
+        self.bias = weight
+        return weight
+
+    def kept(self) -> Tensor:
+        return self.compute() if self.bias is None else self.bias
+
+
+def prepared() -> nn.Module:
+    model = ByAMethod()
+    model.prepare()
+    return model
+
+
+prepared.__name__ = "ByAMethod"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(InAnObject, "store"), (FromTheStart, "bias"), (prepared, "bias")])
 @pytest.mark.filterwarnings("ignore:no gradient reached")
 def test_what_cannot_be_computed_anew_is_refused_or_warned_of(kind: Callable[[], nn.Module], name: str) -> None:
     model, _ = cached(kind)
@@ -730,6 +954,121 @@ def test_what_the_constructor_or_the_caller_puts_into_an_attribute_is_no_cache()
     assert torch.equal(
         view(X), (torch.stack([model.weight[0], torch.zeros(4)]) @ X.T).T * 0 + model.bias * 3 * model.mask
     )
+
+
+class NormAsANumber(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm == 0:
+            self.norm = self.table.norm().item()
+        return x @ self.compute().T / self.norm
+
+
+class NormMadeLate(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "norm"):
+            self.norm = self.table.norm().item()
+        return x @ self.compute().T / self.norm
+
+
+class NormInAnArray(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            self.norm = self.table.detach().norm().numpy()
+        return x @ self.compute().T / float(self.norm)
+
+
+@pytest.mark.parametrize("kind", [NormAsANumber, NormMadeLate, NormInAnArray])
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_a_number_that_was_computed_from_a_parameter_is_a_cache_too(kind: Callable[[], nn.Module]) -> None:
+    model: Any = kind().eval()
+    model(X)
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"table": 1}))
+    table = model.table.detach().clone()
+    table[1] = 0
+    right = X @ table.T.softmax(0).T / table.norm()
+    for edited in (ns.apply(edit, model), ns.bake(edit, model)):
+        torch.testing.assert_close(edited(X), right)
+    swept = ns.sweep(model, {"cut": edit}, [(X, Y)], metric=ns.cross_entropy)
+    assert swept["cut"].average == pytest.approx(ns.cross_entropy(right, Y).mean().item())
+
+
+class Counting(Table):
+    """Whose state is written to in place: a tensor, an entry of an object, a variable of a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.store = torch.zeros(()), SimpleNamespace(value=torch.zeros(()), times=0)
+        times = 0
+
+        def count() -> int:
+            nonlocal times
+            times += 1
+            return times
+
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.store.value += 1
+        self.store.times += 1
+        return x @ self.compute().T * self.calls * self.store.value * self.store.times * self.count()  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_what_a_forward_writes_in_place_does_not_leak_from_one_edit_to_the_next() -> None:
+    model = Counting().eval()
+    layout = ns.find_layout(model)
+    edits = {f"{i}": ns.zero_out(ns.select(layout, {"table": i})) for i in range(4)}
+    swept = ns.sweep(model, edits, [(X, Y)], metric=ns.cross_entropy)
+    for label, edit in edits.items():
+        plain = Table()
+        plain.load_state_dict(model.state_dict())
+        assert swept[label] == ns.evaluate(ns.bake(edit, plain), [(X, Y)], metric=ns.cross_entropy)
+    assert model.calls == 0 and model.store.value == 0 and model.count() == 1
+
+
+KEPT: dict[str, Tensor] = {}
+
+
+class Elsewhere(Table):
+    def kept(self) -> Tensor:
+        if "bias" not in KEPT:
+            KEPT["bias"] = self.compute()
+        return KEPT["bias"]
+
+
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_a_sweep_says_where_edits_change_nothing_since_what_they_change_is_not_read() -> None:
+    KEPT.clear()
+    model = Elsewhere().eval()
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"table": 0}))
+    with pytest.warns(UserWarning, match=r"edits of table changed no output: either nothing reads .* \(a global dict"):
+        ns.sweep(model, {"cut": edit}, [(X, Y)])
+
+
+def test_a_sweep_says_nothing_of_neurons_that_are_silent_here() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].bias[0] = -99
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0}))
+    swept = ns.sweep(model, {"cut": edit}, [(X, Y)], metric=ns.cross_entropy)
+    assert swept["cut"] == swept.baseline
+
+
+def test_the_memory_of_a_method_is_everybody_s_and_stays() -> None:
+    ByLruCache.kept.cache_clear()  # type: ignore[attr-defined]
+    model, other = ByLruCache().eval(), ByLruCache().eval()
+    other(X)
+    ns.group_grad_norms(model, {"a": [(X, Y)], "b": [(X, Y)]})
+    assert ByLruCache.kept.cache_info().currsize == 1  # type: ignore[attr-defined]
 
 
 class State(nn.Module):
@@ -829,6 +1168,210 @@ def test_what_writes_into_the_weights_is_refused_by_a_view_and_not_by_its_copies
     weight = model.base.weight.detach().clone()
     model.merge()
     assert torch.equal(model.base.weight, weight + 1)
+
+
+def zeroed(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.weight)
+
+
+class Rewritten(nn.Module):
+    """Methods whose source does not name what they write into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 2)
+
+    def halve(self) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.5)
+
+    def shrink(self) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter *= 0.5
+
+    def local(self) -> None:
+        with torch.no_grad():
+            weight = self.base.weight
+            weight[0] = 0
+
+    def load_vector(self) -> None:
+        nn.utils.vector_to_parameters(torch.zeros(10), self.parameters())
+
+    def by_a_helper(self) -> None:
+        zeroed(self.base)
+
+    def initialise(self) -> None:
+        self.apply(zeroed)
+
+    def fit(self) -> None:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        total = 0.0
+        self.base(X).sum().backward()
+        optimizer.step()
+        total += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)  # type: ignore[no-any-return]
+
+
+WRITERS = ("halve", "shrink", "local", "load_vector", "by_a_helper", "initialise")
+
+
+@pytest.mark.parametrize("edited", [True, False])
+@pytest.mark.parametrize("name", [*WRITERS, "apply"])
+def test_a_write_into_shared_weights_is_stopped_before_it_happens(name: str, edited: bool) -> None:
+    model = Rewritten()
+    before = snapshot(model)
+    cut = ns.zero_out(ns.select(ns.find_layout(model), {"base.weight": 0}))
+    view: Any = ns.apply(cut if edited else ns.compose(), model)
+    arguments = (zeroed,) if name == "apply" else ()
+    message = r"(it would write into (base\.|an edited tensor)|this view shares).*, or use bake for an independent copy"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(view, name)(*arguments)
+    assert_unchanged(before, model)
+    own: Any = copy.deepcopy(view)
+    getattr(own, name)(*arguments)
+    getattr(ns.bake(cut, model), name)(*arguments)
+    assert_unchanged(before, model)
+
+
+def test_an_optimiser_within_a_method_trains_the_shared_weights() -> None:
+    model = Rewritten()
+    weight = model.base.weight.detach().clone()
+    view: Any = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"base.weight": 0})), model)
+    view.fit()
+    assert torch.equal(model.base.weight[0], weight[0]) and not torch.equal(model.base.weight[1], weight[1])
+
+
+class Clamped(nn.Linear):
+    """A forward that writes into its weight, as networks for EEG do, to keep its norm."""
+
+    how = "data"
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "data":
+            self.weight.data.clamp_(-0.1, 0.1)
+        elif self.how == "assigned":
+            self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+        else:
+            with torch.no_grad():
+                weight = self.weight
+                weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["data", "assigned", "local"])
+@pytest.mark.filterwarnings("ignore:no part of the model's forward is shared")
+def test_a_forward_that_writes_into_a_weight_writes_into_a_copy(how: str) -> None:
+    model = Clamped().eval()
+    Clamped.how = how
+    before = snapshot(model)
+    edit = ns.scale(ns.select(ns.find_layout(model), {"weight": 0}), 3.0)
+    data = [(X[:4], Y[:4], G[:4]), (X[4:], Y[4:], G[4:])]
+    swept = ns.sweep(model, {"cut": edit}, data, metric=ns.cross_entropy)
+    for found, applied in ((swept["cut"], edit), (swept.baseline, ns.compose())):
+        values = ns.bake(applied, model).weight.detach().clamp(-0.1, 0.1)  # type: ignore[operator,union-attr]
+        expected = ns.cross_entropy(F.linear(X, values, model.bias), Y).mean().item()
+        assert found.average == pytest.approx(expected)
+        assert ns.evaluate(ns.bake(applied, model), data, metric=ns.cross_entropy) == found
+    assert swept["cut"] != swept.baseline
+    ns.group_grad_norms(model, data)
+    with pytest.raises(RuntimeError, match="it would write into an edited tensor"):
+        ns.apply(edit, model)(X)
+    with pytest.raises(RuntimeError, match="it would write into weight, and this view shares its weights"):
+        ns.apply(ns.compose(), model)(X)
+    assert_unchanged(before, model)
+
+
+def halved(module: nn.Linear) -> None:
+    with torch.no_grad():
+        module.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, edit: ns.evaluate(model, [(X, Y)]),
+        lambda model, edit: ns.group_grad_norms(model, [(X, Y)]),
+        lambda model, edit: ns.hard_batch(model, [(X, Y)]),
+        lambda model, edit: ns.sweep(model, {"cut": edit}, [(X, Y)]),
+    ],
+    ids=["evaluate", "scores", "hard", "sweep"],
+)
+def test_a_forward_that_writes_into_a_weight_unseen_is_refused_before_it_does(call: Callable[..., object]) -> None:
+    class Unseen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.children():
+                halved(module)  # type: ignore[arg-type]
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    model = Unseen().eval()
+    before = snapshot(model)
+    edit = ns.zero_out(ns.select(ns.find_layout(model), {"inner.weight": 0}))
+    with pytest.raises(RuntimeError, match=r"the forward pass would write into inner\.weight, a parameter of your mod"):
+        call(model, edit)
+    assert_unchanged(before, model)
+
+
+def replace_a_module(model: nn.Sequential) -> None:
+    model[1] = nn.Linear(3, 2)
+
+
+def take_a_bias(model: nn.Sequential) -> None:
+    model[1].bias = None
+
+
+def parametrize_later(model: nn.Sequential) -> None:
+    nn.utils.parametrizations.weight_norm(model[1])
+
+
+def take_a_module_out(model: nn.Sequential) -> None:
+    del model[1]
+
+
+def add_a_module(model: nn.Sequential) -> None:
+    model.append(nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [
+        (replace_a_module, r"modules now: 1 were"),
+        (take_a_bias, r"parameters now: 1\.bias were"),
+        (parametrize_later, r"parameters now: 1\.weight were"),
+        (take_a_module_out, r"modules now: 1, the model were"),
+        (add_a_module, r"modules now: the model were"),
+    ],
+)
+def test_a_view_whose_model_got_other_modules_says_so(act: Callable[[nn.Sequential], None], what: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    cut = ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 0}))
+    view = ns.apply(cut, model)
+    model.train().eval()
+    view(X)
+    act(model)
+    with pytest.raises(RuntimeError, match=rf"has other {what} replaced.*: apply the edit again"):
+        view(X)
+
+
+def test_a_view_goes_on_where_a_module_is_only_wrapped_or_the_model_is_gone() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"*": 0})), model)
+    before = view(X)
+    model[1] = checkpoint_wrapper(model[1])
+    assert torch.equal(view(X), before)
+    del model
+    assert torch.equal(view(X), before)
 
 
 def test_a_view_whose_model_got_other_parameters_says_so() -> None:

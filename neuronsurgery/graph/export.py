@@ -41,7 +41,7 @@ def captured(runner: Runner, batch: Batch, predict: Predict = default_predict) -
         CaptureError: if the model cannot be captured, see `capture`.
     """
     with evaluating():
-        isolated_forward(runner.model, batch)
+        isolated_forward(runner, batch)
     runner.attributes.restore()
     return capture(runner, batch.args, batch.kwargs, predict)
 
@@ -155,7 +155,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in model.modules()}
     contents: dict[int, tuple[Any, Any]] = {}
     for values in attributes.values():
-        collect_containers(list(values.values()), contents)
+        collect_containers(list(values.values()), contents, entries=False)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from neuronsurgery.batches import map_tensors
 from neuronsurgery.copies import Runner
-from neuronsurgery.errors import CaptureError, warn
+from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
@@ -114,6 +114,23 @@ class CheckedForward:
         forward._shapes = {kind: list(self._shapes[kind]) for kind in forward._newest}
         return forward
 
+    def reads(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> bool:
+        """Return whether a forward pass reads a parameter at all: whether NaN in its place makes any difference.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            name: the parameter's first name.
+        """
+        inputs, logits = Inputs.of(args, kwargs), []
+        for edited in ({}, {name: torch.full_like(self._runner.parameters[name], torch.nan)}):
+            try:
+                with random_state_kept(inputs.tensors):
+                    logits.append(self._eager(inputs, edited, {}))
+            except Exception:  # a model that checks its values
+                return True
+        return not same_bits(*logits)
+
     def one_by_one(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
@@ -143,17 +160,23 @@ class CheckedForward:
         """
         with KERNELS.steady(), evaluating():
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
-            weights = {name: as_parameter(edited[name], self._runner.parameters[name]) for name in edited}
+            parameters = self._runner.parameters
+            # A parameter that the forward writes into is a state, as buffers are.
+            weights = {name: changed[name] if name in changed else edited[name] for name in edited}
+            weights |= {name: changed.get(name, parameters[name]).clone() for name in self._runner.own - set(edited)}
+            weights = {name: as_parameter(weight, parameters[name]) for name, weight in weights.items()}
             given = {**weights, **buffers}
             args, kwargs = map_tensors(inputs.call(inputs.tensors), lambda tensor: as_parameter(tensor.clone(), tensor))
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             try:
-                logits = self._predict(functional_call(self._runner.model, placed, args, kwargs, tie_weights=False))
+                with self._runner.guarded():
+                    output = functional_call(self._runner.model, placed, args, kwargs, tie_weights=False)
+                logits = self._predict(output)
             finally:
                 self._runner.attributes.restore()  # what was computed from these weights is none of the next ones
-            given = {name: placed[self._places[name][0]] for name in buffers}
-        for name, tensor in self._runner.model.named_buffers():
+            given = {name: placed[self._places[name][0]] for name in {**buffers, **dict.fromkeys(self._runner.own)}}
+        for name, tensor in (*self._runner.model.named_buffers(), *((n, parameters[n]) for n in self._runner.own)):
             if not same_bits(given[name], changed.get(name, tensor)):
                 changed[name] = given[name]
         return logits
@@ -196,6 +219,8 @@ class CheckedForward:
         """
         reason = "a replay of its captured graph gives other bits than the model itself"
         try:
+            if self._runner.own:
+                raise CaptureError(f"its forward writes into {inline(sorted(self._runner.own))}")
             inputs.refuse_objects()
             for graph in self._candidates(inputs):
                 carried = sorted(changed.intersection(graph.buffers))

@@ -340,9 +340,13 @@ def test_splits_may_be_named_otherwise(tmp_path: Path) -> None:
 # What is wrong, all at once
 
 
+def bird_row(index: int) -> str:
+    return f"line {index + 2}: {bird_name(index)}"
+
+
 def test_missing_images_are_counted_and_the_first_named(birds: Path) -> None:
     shutil.rmtree(birds / "001.Some_Bird")
-    first = re.escape(", ".join(bird_name(index) for index in (1, 4, 7, 10, 13)))
+    first = re.escape(", ".join(bird_row(index) for index in (1, 4, 7, 10, 13)))
     with pytest.raises(
         ValueError, match=rf"metadata.csv cannot be used:\n  images missing in .*birds \(7\): {first}, \.\.\."
     ):
@@ -352,7 +356,7 @@ def test_missing_images_are_counted_and_the_first_named(birds: Path) -> None:
 def test_a_folder_in_place_of_an_image_is_a_missing_image(birds: Path) -> None:
     (birds / bird_name(0)).unlink()
     (birds / bird_name(0)).mkdir()
-    with pytest.raises(ValueError, match=rf"images missing in .* \(1\): {bird_name(0)}\n"):
+    with pytest.raises(ValueError, match=rf"images missing in .* \(1\): {bird_row(0)}\n"):
         waterbirds(birds)
 
 
@@ -365,12 +369,12 @@ def test_everything_wrong_comes_in_one_error(birds: Path) -> None:
     with pytest.raises(ValueError, match="cannot be used") as caught:
         waterbirds(birds)
     assert str(caught.value).splitlines()[1:] == [
-        f"  images whose label is no whole number (1): {bird_name(0)} ('bird')",
-        f"  images whose label is neither 0 nor 1 (1): {bird_name(1)} ('7')",
-        f"  images whose attribute is no whole number (1): {bird_name(1)} ('nan')",
+        f"  images whose label is no whole number (1): {bird_row(0)} ('bird')",
+        f"  images whose label is neither 0 nor 1 (1): {bird_row(1)} ('7')",
+        f"  images whose attribute is no whole number (1): {bird_row(1)} ('nan')",
         "  images in an unknown split, known are 0, train, training, 1, val, valid, validation, 2, test (2): "
-        f"{bird_name(2)} ('holdout'), {bird_name(3)} ('3')",
-        f"  images missing in {birds} (1): {bird_name(5)}",
+        f"{bird_row(2)} ('holdout'), {bird_row(3)} ('3')",
+        f"  images missing in {birds} (1): {bird_row(5)}",
         "Put this right and run again; nothing was trained",
     ]
 
@@ -393,7 +397,7 @@ def truncate(path: Path) -> None:
 def test_an_image_with_a_whole_header_and_half_a_body_is_found_in_any_split(index: int, birds: Path) -> None:
     truncate(birds / bird_name(index))
     with pytest.raises(
-        ValueError, match=rf"files that are no readable images \(1\): {bird_name(index)} \(image file is truncated"
+        ValueError, match=rf"files that are no readable images \(1\): {bird_row(index)} \(image file is truncated"
     ):
         waterbirds(birds)
 
@@ -403,7 +407,7 @@ def test_many_images_are_checked_in_parts_and_said_so(
 ) -> None:
     truncate(birds / bird_name(13))
     monkeypatch.setattr(assembly, "_AT_ONCE", 8)
-    with pytest.raises(ValueError, match=rf"files that are no readable images \(1\): {bird_name(13)} \("):
+    with pytest.raises(ValueError, match=rf"files that are no readable images \(1\): {bird_row(13)} \("):
         waterbirds(birds)
     assert capsys.readouterr().err.splitlines() == [f"checking images: {done} of 20" for done in (8, 16, 20)]
 
@@ -416,7 +420,7 @@ def test_whatever_pillow_raises_is_a_fault_with_a_name(
         raise error
 
     monkeypatch.setattr(Image, "open", explode)
-    with pytest.raises(ValueError, match=rf"files that are no readable images \(20\): {bird_name(0)} \('?a bomb'?\)"):
+    with pytest.raises(ValueError, match=rf"files that are no readable images \(20\): {bird_row(0)} \('?a bomb'?\)"):
         waterbirds(birds)
     with pytest.raises(ValueError, match=rf"{bird_name(0)}: not a readable image \('?a bomb'?\): replace the file"):
         next(iter(batches(waterbirds(birds, verify=False).train)))
@@ -426,7 +430,7 @@ def test_a_link_that_leads_nowhere_is_a_missing_image(birds: Path) -> None:
     for index, target in ((0, "nowhere.jpg"), (1, Path(bird_name(1)).name)):
         (birds / bird_name(index)).unlink()
         (birds / bird_name(index)).symlink_to(target)  # the second one leads to itself
-    with pytest.raises(ValueError, match=rf"images missing in .* \(2\): {bird_name(0)}, {bird_name(1)}\n"):
+    with pytest.raises(ValueError, match=rf"images missing in .* \(2\): {bird_row(0)}, {bird_row(1)}\n"):
         waterbirds(birds)
     (birds / bird_name(0)).unlink()
     (birds / bird_name(1)).unlink()
@@ -439,7 +443,7 @@ def test_more_than_eight_bits_per_channel_are_refused_and_not_clipped(tmp_path: 
     Image.new("I;16", (9, 9), 40000).save(tmp_path / "deep.png")
     write_rows(tmp_path / "metadata.csv", [("path", "label", "attribute", "split"), ("deep.png", 0, 0, 0)])
     with pytest.raises(
-        ValueError, match=r"files that are no readable images \(1\): deep.png \(its pixels are of mode I;16"
+        ValueError, match=r"files that are no readable images \(1\): line 2: deep.png \(its pixels are of mode I;16"
     ):
         image_folder(tmp_path)
     with pytest.raises(ValueError, match=r"deep.png: not a readable image \(its pixels are of mode I;16"):
@@ -505,7 +509,7 @@ HOSTILE = {
     "paths that are too long": (
         f"a.png,0,0,0\n{LONG}{LONG},1,0,0\n{LONG}/{LONG}/x.png,1,0,0\nz.png,0,0,0\n",
         r"path or folder cannot be read \(2\): d{100}\.\.\.d+ \(line 3: File name too long\), d{100}\.\.\.d*/x.png "
-        r"\(line 4: File name too long\)\n  images missing in .* \(1\): z.png\n",
+        r"\(line 4: File name too long\)\n  images missing in .* \(1\): line 5: z.png\n",
     ),
     "different labels, attributes and splits": (
         "a.png,0,0,0\na.png,0,0,0\n./a.png,1,0,0\nb.png,1,no,test\n./b.png,1.0,yes,train\nb.png,1,maybe,2\n"
@@ -514,7 +518,7 @@ HOSTILE = {
         r"  images with more than one attribute \(1\): b.png \(line 5: 'no', line 6: 'yes', line 7: 'maybe', "
         r"\.\.\. and 1 more\)\n"
         r"  images in more than one split \(1\): b.png \(line 5: 'test', line 6: 'train'\)\n"
-        r".* images missing in .* \(5\): c.png, d.png",
+        r".* images missing in .* \(5\): line 10: c.png, line 11: d.png",
     ),
 }
 
@@ -620,7 +624,8 @@ def test_celeba_attributes_are_not_a_mixture_of_codes(tmp_path: Path) -> None:
     zero_one_merged(tmp_path)
     edit(tmp_path / "metadata.csv", "000001.jpg,0", "000001.jpg,-1")
     with pytest.raises(
-        ValueError, match=r"images whose label is neither -1 nor 1 \(11\): 000002.jpg \('0'\), 000003.jpg"
+        ValueError,
+        match=r"images whose label is neither -1 nor 1 \(11\): line 3: 000002.jpg \('0'\), line 4: 000003.jpg",
     ):
         celeba(tmp_path)
 
@@ -630,11 +635,11 @@ def test_celeba_attributes_are_not_a_mixture_of_codes(tmp_path: Path) -> None:
     [
         (
             [("a.png", "0.5", 0, 0), ("b.png", "1", 0, 0)],
-            r"images whose label is no whole number \(1\): a.png \('0.5'\)",
+            r"images whose label is no whole number \(1\): line 2: a.png \('0.5'\)",
         ),
         (
             [("a.png", "1", "", 0), ("b.png", "1", "nan", 0)],
-            r"images whose attribute is missing \(2\): a.png \(''\), b.png \('nan'\)",
+            r"images whose attribute is missing \(2\): line 2: a.png \(''\), line 3: b.png \('nan'\)",
         ),
         ([("a.png", 0, 0, 1), ("b.png", 1, 0, 2)], r"splits without images \(1\): train"),
         ([("a.png", 0, 0, 0), ("b.png", 1, 0, 2), ("a.png", 0, 0, 2)], r"images in more than one split \(1\): a.png"),

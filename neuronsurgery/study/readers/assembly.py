@@ -45,6 +45,11 @@ class Rows:
     split: list[str]
     row: list[str]
 
+    @property
+    def names(self) -> list[str]:
+        """What an error calls each image."""
+        return [f"line {row}: {path}" for path, row in zip(self.path, self.row, strict=True)]
+
 
 Encode: TypeAlias = Callable[[Sequence[str], str, Sequence[str]], tuple[list[int], list[str], Problems]]
 """(values, what they are, names of the images) -> (codes from 0, the value of each code, what is wrong)."""
@@ -77,8 +82,8 @@ def assemble(
         ValueError: if anything is not as it should be; lists all that is wrong.
     """
     torchvision_transforms()  # an error now rather than at the first batch
-    y, y_values, wrong_y = encode(rows.y, "label", rows.path)
-    a, a_values, wrong_a = encode(rows.attribute, "attribute", rows.path)
+    y, y_values, wrong_y = encode(rows.y, "label", rows.names)
+    a, a_values, wrong_a = encode(rows.attribute, "attribute", rows.names)
     split_of, wrong_splits = _name_splits(rows, splits)
     contradictions, repeated = _check_repetitions(rows, split_of)
     wrong_files = _check_files(rows, verify, loading.workers)
@@ -162,7 +167,7 @@ def _name_splits(rows: Rows, splits: Mapping[str, str]) -> tuple[list[str], Prob
     named = [meaning[value] for value in rows.split]
     known = ", ".join(splits)
     problems = {
-        f"images in an unknown split, known are {known}": _saying(rows.split, rows.path, lambda v: not meaning[v]),
+        f"images in an unknown split, known are {known}": _saying(rows.split, rows.names, lambda v: not meaning[v]),
         "splits without images": [] if "train" in named else ["train"],
     }
     return named, problems
@@ -207,25 +212,25 @@ def _without_spelling(value: str) -> str:
 def _check_files(rows: Rows, verify: bool, workers: int) -> Problems:
     """Missing files, found by listing each directory once; what cannot be read too, images only with `verify`."""
     folder, paths = rows.folder, rows.path
-    names = [os.path.split(path) for path in paths]
-    listed = {parent: _list(folder / parent) for parent in {parent for parent, _ in names}}
-    is_there = [name in listed[parent][0] for parent, name in names]
+    split = [os.path.split(path) for path in paths]
+    listed = {parent: _list(folder / parent) for parent in {parent for parent, _ in split}}
+    is_there = [name in listed[parent][0] for parent, name in split]
     refused = [
         "" if there else listed[parent][1] or _refusal(folder / path)
-        for path, (parent, _), there in zip(paths, names, is_there, strict=True)
+        for path, (parent, _), there in zip(paths, split, is_there, strict=True)
     ]
     problems = {
         "images whose path or folder cannot be read": [
             f"{path} (line {row}: {why})" for path, row, why in zip(paths, rows.row, refused, strict=True) if why
         ],
         f"images missing in {folder}": [
-            path for path, there, why in zip(paths, is_there, refused, strict=True) if not there and not why
+            name for name, there, why in zip(rows.names, is_there, refused, strict=True) if not there and not why
         ],
     }
     if verify:
-        present = [path for path, there in zip(paths, is_there, strict=True) if there]
-        faults = _find_faults(folder, present, workers)
-        broken = [f"{path} ({fault})" for path, fault in zip(present, faults, strict=True) if fault]
+        present = [(path, name) for path, name, there in zip(paths, rows.names, is_there, strict=True) if there]
+        faults = _find_faults(folder, [path for path, _ in present], workers)
+        broken = [f"{name} ({fault})" for (_, name), fault in zip(present, faults, strict=True) if fault]
         problems["files that are no readable images"] = broken
     return problems
 

@@ -1,0 +1,212 @@
+"""What a view of a model refuses: to write into the weights that it shares, and to go on after they were replaced."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from typing_extensions import override
+
+from neuronsurgery.errors import inline
+from neuronsurgery.guards import Guard, is_guarded
+from neuronsurgery.habits import doubtful, overwriting, written_by_forward
+from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class
+from neuronsurgery.surveys import Survey
+from neuronsurgery.wrappers import is_a, unwrap
+
+SAVING = (
+    ("PreTrainedModel", "transformers.modeling_utils"),
+    ("PeftModel", "peft.peft_model"),
+    ("ModelHubMixin", "huggingface_hub.hub_mixin"),
+)
+"""Classes that write their state dict to files, by `save_pretrained` and `push_to_hub`, and where they are defined."""
+
+UNEDITED = (
+    "the state dict of a view has the unedited weights, under the names of parametrizations: bake the edit first, and "
+    "save that model"
+)
+
+SHARED = (
+    "this view shares its weights with the model it was made from: convert the model and apply again, or use bake for "
+    "an independent copy"
+)
+
+
+WRITES = (
+    "it would write into {}, and this view shares its weights with the model it was made from: change the model and "
+    "apply again, or use bake for an independent copy"
+)
+
+
+class Origin:
+    """The parameters that a view shares with the model it was made from, and that one's modules, all held weakly."""
+
+    def __init__(self, surveyed: Survey) -> None:
+        self.shared = [
+            (weakref.ref(use.module), use.attribute, weakref.ref(parameter), tensor.name)
+            for tensor in surveyed.tensors.values()
+            if not tensor.parametrized
+            for use, parameter in zip(tensor.uses, tensor.parameters, strict=True)
+        ]
+        self.children = [
+            (weakref.ref(module), key, weakref.ref(unwrap(child)), path)
+            for module, path in surveyed.modules.items()
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+        chains = [module for module in surveyed.modules if isinstance(module, nn.Sequential | nn.ModuleList)]
+        self.lengths = [(weakref.ref(module), len(module), surveyed.modules[module]) for module in chains]
+        self.met: set[int] = set()
+        # Alive as long as the view is, which asks.
+        self.parameters = {id(parameter()) for _, _, parameter, _ in self.shared}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+    def refuse_replaced(self, weight: Tensor) -> None:
+        """Raise if the model has another parameter or module now in the place of one that the view goes on to use.
+
+        Args:
+            weight: of the view; where it is none of the shared parameters, the view is independent by now.
+
+        Raises:
+            RuntimeError: if there is one; names them.
+        """
+        if id(weight) not in self.parameters:
+            return
+        if self.met and id(weight) not in self.met:
+            self.met.add(id(weight))  # looked at with another weight, in the same forward pass
+            return
+        self.met = {id(weight)}
+        replaced = [
+            name
+            for reference, attribute, parameter, name in self.shared
+            if (module := reference()) is not None and module._parameters.get(attribute) is not parameter()
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"the model that this view was made from has other parameters now: {inline(replaced)} were replaced "
+                f"(load_state_dict(assign=True), a parametrization?), and the view has the old ones: apply the edit "
+                f"again"
+            )
+        replaced = [
+            f"{path}.{key}".removeprefix(".")
+            for reference, key, child, path in self.children
+            if (module := reference()) is not None and not _is_still(module._modules.get(key), child())
+        ] + [
+            path or "the model" for reference, length, path in self.lengths if len(reference() or "") not in (0, length)
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"the model that this view was made from has other modules now: {inline(replaced)} were replaced, "
+                f"taken out or added to, and the view has the old ones: apply the edit again"
+            )
+
+
+def _is_still(child: nn.Module | None, before: nn.Module | None) -> bool:
+    """Return whether a child is what it was before, maybe in another wrapper."""
+    if child is None or before is None:
+        return False
+    return child is before or unwrap(child) is before
+
+
+def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    """Put refusals in the place of the methods of a view's module that would write into the shared weights or files.
+
+    Methods that may do so, and a forward that does, run under a guard, which stops them where they do.
+    """
+    guarded = {"apply", *doubtful(module), *(["forward"] if written_by_forward(module) else [])}
+    for method in guarded:
+        # A property or a static method is no attribute of the module to stand in for.
+        free = isinstance(vars(module).get(method), _Refusal | None)
+        if free and inspect.isfunction(inspect.getattr_static(type(module), method)):
+            module.__dict__[method] = _Guarded(module, method, WRITES, shared)
+    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(module)}
+    for method in writing:
+        module.__dict__[method] = _Refusal(module, method, SHARED)
+    module.__dict__["_apply"] = _Conversion(module, "_apply", SHARED)
+    if any(is_a(module, kind, at) for kind, at in SAVING):
+        for method in ("save_pretrained", "push_to_hub"):
+            module.__dict__[method] = _Refusal(module, method, UNEDITED)
+
+
+class _Refusal:
+    """Stands in the instance of a view's module for a method that would change the shared weights.
+
+    An attribute of the instance, so that the module keeps its class; a weak reference, so that a view is freed as soon
+    as it is dropped. In a deep copy, which owns its weights, the method works again.
+    """
+
+    def __init__(self, module: nn.Module, method: str, reason: str) -> None:
+        self.module = weakref.ref(module)
+        self.method = method
+        self.reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.reason:
+            raise RuntimeError(self.reason)
+        module = self.module()
+        method: Callable[..., Any] = getattr(type(module), self.method)
+        return method(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        copied = memo.get(id(self.module()))
+        return self if copied is None else type(self)(copied, self.method, "")
+
+
+def _changes_nothing(module: nn.Module, conversion: Callable[[Tensor], Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            return all(conversion(tensor) is tensor for tensor in (*module.parameters(), *module.buffers()))
+    except Exception:  # a device that is not there
+        return False
+
+
+class _Guarded(_Refusal):
+    """Stands for a method that may write into the shared weights: it is stopped where it does."""
+
+    def __init__(self, module: nn.Module, method: str, message: str, shared: Mapping[str, Tensor]) -> None:
+        super().__init__(module, method, "")
+        self.message = message
+        self.shared = {name: weakref.ref(tensor) for name, tensor in shared.items()}
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_guarded() or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        shared = {name: tensor for name, reference in self.shared.items() if (tensor := reference()) is not None}
+        with Guard(shared, self.message):
+            return super().__call__(*args, **kwargs)
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        copied = memo.get(id(self.module()))
+        return self if copied is None else _Refusal(copied, self.method, "")
+
+
+class _Conversion(_Refusal):
+    """Stands for `_apply`, through which a module is converted: trainers move a model to where it is already."""
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        if self.reason and module is not None and _changes_nothing(module, args[0]):
+            return module
+        return super().__call__(*args, **kwargs)
+
+
+def release(module: nn.Module) -> None:
+    """Take off a copy that owns its weights whatever kept it from changing them."""
+    for name in [name for name, value in vars(module).items() if isinstance(value, _Refusal)]:
+        del module.__dict__[name]
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("flatten_parameters", None)
+    if is_parametrized(module):
+        give_own_class(module, assignable=True)
+    else:
+        module.__dict__.pop(TENSOR_ORDER, None)
