@@ -197,7 +197,8 @@ class Case:
         found = self.critical.within(k)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of few images to spare, whose counts are in the record
-            verdict = ns.judge(found, protocol.model, self.halves[1], name, draws=protocol.draws)
+            draws = protocol.draws if self.control is None else 0  # a control is one itself
+            verdict = ns.judge(found, protocol.model, self.halves[1], name, draws=draws)
         if found.neurons:
             protocol.specs.mkdir(exist_ok=True)
             ns.save_file(found.edit, protocol.specs / f"1h-{number:03d}.safetensors")
