@@ -208,7 +208,7 @@ def judge(
     swept = sweep(
         model,
         edits,
-        Mixed(named, unpack),
+        Mixed(named, unpack, next((p.device for p in model.parameters()), None)),
         metric=metric,
         larger_is_better=direction,
         predict=predict,
