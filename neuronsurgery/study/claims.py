@@ -331,12 +331,11 @@ def _net(records: Records, group: str) -> float | str:
 
 
 def _beyond_controls(records: Records, group: str) -> float | str:
-    """Return by how much the net of a group is above the mean net of its controls."""
-    net, controls = _net(records, group), [r for r in _sets(records, group) if r["control"] is not None]
-    if isinstance(net, str):
-        return net
-    if not controls or any("impossible" in control for control in controls):
-        return "no control"
+    """Return by how much the net of a group is above the mean net of its controls, of the one that there is perhaps."""
+    net, every = _net(records, group), [r for r in _sets(records, group) if r["control"] is not None]
+    controls = [control for control in every if "impossible" not in control]
+    if isinstance(net, str) or not controls:
+        return net if isinstance(net, str) else "no control"
     return net - statistics.fmean(100 * float(c["net"]) if c["neurons"] else 0.0 for c in controls)
 
 
