@@ -33,6 +33,7 @@ from neuronsurgery.sharing import Shared, share
 from neuronsurgery.splits import Matched, halves, matched
 from neuronsurgery.surgery import apply, bake, edited_parameters
 from neuronsurgery.sweeps import sweep
+from neuronsurgery.units import find_units
 
 __all__ = [
     "Batch",
@@ -68,6 +69,7 @@ __all__ = [
     "file_kind",
     "find_critical",
     "find_layout",
+    "find_units",
     "fragility",
     "grad_norms",
     "group_effects",

@@ -26,7 +26,7 @@ ORDER = [
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
-    *("evaluation", "graph", "coupling", "outcomes", "sharing", "sweeps", "fragile"),
+    *("evaluation", "graph", "coupling", "units", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError
 from neuronsurgery.graph.inputs import Dims, Inputs
+from neuronsurgery.graph.operators import operator_name
 from neuronsurgery.switches import KERNELS
 
 Label = TypeVar("Label", bound=Hashable)
@@ -94,6 +95,39 @@ class Graph:
         if not isinstance(value, Tensor):
             return None
         return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+    def values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the value of every node, by slot, for some arguments of the model."""
+        values = _bind(self, Inputs.of(args, kwargs).tensors)
+        operators = [slot for slot, node in enumerate(self.nodes) if node.op == "call_function"]
+        _execute(self, [Instruction(slot, ()) for slot in operators], values)
+        return values
+
+    def replayed(
+        self, origin: fx.Node, value: Tensor, path: Sequence[fx.Node], values: Sequence[Any], skipped: Collection[str]
+    ) -> Any:
+        """Return what some operators, each of which reads the one before, make of another value of the first.
+
+        Args:
+            origin: whose value is another one.
+            value: that value.
+            path: the operators.
+            values: of all other nodes, by slot.
+            skipped: the names of operators that are taken to keep every entry as it is.
+        """
+        own, before = list(values), origin
+        own[self.slots[origin]] = value
+        with torch.no_grad():
+            for node in path:
+                name = operator_name(node)
+                if name in skipped:
+                    own[self.slots[node]] = own[self.slots[before]]
+                else:
+                    args, kwargs = self.fetches[self.slots[node]](own)
+                    call: Any = node.target
+                    own[self.slots[node]] = call(*args, **kwargs)
+                before = node
+        return own[self.slots[before]]
 
     def run(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]

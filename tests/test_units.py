@@ -1,0 +1,266 @@
+"""Units are slices of the layer that reads them: cutting a slice is cutting the unit where it is made, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from snapshot import assert_unchanged, snapshot
+from torch import Tensor, nn
+from torch.nn import functional
+
+import neuronsurgery as ns
+from neuronsurgery.switches import without_mha_fastpath
+
+IDS = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+ZEROS = torch.zeros(3, dtype=torch.int64)
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def build(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2)
+    return build(transformers.LlamaForCausalLM(config))
+
+
+def bert() -> nn.Module:
+    return build(transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)))
+
+
+def gpt2() -> nn.Module:
+    names = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 64, "bos_token_id": 1}
+    return build(transformers.GPT2LMHeadModel(transformers.GPT2Config(**names, eos_token_id=2)))
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    return build(transformers.MixtralForCausalLM(config))
+
+
+def vit() -> nn.Module:
+    return build(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3))
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    return build(
+        nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64, 3))
+    )
+
+
+TEXT: Any = ({"input_ids": IDS}, IDS)
+LABELLED: Any = ({"input_ids": IDS}, ZEROS)
+PICTURES: Any = (IMAGES, ZEROS)
+VECTORS: Any = (torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1)), ZEROS)
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    inputs = batch[0]
+    with torch.no_grad(), without_mha_fastpath():  # which would call neither the attention nor the layers
+        output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+@contextmanager
+def cut_heads(call: int, head: int) -> Iterator[None]:
+    """The output of one head is zero in one call of torch's attention."""
+    real, calls = functional.scaled_dot_product_attention, iter(range(10**6))
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        output = real(*args, **kwargs)
+        if next(calls) == call:
+            output = output.clone()
+            output[:, head] = 0
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", attention)
+        yield
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
+    "llama": (
+        llama,
+        TEXT,
+        ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"],
+        "head 5",
+    ),
+    "bert": (bert, LABELLED, [f"bert.encoder.layer.{i}.attention.output.dense.weight" for i in (0, 1)]),
+    "gpt2": (gpt2, TEXT, [f"transformer.h.{i}.attn.c_proj.weight" for i in (0, 1)]),
+    "mixtral": (mixtral, TEXT, [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]),
+    "vit": (vit, PICTURES, [f"blocks.{i}.attn.proj.weight" for i in (0, 1)]),
+    "encoder": (encoder, VECTORS, [f"0.layers.{i}.self_attn.out_proj.weight" for i in (0, 1)]),
+}
+tier = pytest.mark.architectures
+head_case = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("llama", "encoder") else tier) for n in HEADS]
+)
+
+
+@head_case
+def test_a_cut_slice_is_a_head_that_is_cut_in_the_attention(name: str) -> None:
+    make, batch, layers = HEADS[name]
+    model = make()
+    before = snapshot(model, batch)
+    found = ns.find_units(model, batch, "head")
+    assert_unchanged(before, model, batch)
+    assert [layer.parameter for layer in found] == layers
+    base = logits(model, batch)
+    for call, layer in enumerate(found):
+        for head in range(layer.count):
+            edited = logits(ns.apply(ns.zero_out(ns.Neurons({layer: [head]})), model), batch)
+            with cut_heads(call, head):
+                assert torch.equal(edited, logits(model, batch))
+            assert not torch.equal(edited, base)
+    assert str(next(iter(found.neurons([0])))).endswith("[head 0]")
+
+
+UNITS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, str]]] = {
+    "llama": (llama, TEXT, {f"model.layers.{i}.mlp.down_proj": "weight" for i in (0, 1)}),
+    "gpt2": (gpt2, TEXT, {f"transformer.h.{i}.mlp.c_proj": "weight" for i in (0, 1)}),
+    "vit": (vit, PICTURES, {f"blocks.{i}.mlp.fc2": "weight" for i in (0, 1)}),
+    "encoder": (encoder, VECTORS, {f"0.layers.{i}.linear2": "weight" for i in (0, 1)}),
+}
+
+
+def without_input(model: nn.Module, name: str, channel: int, axis: int, batch: Any) -> Tensor:
+    """The logits where a module is given zeros in one channel."""
+
+    def zeroed(module: nn.Module, args: Any) -> Any:
+        value = args[0].clone()
+        value.select(axis, channel).zero_()
+        return (value, *args[1:])
+
+    copied = copy.deepcopy(model)
+    copied.get_submodule(name).register_forward_pre_hook(zeroed)
+    return logits(copied, batch)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "llama" else tier) for n in UNITS])
+def test_a_cut_slice_is_a_hidden_unit_that_is_cut_before_the_layer_that_reads_it(name: str) -> None:
+    make, batch, readers = UNITS[name]
+    model = make()
+    found = ns.find_units(model, batch, "unit")
+    assert [layer.parameter for layer in found] == [f"{module}.{weight}" for module, weight in readers.items()]
+    for layer in found:
+        for unit in (0, layer.count - 1):
+            edited = logits(ns.apply(ns.zero_out(ns.Neurons({layer: [unit]})), model), batch)
+            wanted = without_input(model, layer.parameter.rpartition(".")[0], unit, -1, batch)
+            assert torch.equal(edited, wanted)
+
+
+@tier
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 8), ("mobilenet_v2", 37)])
+def test_channels_with_a_single_reader(name: str, count: int) -> None:
+    model = build(getattr(torchvision.models, name)(num_classes=3))
+    if name == "mobilenet_v2":
+        with pytest.warns(UserWarning, match="its input is read by others, too"):
+            found = ns.find_units(model, PICTURES, "channel")
+    else:
+        found = ns.find_units(model, PICTURES, "channel")
+    assert len(found) == count
+    for layer in list(found)[:: max(1, count // 6)]:
+        edited = logits(ns.apply(ns.zero_out(ns.Neurons({layer: [1]})), model), PICTURES)
+        assert torch.equal(edited, without_input(model, layer.parameter.rpartition(".")[0], 1, 1, PICTURES)), layer
+
+
+def test_channels_through_norms_pools_and_a_flattening() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU()]
+    model = build(nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(6 * 49, 3)))
+    found = ns.find_units(model, PICTURES, "channel")
+    assert [(layer.parameter, layer.pattern) for layer in found] == [
+        ("3.weight", "(g o) channel k0 k1 -> (g channel) o k0 k1"),
+        ("7.weight", "o (channel d) -> channel o d"),
+    ]
+    for layer, module, axis in ((found.layers[0], "3", 1), (found.layers[1], "5", 1)):
+        for channel in range(layer.count):
+            edited = logits(ns.apply(ns.zero_out(ns.Neurons({layer: [channel]})), model), PICTURES)
+            assert torch.allclose(edited, without_input(model, module, channel, axis, PICTURES), atol=1e-6)
+
+
+def test_experts_of_a_fused_mixture() -> None:
+    model = mixtral()
+    units, experts = (ns.find_units(model, TEXT, kind) for kind in ("expert unit", "expert"))  # type: ignore[arg-type]
+    assert (units.count, experts.count) == (2 * 4 * 48, 2 * 4)
+    wanted = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted.model.layers[1].mlp.experts.down_proj[2, :, 5] = 0
+    cut = ns.apply(ns.zero_out(ns.Neurons({units.layers[1]: [2 * 48 + 5]})), model)
+    assert torch.equal(logits(cut, TEXT), logits(wanted, TEXT))
+    with torch.no_grad():
+        wanted.model.layers[1].mlp.experts.down_proj[2] = 0
+    cut = ns.apply(ns.zero_out(ns.Neurons({experts.layers[1]: [2]})), model)
+    assert torch.equal(logits(cut, TEXT), logits(wanted, TEXT))
+
+
+def test_effects_are_minus_the_gradient_to_a_gate_of_the_head() -> None:
+    model = llama().double()
+    found = ns.find_units(model, TEXT, "head")
+    effects = ns.group_effects(model, [TEXT], layout=found, metric=ns.causal_lm_loss)
+    real, gates = functional.scaled_dot_product_attention, torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    calls = iter(gates)
+    with pytest.MonkeyPatch.context() as patch:
+        gated = lambda *args, **kwargs: real(*args, **kwargs) * next(calls)[:, None, None]  # noqa: E731
+        patch.setattr(functional, "scaled_dot_product_attention", gated)
+        loss = ns.causal_lm_loss(model(input_ids=IDS).logits, IDS).mean()
+    (gradient,) = torch.autograd.grad(loss, gates)
+    assert torch.allclose(effects.values[0].double(), -gradient.flatten(), atol=1e-6)
+
+
+def test_sweeps_scores_and_searches_take_heads() -> None:
+    model, data = llama(), [TEXT]
+    found = ns.find_units(model, TEXT, "head")
+    edits = {str(i): ns.zero_out(found.neurons([i])) for i in range(found.count)}
+    swept = ns.sweep(model, edits, data, metric=ns.causal_lm_loss)
+    for label, edit in edits.items():
+        assert swept[label] == ns.evaluate(ns.apply(edit, model), data, metric=ns.causal_lm_loss)
+    assert ns.group_grad_norms(model, data, layout=found, loss=ns.causal_lm_loss).values.shape == (1, 8)
+
+
+class Shared(nn.Module):
+    """Its hidden units are read by two layers; its head is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.twice = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.twice(self.twice(self.left(hidden) + self.right(hidden)).relu())  # type: ignore[no-any-return]
+
+
+def test_what_is_no_unit_is_said() -> None:
+    data = (torch.randn(3, 4), ZEROS)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  # the whole text is looked at
+        ns.find_units(Shared().eval(), data, "unit")
+    said = str(raised.value)
+    assert said.startswith("no unit is found in Shared:\n")
+    assert "left.weight: its input is read by others, too" in said
+    assert "twice.weight: it is used several times" in said
+    assert "find_layout(model, patterns=" in said
+    with pytest.raises(ValueError, match=r"kind must be one of 'head', 'unit', 'channel'.*not 'layer'"):
+        ns.find_units(Shared(), data, "layer")  # type: ignore[arg-type]
