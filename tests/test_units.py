@@ -103,12 +103,7 @@ def cut_heads(call: int, head: int) -> Iterator[None]:
 
 
 HEADS: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
-    "llama": (
-        llama,
-        TEXT,
-        ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"],
-        "head 5",
-    ),
+    "llama": (llama, TEXT, [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]),
     "bert": (bert, LABELLED, [f"bert.encoder.layer.{i}.attention.output.dense.weight" for i in (0, 1)]),
     "gpt2": (gpt2, TEXT, [f"transformer.h.{i}.attn.c_proj.weight" for i in (0, 1)]),
     "mixtral": (mixtral, TEXT, [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]),
@@ -177,10 +172,7 @@ def test_a_cut_slice_is_a_hidden_unit_that_is_cut_before_the_layer_that_reads_it
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 8), ("mobilenet_v2", 37)])
 def test_channels_with_a_single_reader(name: str, count: int) -> None:
     model = build(getattr(torchvision.models, name)(num_classes=3))
-    if name == "mobilenet_v2":
-        with pytest.warns(UserWarning, match="its input is read by others, too"):
-            found = ns.find_units(model, PICTURES, "channel")
-    else:
+    with pytest.warns(UserWarning, match="its input is read by others, too"):
         found = ns.find_units(model, PICTURES, "channel")
     assert len(found) == count
     for layer in list(found)[:: max(1, count // 6)]:
