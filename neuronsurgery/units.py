@@ -130,8 +130,8 @@ def find_units(
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
         >>> find_units(model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), "unit")
-        Layout: 8 units in 1 layer
-          2.weight: 8 units of 2
+        Layout: 8 neurons in 1 layer
+          2.weight: 8 neurons of 2
 
     Source:
         Michel et al., "Are sixteen heads really better than one?", 2019 (heads as units).
