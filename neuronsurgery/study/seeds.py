@@ -154,12 +154,13 @@ def _sets_of(run: Results) -> list[dict[str, Any]]:
     for own in (record for record in records if record["control"] is None):
         for k in SIZES if own["k"] is None else (own["k"],):
             row = {"group": own["chosen_for"], "k": k}
-            controls = [r for r in records if r["chosen_for"] == row["group"] and r["control"] is not None]
+            every = [r for r in records if r["chosen_for"] == row["group"] and r["control"] is not None]
+            controls = [control for control in every if "impossible" not in control]
             if "impossible" not in own:
                 row |= {name: own[name] for name in ("neurons", "p_value", "net", "own", "worst_other", *ON_RIGHT)}
                 if not own["neurons"]:
                     row |= dict.fromkeys(ON_RIGHT, 0.0)
-            if controls and not any("impossible" in control for control in controls):
+            if controls:
                 row["control_net"] = statistics.fmean(control["net"] for control in controls if control["k"] == k)
             rows.append(row)
     return rows
