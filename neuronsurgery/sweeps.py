@@ -165,7 +165,7 @@ def sweep(
     error = None
     try:
         shared, predict = _shared(model, predict)
-        runner, edited = _planned(model if isinstance(model, nn.Module) else model.model, edits)
+        runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits)
         forward = None if shared is None else shared.rebound(runner)
         with torch.no_grad(), without_mha_fastpath():
             seen = _run(runner, edited, tallies, loaders, predict, unpack, progress, forward)

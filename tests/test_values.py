@@ -141,7 +141,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "noise by hand": (lambda: RandomNoise(NEURONS, -1, 0.1), r"seed must be an integer of at least 0, not -1"),
     "noise without a scale": (lambda: RandomNoise(NEURONS, 1), r"give exactly one of std= and relative_std="),
     "rewind: rows of others": (changed(REWOUND, kept=REWOUND.kept[:1]), r"kept: expected floating-point rows of"),
-    "rewind: no path": (changed(REWOUND, path=3), r"digest and path: expected strings, or no path"),
+    "rewind: no path": (changed(REWOUND, path=3), r"path: expected a string or None"),
     "rewind of shared entries": (
         changed(ns.rewind(BOTH, THEN), alpha=0.5),
         r"a rewind by a share of neurons that share entries",
