@@ -215,7 +215,9 @@ def find_critical(
     search = Search(made, group, others, objective or selective(group, others, weight), k, allowed, pool, width)
     settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict}
     parts = search.parts(candidates)
-    for swept in sweep_in_parts(model, parts, Mixed(named, unpack), process_group=process_group, **settings):
+    for swept in sweep_in_parts(
+        model, parts, Mixed(named, unpack, runner.device), process_group=process_group, **settings
+    ):
         search.take(swept)
         if progress:
             sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")

@@ -135,9 +135,8 @@ def mean_effects(
     except Exception as raised:
         error = raised
     sums = {group: total.cpu() for group, total in going.sums.items()}
-    shares = exchange(
-        process_group, error, (list(loaders) if isinstance(loaders, Mapping) else None, sums, going.counts)
-    )
+    named = list(loaders) if isinstance(loaders, Mapping) else None
+    shares = exchange(process_group, error, (named, sums, going.counts))
     present = [group for _, own, _ in shares for group in own]
     order = shares[0][0]
     groups = ordered_groups(present) if order is None else list(dict.fromkeys(g for o, _, _ in shares for g in o))
@@ -198,11 +197,9 @@ class _Pass:
     def _within(self, leaves: Sequence[Layer], function: Callable[..., Any], *args: Any) -> Any:
         """Return what a function gives while the model's parameters are tensors of which some get a gradient."""
         wanted = {self._names[layer] for layer in leaves}
-        tensors = {
-            name: differentiable(p).requires_grad_(name in wanted) for name, p in self._runner.parameters.items()
-        }
-        self._tensors = tensors
-        given = {f"model.{place}": t for name, t in tensors.items() for place in self._runner.places[name]}
+        every = self._runner.parameters.items()
+        self._tensors = {name: differentiable(tensor).requires_grad_(name in wanted) for name, tensor in every}
+        given = {f"model.{at}": tensor for name, tensor in self._tensors.items() for at in self._runner.places[name]}
         with torch.enable_grad(), differentiable_rnns(self._runner), KERNELS.steady():
             try:
                 return functional_call(Within(self._runner.model), given, (function, *args), tie_weights=False)
@@ -226,7 +223,7 @@ class _Pass:
         return logits, values
 
     def _add(self, batch: Batch, members: Mapping[Group, Sequence[int]]) -> None:
-        collected = _Collected(self._heard or (), len(batch), self._deliver(members))
+        collected = _Collected(self._heard or (), self._deliver(members))
         rest = [] if self._apart else self._written
         for layer in (layer for term in rest for layer in term.reads):
             self._tensors[self._names[layer]].requires_grad_()
@@ -313,7 +310,7 @@ class _Pass:
         def listen() -> None:
             nonlocal rough
             self._refuse_dependence(batch)
-            collected = _Collected(placed, len(few), note)
+            collected = _Collected(placed, note)
             with collected.listener.listening(len(few)):
                 logits, values = self._values(few)
                 collected.values = values.detach()
@@ -340,8 +337,9 @@ class _Pass:
     def _refuse_dependence(self, batch: Batch) -> None:
         if len(batch) < 2:
             return
-        logits, values = self._values(batch)
-        found = dependence(self._values, batch, logits.detach(), values.detach(), self._runner.parameters.values())
+        with torch.no_grad():
+            logits, values = self._values(batch)
+            found = dependence(self._values, batch, logits, values, self._runner.parameters.values())
         if found:
             raise ValueError(
                 f"{found.replace('losses', 'metric')}. An effect is that on one example's metric: give a model and a "
@@ -352,7 +350,7 @@ class _Pass:
 class _Collected:
     """The effects on the examples of one batch as they are heard, handed on term by term and forgotten."""
 
-    def __init__(self, terms: Sequence[Term], examples: int, deliver: Callable[[Term, Tensor, Tensor], None]) -> None:
+    def __init__(self, terms: Sequence[Term], deliver: Callable[[Term, Tensor, Tensor], None]) -> None:
         self.values = torch.zeros(0, device="cpu")
         self._deliver = deliver
         self._by_place: dict[Place, Term] = {term.place: term for term in terms if term.place is not None}

@@ -208,14 +208,15 @@ def judge(
     swept = sweep(
         model,
         edits,
-        Mixed(named, unpack),
+        Mixed(named, unpack, next((p.device for p in model.parameters()), None)),
         metric=metric,
         larger_is_better=direction,
         predict=predict,
         progress=progress,
         process_group=process_group,
     )
-    return _verdict(swept, found, made, group, spared, drawn, seed)
+    apart = found is not None and bool(found.searched) and bool(keys)
+    return _verdict(swept, found, made, group, spared, drawn, seed, apart)
 
 
 def _refuse_searched(found: Critical | None, keys: frozenset[str]) -> None:
@@ -284,6 +285,7 @@ def _verdict(
     against: tuple[Group, ...],
     drawn: Sequence[Edit] | None,
     seed: int,
+    apart: bool,
 ) -> Verdict:
     sign = 1.0 if swept.baseline.larger_is_better else -1.0
     change, interval = swept.change("judged"), swept.interval("judged", LEVEL)
@@ -295,7 +297,7 @@ def _verdict(
         for changes in [swept.change(f"control {number}")]
     )
     as_much = sum(control.net >= net - 1e-12 for control in controls)
-    said = _Said(found, edit, group, against, change, interval, net, (low, high), sign, swept.is_binary)
+    said = _Said(found, edit, group, against, change, interval, net, (low, high), sign, swept.is_binary, apart)
     rest = f"; {as_much} of {len(controls)} random sets do as much" if controls else ""
     return Verdict(
         group,
@@ -369,6 +371,7 @@ class _Said:
     net_interval: tuple[float, float]
     sign: float
     binary: bool
+    apart: bool  # whether these examples are known to be others than those of the search
 
     def verdict(self) -> str:
         """Return what follows, and the two changes."""
@@ -376,7 +379,7 @@ class _Said:
         if not neurons:
             return f"no set was found for {self.group}, so none is judged: nothing is cut"
         worst = _worst(self.change, self.against, self.sign)
-        where = " on examples not searched" if self.found is not None else ""
+        where = " on examples not searched" if self.apart else ""
         who, many = counted(len(neurons), "neuron"), len(neurons) > 1
         numbers = f"{self._said(self.change[self.group])} there, {self._said(worst, unit=False)} at most elsewhere"
         return f"{who} {self._claim(many)}: {numbers}{',' if where else ''}{where}"
@@ -418,7 +421,7 @@ class _Said:
     def caveats(self) -> tuple[str, ...]:
         """Return what the numbers do not take into account."""
         said = ["Not corrected for: other groups, sizes k, metrics and models that are judged beside this one."]
-        if self.found is None:
+        if not self.apart:
             said.append("Whether the edit was searched on these examples is not known; if so, they say nothing of it.")
         said.append("Random sets are not searched for: whether the group is special takes matched() examples.")
         return tuple(said)

@@ -30,6 +30,9 @@ from neuronsurgery.batches import (
 from neuronsurgery.errors import warn
 from neuronsurgery.types import Group, Loader, Loaders
 
+CACHED = 128
+"""More examples at once are slower on a CPU, whose caches hold no more of what lies between the layers."""
+
 MANY = 16
 """More examples than this, of as many groups, are taken for a sign that the groups are none."""
 
@@ -225,22 +228,26 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
 class Mixed:
     """Loaders as one stream of full batches, whatever their groups: few shapes, so that few captures are needed.
 
-    A batch is as large as the largest that came so far. What cannot be taken apart comes as it is.
+    A batch is as large as the largest that came so far, on a CPU at most `CACHED`. What cannot be taken apart comes as
+    it is.
 
     Attributes:
         loaders: a mapping group -> loader, or one loader.
         unpack: what they yield -> `Batch`.
+        device: where they will be run; None is the CPU.
     """
 
     loaders: Loaders
     unpack: Unpack | None = None
+    device: torch.device | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: dict[Any, Examples] = {}
         full = 0
+        most = CACHED if self.device is None or self.device.type == "cpu" else None
         for groups, batch in iterate_groups(self.loaders, unpack=self.unpack):
             named = dataclasses.replace(batch, groups=tuple(groups))
-            full = max(full, len(batch))
+            full = max(full, len(batch) if most is None else min(most, len(batch)))
             if inseparable(batch):
                 yield named
                 continue

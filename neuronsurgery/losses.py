@@ -148,7 +148,7 @@ def margin(logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"margin needs logits (example, class) of two or more classes and one class index (int) per example, not "
             f"{logits.dtype} of shape {tuple(logits.shape)} and {targets.dtype} of shape {tuple(targets.shape)}: for "
-            f"probabilities pass their argmax, for one logit z the two logits (0, z), for tokens a metric of your own"
+            f"probabilities pass their argmax, for one logit z the two logits (0, z), for tokens causal_margin"
         )
     refuse_unknown_classes(targets, logits.shape[1])
     wide = widened(logits)

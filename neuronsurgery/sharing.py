@@ -83,6 +83,7 @@ def share(
     runner = make_runner(survey(model))
     example = move(unpack_batch(batch, by_key(unpack, group_key)), runner.device)
     forward = CheckedForward(runner, predict or default_predict)
+    forward.capture_now()
     with without_mha_fastpath():
         for _ in forward.run(example.args, example.kwargs, {"base": {}}):
             pass

@@ -16,6 +16,8 @@ import torch
 from snapshot import torch_flags
 from study.forking import Forked, forker
 
+from neuronsurgery.graph import trust
+
 WARNINGS = [
     "error",
     "ignore:LSTM with projections is not supported with oneDNN:UserWarning",  # torch says so at each first forward
@@ -43,6 +45,12 @@ def strict_world() -> Iterator[None]:
     reset(before)
     flipped = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
     assert not flipped, f"the test left switches of torch flipped: {flipped}"
+
+
+@pytest.fixture(autouse=True)
+def captures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests have little to run, and it is the capture that they are to test."""
+    monkeypatch.setattr(trust, "WORTH", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -583,7 +583,7 @@ def test_margins_of_half_precision_are_float32() -> None:
     [
         (torch.zeros(3, 1), torch.zeros(3).long(), r"two or more classes.*for one logit z the two logits \(0, z\)"),
         (torch.zeros(3, 2), torch.zeros(3, 2), "for probabilities pass their argmax"),
-        (torch.zeros(3, 4, 5), torch.zeros(3, 4).long(), "for tokens a metric of your own"),
+        (torch.zeros(3, 4, 5), torch.zeros(3, 4).long(), "for tokens causal_margin"),
         (torch.zeros(3, 2), torch.zeros(4).long(), r"one class index \(int\) per example"),
         (torch.zeros(3, 2), torch.tensor([0, 1, 2]), r"labels must be 0..1 for 2 classes, found \[2\]"),
         (torch.zeros(3, 2), torch.tensor([0, 1, -100]), r"found \[-100\]"),

@@ -232,3 +232,38 @@ def test_the_interval_of_the_net_covers(falls: dict[str, float], sizes: dict[str
     truth = falls["own"] - max(falls["a"], falls["b"])
     intervals = [judged(falls, sizes, generator, seed).net_interval for seed in range(300)]
     assert sum(low <= truth <= high for low, high in intervals) >= 0.92 * 300
+
+
+def noisy(n: int = 240) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """A network that has half learned its classes: many of its examples hang on few neurons."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator)
+    y = ((x[:, 0] * x[:, 1] + 0.5 * torch.randn(n, generator=generator)) > 0).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        ns.cross_entropy(model(x), y).mean().backward()
+        optimizer.step()
+    return model, x, y
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:edits of .* changed no output")
+def test_where_groups_mean_nothing_few_verdicts_say_that_one_is_carried() -> None:
+    """A third of one class is called rare, at random: at most 5 of 100 sets that were found for it carry it."""
+    model, x, y = noisy()
+    layout, members = ns.find_layout(model, where="0.*"), (y == 1).nonzero().flatten()
+    carries = found_some = 0
+    for seed in range(100):
+        groups = ["zero" if label == 0 else "one" for label in y.tolist()]
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+        for place in members[order[: len(members) // 3]].tolist():
+            groups[place] = "rare"
+        search, rest = ns.halves([(x, y, groups)], seed=seed)
+        found = ns.find_critical(model, search, "rare", layout=layout, k=2, edits="zero", cap=0.15)
+        found_some += found.found is not None
+        carries += ns.judge(found, model, rest, "rare", draws=0).carries
+    assert found_some >= 50
+    assert carries <= 5

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo import CASES, Case, tiered
 
 import neuronsurgery as ns
+from neuronsurgery.graph import trust
 from neuronsurgery.paired import paired_interval, paired_p_value, student_cdf, student_quantile
 from neuronsurgery.sweeps import Outcomes
 
@@ -486,3 +487,18 @@ def test_a_copy_of_the_model_gives_the_same(capsys: pytest.CaptureFixture[str]) 
         second = ns.sweep(copy.deepcopy(model), edits, case.batches(), metric=fingerprint)
     assert all(torch.equal(first.values(label), second.values(label)) for label in edits)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("worth", [1e9, 1e-9])
+def test_little_work_is_done_without_a_capture_and_the_rest_of_more_with_one(
+    worth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, whether all edits are run one by one, or the first one alone, in the middle of a batch."""
+    captures: list[Any] = []
+    real = trust.capture
+    monkeypatch.setattr(trust, "capture", lambda *args, **kwargs: captures.append(args) or real(*args, **kwargs))
+    monkeypatch.setattr(trust, "WORTH", worth)
+    case = CASES["residual"]
+    swept = assert_equal_one_by_one(case.build(), every_kind(case.build()), case.batches())
+    assert bool(captures) == (worth < 1)
+    assert swept.reasons == (() if worth < 1 else ("there was less to run than a capture takes",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,14 @@ from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, bou
 from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
 
+NOT_WORTH = "there was less to run than a capture takes"
+
 PATIENCE = 3
 """After so many signatures without a graph to trust, no more captures are tried: each takes seconds."""
+
+
+WORTH = 2.0
+"""Seconds: a capture takes about as long, so as much time is spent on edits one by one before there is one."""
 
 
 class CheckedForward:
@@ -42,7 +49,7 @@ class CheckedForward:
 
     Attributes:
         fallbacks: for each signature that no graph could be trusted for, the reason.
-        reasons: why any forward pass was not shared; each has been warned of once.
+        reasons: why any forward pass was not shared; what could not be has been warned of, once for each reason.
 
     Example:
         >>> from neuronsurgery.copies import make_runner
@@ -60,6 +67,8 @@ class CheckedForward:
         self.reasons: set[str] = set()
         self._runner = runner
         self._predict = predict
+        # How long edits were run one by one, before a capture was worth its time.
+        self._spent = 0.0
         self._places = _places(runner)
         # By signature of the inputs, the graph that was checked for it; by kind of inputs, the newest graph and the
         # shapes that were met.
@@ -90,6 +99,15 @@ class CheckedForward:
         unknown = sorted({name for edited in edits.values() for name in edited} - set(self._runner.parameters))
         if unknown:
             raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
+        return self._shared(args, kwargs, edits) if self._is_worth_it() else self._until_worth_it(args, kwargs, edits)
+
+    def _is_worth_it(self) -> bool:
+        """Return whether there is a graph, or was a try at one, or enough time was spent without."""
+        return bool(self._newest or self.fallbacks) or self._spent >= WORTH
+
+    def _shared(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
         graph = self._graph(Inputs.of(args, kwargs))
         if graph is None:
             return self.one_by_one(args, kwargs, edits)
@@ -97,6 +115,28 @@ class CheckedForward:
         if (graph, names) not in self._schedules:
             self._schedules[graph, names] = schedule(graph, names)
         return self._schedules[graph, names].run(args, kwargs, edits)
+
+    def _until_worth_it(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        """Yield what `one_by_one` gives for as long as a capture takes, and then the rest by a graph.
+
+        So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data.
+        """
+        left = list(edits)
+        while left and not self._is_worth_it():
+            started, label = time.perf_counter(), left.pop(0)
+            # What the caller does with the logits is a part of it: there a device comes to the end of its work.
+            yield from self.one_by_one(args, kwargs, {label: edits[label]})
+            self._spent += time.perf_counter() - started
+            self.reasons.add(NOT_WORTH)
+        if left:
+            self.reasons.discard(NOT_WORTH)
+            yield from self._shared(args, kwargs, {label: edits[label] for label in left})
+
+    def capture_now(self) -> None:
+        """Have the next forward pass captured, however little there is to run."""
+        self._spent = WORTH
 
     def start_again(self) -> None:
         """Forget what the buffers of the edited models have become, for another pass over the data: graphs are kept."""

@@ -1,9 +1,9 @@
-"""What the paper claims of Stage 1, each claim as one number per run, and what several runs say of it.
+"""What the paper claims of Stage 1 and what 1h asks, each claim as one number per run, and what several runs say.
 
 A claim is a measure of one run's results and the side of a bound on which the paper sees it. Over several seeds it
 *holds* where the whole 95 % interval of the mean lies on that side, it *does not hold* where all of it lies on the
 other, and else it is *undecided*. The interval is Student's, over the seeds; every measure and bound stood before the
-seeds were looked at.
+seeds were looked at. The claims of 1h have rules of their own, see `Question`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def judge(runs: Sequence[Results]) -> list[dict[str, Any]]:
 
     Args:
         runs: the results of the runs, of one data set and other seeds; claims are left out whose experiment any of
-            them lacks, or images of any group in a split whose accuracies they need.
+            them lacks, or images of any group in a split whose accuracies they need. A claim of 1h that some run has no
+            number for has none, and the reason as its verdict.
     """
     names, minority = runs[0]["groups"], [runs[0]["groups"][place] for place in runs[0]["minority"]]
     records = []
@@ -75,6 +76,8 @@ def judge(runs: Sequence[Results]) -> list[dict[str, Any]]:
             for group in minority if claim.of == "minority" else names:
                 values = [claim.measure(run, group) for run in runs]
                 records.append({**_said(claim), "group": group, **_judged(claim, values)})
+    if all("1h" in run["experiments"] for run in runs):
+        records += [_answered(question, runs, group) for question in QUESTIONS for group in minority]
     return records
 
 
@@ -269,13 +272,136 @@ CLAIMS: Final = (
 )
 
 
+# Experiment 1h
+
+QUESTIONS_LEVEL: Final = 1 - 0.05 / 6
+"""Three claims about two groups: each interval misses its mean in a sixth of 5 % of all cases."""
+
+SIZE: Final = 3
+NET: Final = 30.0
+WORST_OTHER: Final = -2.0
+NOT_MEMORY: Final = 15.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One claim of 1h, about sets of at most three neurons, found on half A and judged on half B.
+
+    Attributes:
+        text: the claim, in words.
+        measure: the records of a run's 1h, and a group -> its number in points; or why it has none: the verdict then.
+        verdict: what the numbers of the seeds, their limits and what the sets took from others say.
+    """
+
+    text: str
+    measure: Callable[[Records, str], float | str]
+    verdict: Callable[[Mapping[str, Any]], str]
+
+
+def _answered(question: Question, runs: Sequence[Results], group: str) -> dict[str, Any]:
+    """Return the record of a claim of 1h about a group, as those of the paper's, with its level."""
+    records: list[Records] = [run["experiments"]["1h"]["train"] for run in runs]
+    values = [question.measure(of_run, group) for of_run in records]
+    said = {"experiment": "1h", "text": question.text, "unit": "points", "side": "above", "bound": 0.0, "group": group}
+    lacking = [value for value in values if isinstance(value, str)]
+    if lacking:
+        given = [None if isinstance(value, str) else value for value in values]
+        return {**said, "values": given, "mean": None, "low": None, "high": None, "verdict": lacking[0]}
+    numbers = [float(value) for value in values]
+    low, high = mean_interval(numbers, QUESTIONS_LEVEL)
+    others = [100 * float(_set_of(of_run, group)["worst_other"]) for of_run in records]
+    found = {"values": numbers, "mean": statistics.fmean(numbers), "low": low, "high": high, "worst_other": others}
+    verdict = "one seed only" if len(runs) == 1 else question.verdict(found)
+    return {**said, **found, "level": QUESTIONS_LEVEL, "verdict": verdict}
+
+
+def _sets(records: Records, group: str) -> Records:
+    """Return the records of a group's own images and of its controls: those of three neurons, or why there are none."""
+    return [r for r in records if r["chosen_for"] == group and r["k"] in (SIZE, None)]
+
+
+def _set_of(records: Records, group: str) -> Mapping[str, Any]:
+    return next(record for record in _sets(records, group) if record["control"] is None)
+
+
+def _net(records: Records, group: str) -> float | str:
+    """Return the net of a group on half B; 0 where no set was found."""
+    own = _set_of(records, group)
+    return "too few" if "impossible" in own else 100 * float(own["net"]) if own["neurons"] else 0.0
+
+
+def _beyond_controls(records: Records, group: str) -> float | str:
+    """Return by how much the net of a group is above the mean net of its controls, of the one that there is perhaps."""
+    net, every = _net(records, group), [r for r in _sets(records, group) if r["control"] is not None]
+    controls = [control for control in every if "impossible" not in control]
+    if isinstance(net, str) or not controls:
+        return net if isinstance(net, str) else "no control"
+    return net - statistics.fmean(100 * float(c["net"]) if c["neurons"] else 0.0 for c in controls)
+
+
+def _memory(records: Records, group: str) -> float | str:
+    """Return by how much the share of right images that are lost is higher on half B than on the test images."""
+    own = _set_of(records, group)
+    if "impossible" in own:
+        return "too few"
+    if not own["neurons"]:
+        return 0.0  # nothing is cut, and nothing lost
+    if own["right_lost"] is None or own["test_right_lost"] is None:
+        return "none right"
+    return 100 * (float(own["right_lost"]) - float(own["test_right_lost"]))
+
+
+def _selective(found: Mapping[str, Any]) -> str:
+    """Return the verdict of (a): a mean net of 30 points or more, certainly above 0, and at most 2 from any other."""
+    # Two points and thirty themselves count, whatever their last bit.
+    spared = statistics.fmean(found["worst_other"]) >= WORST_OTHER - 1e-9
+    if found["mean"] >= NET - 1e-9 and found["low"] > 0 and spared:
+        return "holds"
+    return "does not hold" if found["high"] < NET else "undecided"
+
+
+def _above(found: Mapping[str, Any]) -> str:
+    return "holds" if found["low"] > 0 else "does not hold" if found["high"] <= 0 else "undecided"
+
+
+def _more_where_seen(found: Mapping[str, Any]) -> str:
+    return "holds" if found["low"] > 0 else "does not hold" if found["high"] < NOT_MEMORY else "undecided"
+
+
+QUESTIONS: Final = (
+    Question(
+        "(a) three neurons found on half A take at least 30 points more from it than from any other group on half B, "
+        "where no other group loses more than 2",
+        _net,
+        _selective,
+    ),
+    Question(
+        "(b) they take more from it than sets found alike for majority images of the same margins take from these",
+        _beyond_controls,
+        _above,
+    ),
+    Question(
+        "(c) they are memory: a larger share of its right images is lost on half B than on test images",
+        _memory,
+        _more_where_seen,
+    ),
+)
+"""What 1h asks of each minority group. Where nothing was found for a group, its net is 0."""
+
+
 def render(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return the records of `judge` as a Markdown table: claim, group, every run's value, mean, interval, verdict."""
+    """Return the records of `judge` as a Markdown table: claim, group, every run's value, mean, interval, verdict.
+
+    Intervals of another level than 95 % name it.
+    """
     lines = ["| | claim | group | per seed | mean [95 %] | |", "|---|---|---|---|---|---|"]
     for record in records:
         bound = "" if record["bound"] == 0 else f" ({record['side']} {record['bound']:g} {record['unit']})"
-        values = ", ".join(f"{value:.1f}" for value in record["values"])
-        interval = f"{record['mean']:.1f} [{record['low']:.1f}, {record['high']:.1f}] {record['unit']}"
+        values = ", ".join("-" if value is None else f"{value:.1f}" for value in record["values"])
+        interval = "-"
+        if record["mean"] is not None:
+            level = f" ({100 * record['level']:.2f} %)" if "level" in record else ""
+            interval = f"{record['mean']:.1f} [{record['low']:.1f}, {record['high']:.1f}]{level} {record['unit']}"
         lines.append(
             f"| {record['experiment']} | {record['text']}{bound} | {record['group']} | {values} | {interval} | "
             f"**{record['verdict']}** |"

@@ -74,8 +74,8 @@ QUICK = {
     "comparison_epochs": 2,
     "quick": True,
 }
-QUICK_COUNTS = {"train": (350, 18, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
-QUICK_HELD_OUT = {"held-out": (175, 9, 4, 53)}
+QUICK_COUNTS = {"train": (350, 24, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
+QUICK_HELD_OUT = {"held-out": (175, 12, 4, 53)}
 COLUMNS = ("path", "label", "attribute", "split")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -574,6 +574,10 @@ def summary(results: Mapping[str, Any]) -> str:
     if "1g" in done:
         title = "1g  Zero random other neurons: mean change (largest), points"
         tables.append(_table(title, header, _controls(done["1g"][split])))
+    if "1h" in done:
+        title = "1h  Critical sets found on half A: what they take on half B, points; p among random sets"
+        rows = [_set(record) for record in done["1h"]["train"]]
+        tables.append(_table(title, ["", "own", "worst other", "net", "p"], rows))
     if "stage_two" in results:
         rules = list(results["stage_two"]["selections"])
         title = "Stage 2  Worst group of the test images, %; epoch chosen by"
@@ -598,6 +602,14 @@ def summary_of_seeds(together: Mapping[str, Any]) -> str:
     tables = [_table("Empirical risk minimisation", ["", *together["groups"]], accuracy)] if accuracy else []
     if together["claims"]:
         tables.append(render(together["claims"]))
+    if "critical_sets" in together:
+        names = ("own", "worst_other", "net", "control_net")
+        rows = [
+            [f"{row['group']}, k = {row['k']}", *(_percent(row.get(name, {})) for name in names)]
+            for row in together["critical_sets"]
+        ]
+        title = "1h  Critical sets found on half A: what they take on half B, points"
+        tables.append(_table(title, ["", "own", "worst other", "net", "net of the controls"], rows))
     if "stage_two" in together:
         rules = list(together["stage_two"]["selections"])
         title = "Stage 2  Worst group of the test images, %; epoch chosen by"
@@ -639,6 +651,15 @@ def _cut(record: Mapping[str, Any]) -> list[str]:
     chosen_for = "" if record["chosen_for"] == "all" else f" of {record['chosen_for']}"
     points = _points(change["change"] for change in record["changes"])
     return [f"top-{record['k']} by {record['criterion']}{chosen_for}", *points]
+
+
+def _set(record: Mapping[str, Any]) -> list[str]:
+    name = record["examples"] or f"{record['control']} like {record['chosen_for']}"
+    if "impossible" in record:
+        return [f"{name}: {record['impossible']}", *("-" * 4)]
+    p = "-" if record["p_value"] is None else f"{record['p_value']:.2f}"
+    points = _points(record[key] for key in ("own", "worst_other", "net"))
+    return [f"{name}, k = {record['k']} ({record['neurons']} found)", *points, p]
 
 
 def _controls(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:

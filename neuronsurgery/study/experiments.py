@@ -323,7 +323,7 @@ def measure(
     left = {name: edit for edit, name in identities.items() if name not in changes}
     done = len(identities) - len(left)
     for swept in sweep_in_parts(model, _by_seconds(left), loaders):
-        changes.keep({name: _changes(swept, name) for name in swept.labels})
+        changes.keep({name: changes_of(swept, name) for name in swept.labels})
         done += len(swept)
         if progress:
             sys.stderr.write(f"\r{done} of {len(identities)} different edits")
@@ -350,7 +350,8 @@ def _by_seconds(edits: Mapping[str, ns.Edit]) -> Iterator[dict[str, ns.Edit]]:
         size = max(FEWEST, min(round(rate * SECONDS), GROWTH * size))
 
 
-def _changes(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
+def changes_of(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
+    """Return by group before, after, change, interval, p and count of one edit of a sweep."""
     change, interval, p = swept.change(label), swept.interval(label), swept.p_value(label)
     return [
         {

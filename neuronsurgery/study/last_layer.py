@@ -441,6 +441,41 @@ def balanced_logistic(
     return scaler.unscaled(LinearRule(coef, intercept))
 
 
+def weighted_logistic(
+    features: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    *,
+    strength: float = 0.1,
+    scaler: Scaler | None = None,
+) -> LinearRule:
+    """The logistic regression of all examples in which every group weighs the same.
+
+    An example of a group of n weighs N / (G n), where N examples are of G groups that are not empty. No example is left
+    out, as each but a few of a common group are in `balanced_logistic`.
+
+    Args:
+        features: (N, D).
+        targets: int (N,), classes 0 ... C - 1.
+        groups: int (N,), numbered 0 ... G - 1: true groups, inferred ones, or the classes themselves.
+        strength: C, the inverse of the L2 penalty's weight; of standardised features.
+        scaler: how features are standardised before the fit; default by all of `features`.
+
+    Returns:
+        The rule, of raw features: the standardisation is folded into it.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+        ValueError: if shapes do not fit, features are not finite, there are fewer than two classes, a class has no
+            examples, or `strength` is out of range.
+    """
+    _check(features, targets, groups, strength=strength)
+    scaler = scaler or Scaler.fit(features)
+    counts = torch.bincount(groups)
+    weights = len(groups) / (int((counts > 0).sum()) * counts[groups].double())
+    return scaler.unscaled(_logistic(scaler(features), targets, "l2", strength, weights))
+
+
 def dfr(
     validation: Features,
     train_features: Tensor,

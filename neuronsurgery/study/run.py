@@ -63,7 +63,7 @@ LOCK: Final = ".lock"
 REPORT_PARTS: Final = {"new", "old", LOCK}
 """What is in the folder in which a report is being made."""
 
-EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
+EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g", "1h")
 STAGES: Final = ("1", "2", "fragility")
 ON_REQUEST: Final = ("memorization", "falsifications")
 """Stages that a run does only where it is asked to."""
@@ -83,7 +83,7 @@ class Settings:
         seed: of data, weights and batches.
         splits: on which splits the experiments are measured.
         stages: which stages, of `STAGES` and `ON_REQUEST`.
-        experiments: which ones of Stage 1, "1a" to "1g".
+        experiments: which ones of Stage 1, "1a" to "1h".
         draws: how many random draws are averaged.
         control_draws: how many matched controls a p-value rests on.
         fine_tuning_epochs: of Stage 2.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.study.claims import judge, mean_interval
+from neuronsurgery.study.experiments import SIZES
 from neuronsurgery.study.run import LOCK, SCHEMA, delete_run, is_begun
 from neuronsurgery.study.stage_memorization import MINORITY, difference_text, images_of
 
@@ -49,6 +50,7 @@ def combine(runs: Mapping[int, Results]) -> dict[str, Any]:
         "seeds": list(runs),
         "accuracy": {split: _accuracies(every, split) for split in first["accuracy"] if _same_groups(every, split)},
         "claims": judge(every) if "experiments" in first else [],
+        **_critical_sets(every),
         **{stage: together(_of_each(runs, stage)) for stage, together in STAGES.items() if stage in first},
     }
 
@@ -123,6 +125,44 @@ def _same_groups(runs: Sequence[Results], split: str) -> bool:
 def _accuracies(runs: Sequence[Results], split: str) -> list[dict[str, Any]]:
     columns = zip(*(run["accuracy"][split] for run in runs), strict=True)
     return [summarise(column) for column in columns]
+
+
+# Stage 1
+
+
+SET_MEASURES: Final = ("net", "own", "worst_other", "control_net", "right_lost", "test_right_lost")
+ON_RIGHT: Final = ("right_lost", "test_right_lost")
+
+
+def _critical_sets(runs: Sequence[Results]) -> dict[str, Any]:
+    """Return under "critical_sets" what 1h came to over the seeds, by group and size; nothing where a run lacks it."""
+    if not all("1h" in run.get("experiments", {}) for run in runs):
+        return {}
+    sets = [_sets_of(run) for run in runs]
+    rows = _rows(sets, ("group", "k"), SET_MEASURES)
+    for row in rows:
+        same = [one for of_run in sets for one in of_run if (one["group"], one["k"]) == (row["group"], row["k"])]
+        row["found"] = sum(bool(one.get("neurons")) for one in same)
+        row["p_value"] = [one.get("p_value") for one in same]
+    return {"critical_sets": rows}
+
+
+def _sets_of(run: Results) -> list[dict[str, Any]]:
+    """Return one row per group and size of one run's 1h: zeros where no set was found, nothing of too few images."""
+    records = run["experiments"]["1h"]["train"]
+    rows = []
+    for own in (record for record in records if record["control"] is None):
+        for k in SIZES if own["k"] is None else (own["k"],):
+            row = {"group": own["chosen_for"], "k": k}
+            controls = [r for r in records if r["chosen_for"] == row["group"] and r["control"] is not None]
+            if "impossible" not in own:
+                row |= {name: own[name] for name in ("neurons", "p_value", "net", "own", "worst_other", *ON_RIGHT)}
+                if not own["neurons"]:
+                    row |= dict.fromkeys(ON_RIGHT, 0.0)
+            if controls and not any("impossible" in control for control in controls):
+                row["control_net"] = statistics.fmean(control["net"] for control in controls if control["k"] == k)
+            rows.append(row)
+    return rows
 
 
 # Stage 2

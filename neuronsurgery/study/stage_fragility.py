@@ -38,6 +38,7 @@ from neuronsurgery.study.last_layer import (
     last_logits,
     retrained,
     tuned_afr,
+    weighted_logistic,
 )
 from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_one import Trained
@@ -489,6 +490,10 @@ class _Bench:
         """Return the last layer fitted to balanced subsets of these groups."""
         return balanced_logistic(self.held.features, self.held.targets, groups, seed=self.seed)
 
+    def weighted(self, groups: Tensor) -> LinearRule:
+        """Return the last layer fitted to all images, each of these groups weighing the same."""
+        return weighted_logistic(self.held.features, self.held.targets, groups)
+
 
 def mitigate(
     data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int, kept: Parts | None = None
@@ -532,6 +537,7 @@ def mitigate(
         bench.row("class-balanced", "class", split, lambda: bench.balanced(held.targets)),
         bench.row("inferred by final loss", "class", split, lambda: bench.balanced(by_final_loss())),
         bench.row("inferred by knockout", "class", split, lambda: bench.balanced(inferred())),
+        bench.row("inferred by knockout, weighted", "class", split, lambda: bench.weighted(inferred())),
         bench.row("true groups", "class, group", split, lambda: bench.balanced(true)),
         bench.row(
             f"AFR, gamma {GAMMA:g}",

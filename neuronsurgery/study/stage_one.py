@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.study.critical_sets import DRAWS, Protocol, critical_sets
 from neuronsurgery.study.experiments import (
     DISTANCES,
     DRAWN,
@@ -33,7 +34,8 @@ INTERVALS: Final = {
     "p": "exact McNemar test",
 }
 SPELT_OUT: Final = ("1a", "1e")
-"""The experiments whose sets are written to `specs/`: those that the report names; random edits are a seed away."""
+"""The experiments whose sets are written to `specs/`: those that the report names; random edits are a seed away. Those
+of 1h are written as they are judged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,9 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool 
     subject = _subject(folder, data, trained, progress)
     done: dict[str, dict[str, Any]] = {}
     for name in settings.experiments:
+        if name == "1h":
+            done[name] = {"train": folder.remember("1h-train", lambda: _critical_sets(folder, data, trained, progress))}
+            continue
         done[name] = {split: _experiment(folder, data, subject, name, split, progress) for split in settings.splits}
     found: dict[str, Any] = {
         "layers": [{"name": layer.parameter, "neurons": layer.count} for layer in subject.layout],
@@ -128,6 +133,26 @@ def _measure(
     if name in SPELT_OUT:
         _save_specs(folder, name, interventions)
     folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
+    return records
+
+
+def _critical_sets(folder: RunFolder, data: Any, trained: Trained, progress: bool) -> list[dict[str, Any]]:
+    """Return the records of 1h, which has splits of its own: halves of the training images, and the test images."""
+    started = time.perf_counter()
+    settings = folder.settings
+    protocol = Protocol(
+        trained.model,
+        trained.where,
+        data.loaders("train"),
+        data.loaders("test") if len(data.splits.get("test", ())) else {},
+        [data.group_names[place] for place in data.minority],
+        settings.control_draws if settings.quick else DRAWS,
+        folder.parts("1h-train", digest(trained.model.state_dict().values())),
+        folder.path / "specs",
+        progress,
+    )
+    records = critical_sets(protocol)
+    folder.note_seconds("1h", time.perf_counter() - started)
     return records
 
 

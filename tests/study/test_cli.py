@@ -148,7 +148,7 @@ def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path
     assert main([*every, "--out", str(tmp_path / "b")]) == 0
     results = results_of(tmp_path / "a")
     assert results == results_of(tmp_path / "b")
-    assert set(results["experiments"]) == {"1a", "1b", "1c", "1d", "1e", "1f", "1g"}
+    assert set(results["experiments"]) == {"1a", "1b", "1c", "1d", "1e", "1f", "1g", "1h"}
     assert results["missing_distances"] == [10, 20, 30, 40]
     assert {record["with_norm"] for record in results["experiments"]["1f"]["train"]} == {False, True}
 

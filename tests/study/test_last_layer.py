@@ -40,6 +40,7 @@ from neuronsurgery.study.last_layer import (
     last_logits,
     retrained,
     tuned_afr,
+    weighted_logistic,
     worst_accuracy,
 )
 from neuronsurgery.study.network import SmallResNet, small_resnet
@@ -789,3 +790,26 @@ def test_end_to_end_on_a_network() -> None:
         answers = retrained_model(new).argmax(1)
     features = extract_features(model, [(new, torch.zeros(9).long())]).features
     assert torch.equal(answers, rule.predict(features))
+
+
+def test_weights_are_what_copies_of_the_rare_would_be() -> None:
+    """Groups of 48 and 12 of each class: four copies of the rare ones, at the strength of as many examples."""
+    given = data()
+    scaler = Scaler.fit(given.features)
+    copies = torch.tensor([1, 4])[given.groups % 2]
+    every = torch.arange(len(given.targets)).repeat_interleave(copies)
+    strength = 0.1 * len(given.targets) / len(every)
+    groups = torch.arange(len(every)) % 1  # one group: nothing is weighted
+    right = weighted_logistic(given.features[every], given.targets[every], groups, strength=strength, scaler=scaler)
+    found = weighted_logistic(given.features, given.targets, given.groups, scaler=scaler)
+    torch.testing.assert_close(found.coef, right.coef, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.intercept, right.intercept, rtol=1e-3, atol=1e-4)
+
+
+def test_an_empty_group_weighs_nothing() -> None:
+    given = data()
+    moved = torch.where(given.groups > 1, given.groups + 3, given.groups)
+    assert_close(
+        weighted_logistic(given.features, given.targets, moved).coef,
+        weighted_logistic(given.features, given.targets, given.groups).coef,
+    )

@@ -533,7 +533,17 @@ def test_a_further_section_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monk
 
 REPORT_MODULES = [
     *("effects", "wording", "levels", "tables", "section", "page", "whole_model", "ranks", "layers", "controls"),
-    *("stage_two", "fragility", "falsifications", "memorization", "seeds", "opening", "contents", "writing"),
+    *(
+        "critical_sets",
+        "stage_two",
+        "fragility",
+        "falsifications",
+        "memorization",
+        "seeds",
+        "opening",
+        "contents",
+        "writing",
+    ),
 ]
 
 

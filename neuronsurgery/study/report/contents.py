@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from neuronsurgery.study.report.controls import controls
+from neuronsurgery.study.report.critical_sets import critical_sets, critical_sets_over_seeds
 from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.falsifications import falsifications
 from neuronsurgery.study.report.fragility import fragility
@@ -48,6 +49,8 @@ def _rows(split: str, records: list[Results]) -> list[Results]:
     return rows
 
 
+CRITICAL_SETS: Final = "Critical sets, found on one half of the images and judged on the other"
+
 STAGE_ONE: Final = (
     _experiment(
         "1a",
@@ -66,6 +69,7 @@ STAGE_ONE: Final = (
     _experiment("1e", "Zero the top neurons within each layer", within_layers),
     _experiment("1f", "Rewind one layer to an earlier epoch", rewinding),
     _experiment("1g", "Controls: neurons that are not critical", controls),
+    _experiment("1h", CRITICAL_SETS, critical_sets),
 )
 
 CONTENTS: Final[tuple[Entry, ...]] = (
@@ -80,6 +84,7 @@ CONTENTS: Final[tuple[Entry, ...]] = (
 OVER_SEEDS: Final[tuple[Entry, ...]] = (
     Entry("accuracy", "Accuracy of the trained models", accuracies),
     Entry("claims", "What the paper claims of Stage 1", claims, "1"),
+    Entry("1h", f"1h {CRITICAL_SETS}", critical_sets_over_seeds, "1"),
     *CONTENTS[len(STAGE_ONE) : -1],
 )
 """Every entry of the report of several seeds."""

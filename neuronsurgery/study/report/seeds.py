@@ -13,10 +13,17 @@ from neuronsurgery.study.report.effects import Groups
 from neuronsurgery.study.report.levels import by_group
 from neuronsurgery.study.report.section import Results, Section
 from neuronsurgery.study.report.tables import html_table
-from neuronsurgery.study.report.wording import listed, times
+from neuronsurgery.study.report.wording import NO_SELECTIVITY, listed, times
 
 VERDICTS: Final = ("holds", "does not hold", "undecided")
 UNITS: Final = {"points": "percentage points", "layers": "layers", "%": "%"}
+
+
+CLAIMS_OF_1H: Final = (
+    "The claims of 1h are not the paper's, and have rules and intervals (99.17 %, for six of them) of their own: (a) "
+    "holds where the mean is at least 30, the interval above 0, and the worst other group loses at most 2 points on "
+    "the mean, and does not hold where the whole interval is below 30; (c) does not hold where it is below 15."
+)
 
 
 def accuracies(run: Results, groups: Groups) -> list[Section]:
@@ -81,13 +88,17 @@ def claims(run: Results, groups: Groups) -> list[Section]:
     if not records:
         return []
     section = Section(_finding(records, len(run["seeds"]), groups))
-    section.figures = _figures(records, groups)
+    usual = sum("level" not in record for record in records)
+    given = [record for record in records if record["mean"] is not None]
+    section.figures = _figures(given, groups)
     section.table = _table(records, groups)
     section.remarks = [
         "A claim is one number per run and the side of a bound on which the paper sees it. It holds where the whole "
         "Student's 95 % interval of the mean over the seeds lies on that side, it does not hold where all of it lies "
         "on the other, and else it is undecided.",
-        f"Of {times(len(records), 'interval')} of 95 %, about {0.05 * len(records):.1f} miss the true mean by chance.",
+        f"Of {times(usual, 'interval')} of 95 %, about {0.05 * usual:.1f} miss the true mean by chance.",
+        *([NO_SELECTIVITY] if any(record["experiment"] == "1a" for record in records) else []),
+        *([CLAIMS_OF_1H] if any(record["experiment"] == "1h" for record in records) else []),
     ]
     section.rows = {"claims": records}
     return [section]
@@ -99,6 +110,8 @@ def _finding(records: Sequence[Results], seeds: int, groups: Groups) -> str:
         f"{counts[verdict]} {words}"
         for verdict, words in zip(VERDICTS, ("hold", "do not hold", "are undecided"), strict=True)
     ]
+    lacking = sum(record["mean"] is None for record in records)
+    parts += [f"{lacking} lack a number in some seed"] if lacking else []
     text = f"Of {times(len(records), 'claim')} about a group, over {times(seeds, 'seed')}, {listed(parts)}."
     for verdict, words in zip(VERDICTS[:2], ("Holds", "Does not hold"), strict=True):
         found = dict.fromkeys(
@@ -179,15 +192,17 @@ def _mark(record: Results) -> Mark:
 def _table(records: Sequence[Results], groups: Groups) -> str:
     rows = []
     for record in records:
-        mean = f"{number(record['mean'])}<small>[{number(record['low'])}, {number(record['high'])}]</small>"
+        mean = "&ndash;"
+        if record["mean"] is not None:
+            mean = f"{number(record['mean'])}<small>[{number(record['low'])}, {number(record['high'])}]</small>"
         verdict = escape(record["verdict"])
         rows.append(
             [
                 escape(record["experiment"]),
                 escape(record["text"]),
                 escape(groups.label(record["group"])),
-                ", ".join(number(value) for value in record["values"]),
-                f"{mean}",
+                ", ".join("&ndash;" if value is None else number(value) for value in record["values"]),
+                mean,
                 escape(_bound(record)),
                 f"<b>{verdict}</b>" if record["verdict"] != "undecided" else verdict,
             ]

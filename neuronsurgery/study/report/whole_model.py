@@ -21,6 +21,7 @@ from neuronsurgery.study.report.effects import (
 from neuronsurgery.study.report.section import Section
 from neuronsurgery.study.report.tables import full_table, own_table
 from neuronsurgery.study.report.wording import (
+    NO_SELECTIVITY,
     by_both,
     chance_remark,
     comparison,
@@ -52,7 +53,11 @@ def whole_model(run: Mapping[str, Any], groups: Groups, identifier: str, split: 
     section.more_figures = [figure for figure in drawn if figure not in section.figures]
     section.table = own_table(cells, groups)
     section.full_table = full_table(cells, groups, f"tables/{identifier}.csv")
-    section.remarks = [comparison(gradient, groups), *_against_zero(run, groups, identifier, split, gradient)]
+    section.remarks = [
+        comparison(gradient, groups),
+        *([NO_SELECTIVITY] if identifier == "1a" else []),
+        *_against_zero(run, groups, identifier, split, gradient),
+    ]
     section.remarks += step_remark(run, split, groups) + preset_remark(run, magnitude, groups)
     section.remarks += chance_remark(run, gradient + magnitude)
     return section

@@ -21,6 +21,11 @@ EXPECTED: Final[Mapping[str, str]] = {
     "magnitude under this preset, as in the paper",
 }
 
+NO_SELECTIVITY: Final = (
+    "To compare what a group loses under its own neurons with what the majority groups lose under theirs says nothing "
+    "of whether a group's neurons spare the others: that is what 1h looks at."
+)
+
 
 def listed(items: Sequence[str], most: int = 4) -> str:
     """Return "a, b and c", and how many more where there are more than `most`."""
