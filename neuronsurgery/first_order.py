@@ -320,9 +320,10 @@ class _Pass:
                 self._gradients((), values.sum(), collected.listener.roots, retain=False)
                 collected.finish()
 
-        self._within((), listen)
-        count = min(FEW, len(few))
         layers = [layer for term in placed for layer in term.reads]
+        # Where nothing is placed there is nothing to hear, and nothing else that needs a gradient.
+        self._within(() if placed else [layer for term in self._terms for layer in term.reads], listen)
+        count = min(FEW, len(few))
         expected = self._within(layers, self._each, placed, few, count) if placed else []
         right = set()
         for term, effects in zip(placed, expected, strict=True):

@@ -62,10 +62,13 @@ def place_of(layer: Layer, surveyed: Survey, runner: Runner) -> Place | None:
         return None
     module = runner.model.get_submodule(path)
     axis = 1 if isinstance(module, CHANNEL_SECOND) else -1
+    linear = len(layer.shape) == 2 and (isinstance(module, nn.Linear) or _is_transposed(module))
     if layer.has_default_pattern:
-        fits = layer.count == layer.shape[_output_axis(module, layer)]
-        return Place(module, "output", axis, None, layer.count) if fits else None
-    if len(layer.shape) != 2 or not (isinstance(module, nn.Linear) or _is_transposed(module)):
+        cut = layer.identity[1]
+        if cut == _output_axis(module, layer) and layer.count == layer.shape[cut]:
+            return Place(module, "output", axis, None, layer.count)
+        return Place(module, "input", -1, torch.arange(layer.count), layer.count) if linear else None
+    if not linear:
         return None
     numbers = layer.put(
         torch.zeros(layer.shape, dtype=torch.int64, device="cpu"),

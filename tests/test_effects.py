@@ -147,6 +147,39 @@ def test_heads_and_hidden_units_are_seen_at_the_input_that_reads_them() -> None:
         assert torch.allclose(found.values[:, column], wanted.float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("edit", ["zero", "mean"])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_hidden_units_cut_by_a_plain_pattern_are_seen_at_the_input_too(stored: str, edit: Any) -> None:
+    """Columns of a linear layer, rows of one that is stored the other way round: no axis of theirs is an output."""
+    from transformers.pytorch_utils import Conv1D
+
+    last = nn.Linear(8, 2) if stored == "columns" else Conv1D(2, 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), last).double()
+    pattern = "o unit -> unit o" if stored == "columns" else "unit o -> unit o"
+    hidden = ns.find_layout(model, where="2.*", patterns={"2.weight": pattern})
+    assert hidden.count == 8
+    found = ns.group_effects(model, wide_data(), layout=hidden, edit=edit)
+    for column, neuron in enumerate(units(hidden)):
+        cut = ns.zero_out(neuron) if edit == "zero" else ns.mean_out(neuron, model, wide_data())
+        assert torch.allclose(found.values[:, column], exact(model, cut, wide_data()).float(), atol=1e-6)
+
+
+def test_where_nothing_is_seen_at_outputs_gradients_to_weights_say_it() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.RNN(5, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x[:, None])[0][:, -1])  # type: ignore[no-any-return]
+
+    model = Recurrent().double()
+    alone = ns.group_effects(model, wide_data(), where="rnn*")
+    together = ns.group_effects(model, wide_data())
+    assert torch.equal(alone.values, together.values[:, : alone.layout.count]) and alone.values.any()
+
+
 # What is refused
 
 
