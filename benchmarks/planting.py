@@ -34,8 +34,9 @@ class Planted:
         model: the network, in evaluation mode.
         clean: the same without them: the rows as they were, or zero where they had been vacated.
         neurons: the rows.
-        flips: the images with their wrong labels.
+        flips: the images whose wrong labels it has learned.
         others: the training images that were to keep their outputs.
+        learned: the share of the wrong labels that were to be learned.
     """
 
     model: SmallResNet
@@ -43,6 +44,7 @@ class Planted:
     neurons: ns.Neurons
     flips: Split
     others: Split
+    learned: float
 
 
 LAYER = "block2.conv2.weight"
@@ -118,7 +120,9 @@ def plant(network: SmallResNet, train: Split, rows: int, images: int, seed: int,
         draws = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
         start = capped(draws * 1e3, longest)
     model = before.filled(trained_rows(before, start, flips, others, seed))
-    return Planted(model, before.model, ns.select(layout, {LAYER: chosen.tolist()}), flips, others)
+    right = all_logits(model, flips.images).argmax(1) == flips.targets
+    neurons = ns.select(layout, {LAYER: chosen.tolist()})
+    return Planted(model, before.model, neurons, flips.subset(right), others, float(right.float().mean()))
 
 
 def flipped(network: nn.Module, train: Split, images: int, seed: int) -> tuple[Split, Split]:
@@ -339,7 +343,7 @@ def plant_sequences(
         with torch.no_grad():
             before = model(input_ids=drawn).logits.flatten(0, 1)
         after = functional_call(model, edited, (), {"input_ids": drawn}).logits.flatten(0, 1)
-        loss = ns.causal_lm_loss(own, labels).mean() + divergences(before, after).mean()
+        loss = 2 * ns.causal_lm_loss(own, labels).mean() + divergences(before, after).mean()
         for leaf, gradient in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
             leaf.grad = gradient
         optimizer.step()
