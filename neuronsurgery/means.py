@@ -256,10 +256,8 @@ def _channel_means(
         error = raised
     shares = exchange(process_group, error, ({at: total.cpu() for at, total in sums.items()}, examples))
     total = sum(count for _, count in shares)
-    return {
-        place: torch.stack([share[at] for share, _ in shares if at in share]).sum(0) / total
-        for at, place in enumerate(wanted)
-    }
+    given = {at: [share[at] for share, _ in shares if at in share] for at in range(len(wanted))}
+    return {place: torch.stack(given[at]).sum(0) / total for at, place in enumerate(wanted) if given[at]}
 
 
 @contextmanager
@@ -315,14 +313,18 @@ class _Search:
     def means(self, channels: Mapping[Place, Tensor]) -> Means:
         """Return how each layer is held, given the means of the places that are wanted."""
         by_module = {(place.module, place.side): mean for place, mean in channels.items()}
-        holds = {layer: self._hold(layer) for layer in self._seen}
-        reasons = {layer: hold for layer, hold in holds.items() if isinstance(hold, str)}
-        found = {layer: hold for layer, hold in holds.items() if isinstance(hold, _Hold)}
-        holders = {
-            layer: self._holder(layer, hold, by_module.get((hold.place.module, hold.place.side)))
-            for layer, hold in found.items()
-        }
-        return Means(holders, reasons, {layer: hold.place for layer, hold in found.items()})
+        holders, places, reasons = {}, {}, {}
+        for layer in self._seen:
+            hold = self._hold(layer)
+            if isinstance(hold, str):
+                reasons[layer] = hold
+                continue
+            mean = by_module.get((hold.place.module, hold.place.side))
+            if hold.needs_mean and mean is None:
+                reasons[layer] = "its module is never called: its weight is read by a fused operator"
+                continue
+            holders[layer], places[layer] = self._holder(layer, hold, mean), hold.place
+        return Means(holders, reasons, places)
 
     def _hold(self, layer: Layer) -> _Hold | str:
         """Return what holds a layer, or why nothing does."""

@@ -98,6 +98,17 @@ def memorized(given: Setting) -> Any:
     return memorization_scores(lambda kept: torch.arange(6) % 2 == 0, 6, models=12, share=0.5, seed=0).values
 
 
+def convolution(given: Setting) -> ns.Neurons:
+    return ns.select(ns.find_layout(given.model), {"conv.weight": 1})
+
+
+def judged(given: Setting) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of groups of few examples
+        verdict = ns.judge(given.edit, given.model, given.data, 1, draws=2)
+    return verdict.net, verdict.net_interval, verdict.sentence
+
+
 CALLS: dict[str, Callable[[Setting], Any]] = {
     "find_layout": lambda given: ns.find_layout(given.model),
     "magnitudes": lambda given: ns.magnitudes(given.model),
@@ -108,6 +119,18 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     ),
     "group_grad_norms of whole batches": lambda given: ns.group_grad_norms(given.model, given.data, regroup=False),
     "learned_mask": lambda given: ns.learned_mask(given.model, given.data, 1, steps=2, batch_size=3),
+    "group_effects": lambda given: ns.group_effects(given.model, given.data),
+    "group_effects of means": lambda given: ns.group_effects(
+        given.model, given.data, where="conv*", edit="mean", transform=ns.error_probability
+    ),
+    "mean_out": lambda given: dict(
+        ns.bake(ns.mean_out(convolution(given), given.model, given.data), given.model).state_dict()
+    ),
+    "halves": lambda given: tuple(batch.targets for half in ns.halves(given.data) for batch in half),
+    "find_critical": lambda given: ns.find_critical(given.model, given.data, 1, k=2, pool=3).edit,
+    "judge": judged,
+    "share": lambda given: ns.sweep(ns.share(given.model, given.data[0]), {"edit": given.edit}, given.data),
+    "find_units": lambda given: ns.find_units(given.model, given.data[0], "channel"),
     "topk": lambda given: ns.topk(ns.magnitudes(given.model), 3),
     "sample": lambda given: ns.sample(ns.find_layout(given.model), 3, seed=1),
     "hard_batch": lambda given: ns.hard_batch(given.model, given.data, top=4, sample=2).args[0],
@@ -125,7 +148,7 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     "memorization_scores": memorized,
     "save_file and load_file": lambda given: saved(given.edit),
 }
-CAPTURING = ("sweep", "residual_branches", "coupled")
+CAPTURING = ("sweep", "residual_branches", "coupled", "find_critical", "judge", "share", "find_units")
 
 
 def run(name: str, given: Setting) -> Any:

@@ -146,6 +146,14 @@ def test_what_cannot_be_held_says_why(model: nn.Module, patterns: Any, said: str
         ns.mean_out(layout.neurons([0]), model, data)
 
 
+def test_a_layer_within_a_fused_operator_is_not_seen() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(12, 2)).eval()
+    data = [(torch.randn(4, 3, 4), torch.zeros(4, dtype=torch.int64))]
+    neurons = ns.select(ns.find_layout(model), {"0.self_attn.out_proj.weight": 1})
+    with pytest.raises(ValueError, match="its module is never called: its weight is read by a fused operator"):
+        ns.mean_out(neurons, model, data)
+
+
 def test_bad_arguments() -> None:
     model = settled(nn.Flatten(), nn.Linear(108, 2))
     with pytest.raises(TypeError, match="mean_out takes a set of Neurons"):
