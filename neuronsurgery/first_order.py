@@ -6,7 +6,7 @@ with gradients to the weights, and where the two differ these are what counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,7 +229,8 @@ class _Pass:
             self._tensors[self._names[layer]].requires_grad_()
         with collected.listener.listening(len(batch)):
             _, values = self._values(batch)
-            self._refuse_flat(values)
+            if self._heard or rest:  # else gradients are taken of one example at a time, below
+                self._refuse_flat(values)
             collected.values = values.detach().double()
             together = self._gradients(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
             collected.finish()
@@ -286,14 +287,28 @@ class _Pass:
     def _each(self, terms: Sequence[Term], batch: Batch, count: int) -> list[Tensor]:
         """Return by term the effects on the first examples of a batch, float64, shape (count, neurons)."""
         rows: list[list[Tensor]] = [[] for _ in terms]
-        whole = inseparable(batch)
-        values = self._values(batch)[1] if whole else None
-        for at in range(count):
-            one = values[at] if values is not None else self._values(Examples.of(batch).take([at]).batch())[1][0]
-            effects = self._written_effects(terms, self._gradients(terms, one, (), retain=bool(whole)))
+        for at, one in self._apart_values(batch, count):
+            last = at == count - 1
+            effects = self._written_effects(terms, self._gradients(terms, one, (), retain=not last))
             for row, own in zip(rows, effects, strict=True):
                 row.append(own)
         return [torch.stack(row) for row in rows]
+
+    def _apart_values(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the metric of each of the first examples of a batch, two of them run at a time.
+
+        Not one: in a batch of one some of torch's operators take other paths, and one of these has wrong gradients.
+        """
+        if inseparable(batch):
+            yield from enumerate(self._values(batch)[1][:count])
+            return
+        examples = Examples.of(batch)
+        for at in range(0, count, 2):
+            second = at + 1 if at + 1 < len(batch) else max(at - 1, 0)
+            values = self._values(examples.take([at, second]).batch())[1]
+            yield at, values[0]
+            if at + 1 < count:
+                yield at + 1, values[1]
 
     # What is heard
 
