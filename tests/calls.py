@@ -130,7 +130,7 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     "find_critical": lambda given: ns.find_critical(given.model, given.data, 1, k=2, pool=3).edit,
     "judge": judged,
     "share": lambda given: ns.sweep(ns.share(given.model, given.data[0]), {"edit": given.edit}, given.data),
-    "find_units": lambda given: ns.find_units(given.model, given.data[0], "channel"),
+    "find_units": lambda given: ns.find_units(given.model, given.data[0], "unit"),
     "topk": lambda given: ns.topk(ns.magnitudes(given.model), 3),
     "sample": lambda given: ns.sample(ns.find_layout(given.model), 3, seed=1),
     "hard_batch": lambda given: ns.hard_batch(given.model, given.data, top=4, sample=2).args[0],
