@@ -7,20 +7,19 @@ sending labels the same way forward. Fused experts, which no graph tells apart, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from neuronsurgery.batches import Batch, Examples, Unpack, by_key, inseparable, move, unpack_batch
+from neuronsurgery.batches import Examples, Unpack, by_key, inseparable, move, unpack_batch
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.errors import checked_function, inline, listed, warn
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import captured
-from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, argument, operator_name
-from neuronsurgery.graph.replay import Graph
+from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, RESHAPES, operator_name
+from neuronsurgery.graph.readers import LINEAR, Reader, Walk
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.surveys import Survey, survey
@@ -33,55 +32,8 @@ KINDS = ("head", "unit", "channel", "expert unit", "expert")
 FEW = 2
 """Examples that the graph is run on."""
 
-RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "contiguous", "squeeze"}
-RESHAPES |= {"unsqueeze", "movedim", "clone", "t", "expand", "slice", "select"}
-"""Operators that only say otherwise where an entry stands."""
-
-POOLS = {
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "mean",
-    "max_pool2d_with_indices",
-}
-POOLS |= {
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_max_pool2d",
-    "upsample_nearest2d",
-    "upsample_bilinear2d",
-}
-"""Operators that keep channels apart."""
-
-LINEAR = {"linear", "addmm", "mm", "matmul"}
 MIXES = {"matmul", "bmm", "baddbmm"}
 ATTENTION = "scaled_dot_product_attention"
-SHAPES = {"sym_size", "sym_numel", "sym_stride"}
-"""Operators that read no more of a tensor than its shape."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Reader:
-    """An operator that reads an activation with a parameter.
-
-    Attributes:
-        node: the operator.
-        activation: what it reads.
-        parameter: the first name of its weight.
-        axis: the axis of the weight that meets the activation's channels.
-        channels: the axis of the activation's channels, from the end.
-        groups: of a convolution.
-    """
-
-    node: fx.Node
-    activation: fx.Node
-    parameter: str
-    axis: int
-    channels: int
-    groups: int
 
 
 @restoring
@@ -147,7 +99,7 @@ def find_units(
         if not inseparable(given):
             given = Examples.of(given).take(range(min(FEW, len(given)))).batch()
         graph = captured(runner, given, checked_function(predict, "predict") or default_predict)
-        layers, reasons = _Walk(graph, given, surveyed, runner).units(kind)
+        layers, reasons = _Units(Walk(graph, given), surveyed, runner).of(kind)
     if not layers:
         looked = f":\n{listed(f'{name}: {why}' for name, why in reasons.items())}\n" if reasons else ". "
         raise ValueError(
@@ -159,30 +111,26 @@ def find_units(
     return Layout(tuple(layers))
 
 
-class _Walk:
-    """A graph that was run once, from whose layers one walks back to what made their inputs."""
+class _Units:
+    """The units of a graph: which readers of activations they are found at, and which slices of their weights."""
 
-    def __init__(self, graph: Graph, batch: Batch, surveyed: Survey, runner: Runner) -> None:
-        self._graph, self._surveyed, self._runner = graph, surveyed, runner
-        self._values = graph.values(batch.args, batch.kwargs)
-        self._moving = set(graph.inputs)
-        for node in graph.nodes:
-            if not self._moving.isdisjoint(node.all_input_nodes):
-                self._moving.add(node)
+    def __init__(self, walk: Walk, surveyed: Survey, runner: Runner) -> None:
+        self._walk, self._surveyed, self._runner = walk, surveyed, runner
 
-    def units(self, kind: str) -> tuple[list[Layer], dict[str, str]]:
+    def of(self, kind: str) -> tuple[list[Layer], dict[str, str]]:
         """Return the layers whose slices are units of a kind, and why others that read such activations are none."""
         layers, reasons = [], {}
         uses: dict[str, int] = {}
-        readers = list(self._readers())
+        readers = list(self._walk.readers())
         for reader in readers:
             uses[reader.parameter] = uses.get(reader.parameter, 0) + 1
         for reader in readers:
-            origin, path, why = self._origin(reader)
-            if self._kind(origin, reader) != kind:
+            origin = self._walk.origin(reader)
+            if self._kind(origin.node, reader) != kind:
                 continue
-            found = why or ("it is used several times" if uses[reader.parameter] > 1 else "")
-            layer = found or self._layer(reader, origin, path, kind)
+            found = "" if origin.alone else "its input is read by others, too"
+            found = found or ("it is used several times" if uses[reader.parameter] > 1 else "")
+            layer = found or self._layer(reader, origin.node, origin.path, kind)
             if isinstance(layer, Layer):
                 layers.append(layer)
             else:
@@ -190,65 +138,14 @@ class _Walk:
         order = {name: tensor.position for name, tensor in self._surveyed.tensors.items()}
         return sorted(layers, key=lambda layer: order[layer.parameter]), reasons
 
-    # Who reads what
-
-    def _readers(self) -> Iterator[_Reader]:
-        for node in self._graph.nodes:
-            name = operator_name(node)
-            if node.op != "call_function" or not (name in LINEAR or name in CONVOLUTIONS):
-                continue
-            first, second = (node.args[1], node.args[2]) if name == "addmm" else (node.args[0], node.args[1])
-            if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first not in self._moving:
-                continue
-            parameter, transposed = self._parameter(second)
-            if parameter is None or second in self._moving:
-                continue
-            if name in CONVOLUTIONS:
-                turned = "transpose" in name or bool(name == "convolution" and node.args[6])
-                dims = len(self._runner.parameters[parameter].shape)
-                groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
-                yield _Reader(node, first, parameter, 0 if turned else 1, 1 - dims, groups)
-            else:
-                axis = int((name == "linear") != transposed)
-                yield _Reader(node, first, parameter, axis, -1, 1)
-
-    def _parameter(self, node: fx.Node) -> tuple[str | None, bool]:
-        """Return the two-dimensional parameter that a node is, and whether transposed."""
-        transposed = False
-        while operator_name(node) in ("t", "transpose", "permute", "contiguous", "to", "clone") and node.args:
-            transposed ^= operator_name(node) in ("t", "transpose", "permute")
-            (node,) = node.all_input_nodes[:1]
-        return self._graph.parameter(node), transposed
-
-    def _users(self, node: fx.Node) -> list[fx.Node]:
-        return [user for user in node.users if operator_name(user) not in SHAPES]
-
-    def _origin(self, reader: _Reader) -> tuple[fx.Node, list[fx.Node], str]:
-        """Return what made an activation, the operators from there to its reader, and why it is no unit's, or ""."""
-        node = reader.activation
-        path: list[fx.Node] = []
-        why = ""
-        while True:
-            if len(self._users(node)) > 1 or node is self._graph.output:
-                why = "its input is read by others, too"
-            name, sources = operator_name(node), [n for n in node.all_input_nodes if n in self._moving]
-            tensors = [source for source in sources if isinstance(self._values[self._graph.slots[source]], Tensor)]
-            passed = name in ELEMENTWISE or name in RESHAPES or name in POOLS or name in ("batch_norm", "getitem")
-            if name == "mul" and len(tensors) > 1:
-                return node, path, why  # a gate perhaps: then the product is the unit
-            if not passed or len(tensors) != 1:
-                return node, path, why
-            path.insert(0, node)
-            node = tensors[0]
-
-    def _kind(self, origin: fx.Node, reader: _Reader) -> str:
+    def _kind(self, origin: fx.Node, reader: Reader) -> str:
         """Return what kind of unit an activation is made of, "" for none."""
         name = operator_name(origin)
         if name == ATTENTION or (name in MIXES and self._is_softmax(origin)):
             return "head"
         if name in CONVOLUTIONS:
             return "channel"
-        if name in LINEAR and origin not in self._graph.inputs:
+        if name in LINEAR and origin not in self._walk.graph.inputs:
             return "unit"
         if name == "mul" and self._is_gate(origin):
             return "channel" if operator_name(reader.node) in CONVOLUTIONS else "unit"
@@ -256,7 +153,7 @@ class _Walk:
 
     def _is_gate(self, node: fx.Node) -> bool:
         """Return whether a product is one of two activations, entry by entry: a norm's factor is one for many."""
-        shapes = [self._values[self._graph.slots[factor]].shape for factor in node.all_input_nodes]
+        shapes = [self._walk.value(factor).shape for factor in node.all_input_nodes]
         return len(shapes) == 2 and shapes[0] == shapes[1]
 
     def _is_softmax(self, node: fx.Node) -> bool:
@@ -268,12 +165,12 @@ class _Walk:
                 return True
             if name not in RESHAPES and name not in ELEMENTWISE:
                 return False
-            first = next(iter(n for n in first.all_input_nodes if n in self._moving), None)
+            first = next(iter(n for n in first.all_input_nodes if n in self._walk.moving), None)
         return False
 
     # Which slices
 
-    def _layer(self, reader: _Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Layer | str:
+    def _layer(self, reader: Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Layer | str:
         """Return the layer of a reader's weight cut into units, or why it is none."""
         labels = self._labels(reader, origin, path, kind)
         if isinstance(labels, str):
@@ -292,14 +189,15 @@ class _Walk:
             return "the entries of a unit do not stand in a regular order"
         return _cut(reader, shape, kind, inner, size, self._surveyed.tensors[reader.parameter].position)
 
-    def _labels(self, reader: _Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Tensor | str:
+    def _labels(self, reader: Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Tensor | str:
         """Return the unit of each channel that a reader reads, by sending labels from where the units are made."""
-        made = self._values[self._graph.slots[origin]]
+        made = self._walk.value(origin)
         axis = (1 if made.dim() > 3 else 0) if kind == "head" else _channel_axis(origin, made)
         labels = torch.arange(made.shape[axis], dtype=torch.float64, device="cpu")
         labels = labels.reshape([-1 if at == axis % made.dim() else 1 for at in range(made.dim())]).expand(made.shape)
-        moved = self._graph.replayed(origin, labels.clone(), path, self._values, skipped=ELEMENTWISE | {"batch_norm"})
-        wanted = self._values[self._graph.slots[reader.activation]]
+        graph, values = self._walk.graph, self._walk.values
+        moved = graph.replayed(origin, labels.clone(), path, values, skipped=ELEMENTWISE | {"batch_norm"})
+        wanted = self._walk.value(reader.activation)
         if not isinstance(moved, Tensor) or moved.shape != wanted.shape:
             return "labels of its units do not come through to it"
         rows = moved.movedim(reader.channels, -1).reshape(-1, wanted.shape[reader.channels])
@@ -314,7 +212,7 @@ def _channel_axis(origin: fx.Node, made: Tensor) -> int:
     return 1 if operator_name(origin) in CONVOLUTIONS or made.dim() == 4 else made.dim() - 1
 
 
-def _cut(reader: _Reader, shape: tuple[int, ...], kind: str, inner: list[str], size: int, position: int) -> Layer | str:
+def _cut(reader: Reader, shape: tuple[int, ...], kind: str, inner: list[str], size: int, position: int) -> Layer | str:
     """Return the layer of a weight whose input axis is cut into units."""
     rest = [f"k{at}" for at in range(len(shape) - 2)]
     parts = [name for name in inner if size > 1 or name == kind]

@@ -31,7 +31,7 @@ ORDER = [
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]
-GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "export", "trust", "residual"]
+GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "readers", "export", "trust", "residual"]
 LINES = 450
 """A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}

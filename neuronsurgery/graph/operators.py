@@ -42,9 +42,20 @@ LOOKUPS = WEIGHTED | {"embedding", "embedding_bag", "index", "index_select", "ga
 RECURRENT = {f"{kind}{cell}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")}
 """Operators that read several weights, no one of which ends them."""
 
+RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "contiguous", "squeeze"}
+RESHAPES |= {"unsqueeze", "movedim", "clone", "t", "expand", "slice", "select"}
+"""Operators that only say otherwise where an entry stands."""
+
+POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for d in (1, 2, 3)}
+POOLS |= {"max_pool2d_with_indices", "mean", "upsample_nearest2d", "upsample_bilinear2d"}
+"""Operators that keep channels apart."""
+
+SHAPES = {"sym_size", "sym_numel", "sym_stride"}
+"""Operators that read no more of a tensor than its shape."""
+
 FILLED = {f"{kind}_like" for kind in ("full", "zeros", "ones", "empty")}
 FILLED |= {f"new_{kind}" for kind in ("full", "zeros", "ones", "empty")}
-"""Operators that read no more of a tensor than its shape."""
+"""Operators that make a constant of a tensor's shape."""
 
 
 def operator_name(node: fx.Node) -> str:

@@ -1,0 +1,122 @@
+"""Who reads an activation: the operators that read one with a parameter, and the way back from there to its maker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from neuronsurgery.batches import Batch
+from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, POOLS, RESHAPES, SHAPES, argument, operator_name
+from neuronsurgery.graph.replay import Graph
+
+LINEAR = {"linear", "addmm", "mm", "matmul"}
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """An operator that reads an activation with a parameter.
+
+    Attributes:
+        node: the operator.
+        activation: what it reads.
+        parameter: the first name of its weight.
+        axis: the axis of the weight that meets the activation's channels.
+        channels: the axis of the activation's channels, from the end.
+        groups: of a convolution.
+    """
+
+    node: fx.Node
+    activation: fx.Node
+    parameter: str
+    axis: int
+    channels: int
+    groups: int
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where an activation comes from.
+
+    Attributes:
+        node: what made it.
+        path: the operators from there to its reader, none of which mixes entries.
+        alone: whether nobody else reads it, there or on the way.
+    """
+
+    node: fx.Node
+    path: tuple[fx.Node, ...]
+    alone: bool
+
+
+class Walk:
+    """A graph that was run once, in which one walks from readers back to what made their inputs.
+
+    Attributes:
+        graph: the graph.
+        moving: the nodes whose values depend on the inputs.
+    """
+
+    def __init__(self, graph: Graph, batch: Batch) -> None:
+        self.graph = graph
+        self.moving = depending(graph)
+        self.values = graph.values(batch.args, batch.kwargs)
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the value of a node."""
+        return self.values[self.graph.slots[node]]
+
+    def readers(self) -> Iterator[Reader]:
+        """Yield the linear layers and convolutions that read an activation, in the order of execution."""
+        for node in self.graph.nodes:
+            name = operator_name(node)
+            if node.op != "call_function" or not (name in LINEAR or name in CONVOLUTIONS):
+                continue
+            first, second = (node.args[1], node.args[2]) if name == "addmm" else (node.args[0], node.args[1])
+            if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first not in self.moving:
+                continue
+            parameter, transposed = self._parameter(second)
+            if parameter is None or second in self.moving:
+                continue
+            if name in CONVOLUTIONS:
+                turned = "transpose" in name or bool(name == "convolution" and node.args[6])
+                groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
+                dims = self.graph.originals[parameter].dim()
+                yield Reader(node, first, parameter, 0 if turned else 1, 1 - dims, groups)
+            else:
+                yield Reader(node, first, parameter, int((name == "linear") != transposed), -1, 1)
+
+    def _parameter(self, node: fx.Node) -> tuple[str | None, bool]:
+        """Return the parameter that a node is, and whether transposed."""
+        transposed = False
+        while operator_name(node) in ("t", "transpose", "permute", "contiguous", "to", "clone") and node.args:
+            transposed ^= operator_name(node) in ("t", "transpose", "permute")
+            (node,) = node.all_input_nodes[:1]
+        return self.graph.parameter(node), transposed
+
+    def origin(self, reader: Reader) -> Origin:
+        """Return where what a layer reads comes from."""
+        node = reader.activation
+        path: list[fx.Node] = []
+        alone = True
+        while True:
+            users = [user for user in node.users if operator_name(user) not in SHAPES]
+            alone &= len(users) < 2 and node is not self.graph.output
+            name, sources = operator_name(node), [n for n in node.all_input_nodes if n in self.moving]
+            tensors = [source for source in sources if isinstance(self.value(source), Tensor)]
+            passed = name in ELEMENTWISE or name in RESHAPES or name in POOLS or name in ("batch_norm", "getitem")
+            if not passed or len(tensors) != 1:  # a product of two is a gate perhaps: then the product is the unit
+                return Origin(node, tuple(path), alone)
+            path.insert(0, node)
+            node = tensors[0]
+
+
+def depending(graph: Graph) -> set[fx.Node]:
+    """Return the nodes whose values depend on the inputs."""
+    moving = set(graph.inputs)
+    for node in graph.nodes:
+        if not moving.isdisjoint(node.all_input_nodes):
+            moving.add(node)
+    return moving
