@@ -4,7 +4,6 @@ from neuronsurgery import memorization, objectives, types
 from neuronsurgery.batches import Batch
 from neuronsurgery.checkpoints import rewind
 from neuronsurgery.comparisons import contrast, overlap, ranks
-from neuronsurgery.coupling import coupled
 from neuronsurgery.critical import Critical, find_critical
 from neuronsurgery.discovery import find_layout
 from neuronsurgery.edits import Edit, compose, file_kind, random_init, random_noise, scale, zero_out
@@ -30,6 +29,7 @@ from neuronsurgery.plans import Plan, plan
 from neuronsurgery.rows import set_rows
 from neuronsurgery.scores import Scores, grad_norms, magnitudes, sample, top_fraction, topk
 from neuronsurgery.sharing import Shared, share
+from neuronsurgery.silencing import silence
 from neuronsurgery.splits import Matched, halves, matched
 from neuronsurgery.surgery import apply, bake, edited_parameters
 from neuronsurgery.sweeps import sweep
@@ -61,7 +61,6 @@ __all__ = [
     "compose",
     "contrast",
     "contrastive_pruning_loss",
-    "coupled",
     "cross_entropy",
     "edited_parameters",
     "error_probability",
@@ -100,6 +99,7 @@ __all__ = [
     "select",
     "set_rows",
     "share",
+    "silence",
     "sweep",
     "top_fraction",
     "topk",

@@ -93,7 +93,7 @@ def find_units(
     surveyed = survey(model)
     runner = make_runner(surveyed)
     if kind in ("expert unit", "expert"):
-        layers, reasons = _experts(surveyed, runner, kind)
+        layers, reasons = expert_layers(surveyed, runner, kind)
     else:
         given = move(unpack_batch(batch, by_key(unpack, group_key)), runner.device)
         if not inseparable(given):
@@ -234,7 +234,7 @@ def _cut(reader: Reader, shape: tuple[int, ...], kind: str, inner: list[str], si
 # Experts of fused mixtures
 
 
-def _experts(surveyed: Survey, runner: Runner, kind: str) -> tuple[list[Layer], dict[str, str]]:
+def expert_layers(surveyed: Survey, runner: Runner, kind: str) -> tuple[list[Layer], dict[str, str]]:
     """Return the layers of fused experts, by the shapes of the two tensors that a mixture keeps them in."""
     layers: list[Layer] = []
     reasons: dict[str, str] = {}

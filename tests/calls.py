@@ -143,12 +143,12 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     "eval_copy": lambda given: dict(eval_copy(given.model).state_dict()),
     "sweep": swept,
     "residual_branches": lambda given: ns.residual_branches(given.model, given.data[0]),
-    "coupled": lambda given: ns.coupled(given.edit.neurons, given.model, given.data[0]),  # type: ignore[attr-defined]
+    "silence": lambda given: ns.silence(given.edit.neurons, given.model, given.data[0]),  # type: ignore[attr-defined]
     "fragility": fragile,
     "memorization_scores": memorized,
     "save_file and load_file": lambda given: saved(given.edit),
 }
-CAPTURING = ("sweep", "residual_branches", "coupled", "find_critical", "judge", "share", "find_units")
+CAPTURING = ("sweep", "residual_branches", "silence", "find_critical", "judge", "share", "find_units")
 
 
 def run(name: str, given: Setting) -> Any:

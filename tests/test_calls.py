@@ -34,7 +34,7 @@ PAIRS = [("evaluate", "evaluate"), ("group_grad_norms", "hard_batch"), ("apply",
 
 
 @pytest.mark.parametrize(
-    ("names", "shared"), [*((pair, shared) for pair in PAIRS for shared in (True, False)), (("sweep", "coupled"), True)]
+    ("names", "shared"), [*((pair, shared) for pair in PAIRS for shared in (True, False)), (("sweep", "silence"), True)]
 )
 def test_two_calls_at_once_are_each_of_them_alone(names: tuple[str, str], shared: bool) -> None:
     alone = [run(name, setting()) for name in names]

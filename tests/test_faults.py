@@ -1487,7 +1487,7 @@ def triangle(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "look", [lambda m: ns.residual_branches(m, (X, Y)), lambda m: ns.coupled(ns.Neurons(), m, (X, Y))]
+    "look", [lambda m: ns.residual_branches(m, (X, Y)), lambda m: ns.silence(ns.Neurons(), m, (X, Y))]
 )
 def test_a_capture_leaves_no_tensor_without_values_in_what_others_keep(look: Callable[[nn.Module], object]) -> None:
     class Masked(nn.Module):

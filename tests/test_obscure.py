@@ -274,7 +274,7 @@ RUNNING: dict[str, Callable[[nn.Module], object]] = {
     "hard_batch": lambda m: ns.hard_batch(m, DATA),
     "evaluate": lambda m: ns.evaluate(m, DATA),
     "sweep": lambda m: ns.sweep(m, {"cut": EDIT}, DATA),
-    "coupled": lambda m: ns.coupled(NEURONS, m, (X, Y)),
+    "silence": lambda m: ns.silence(NEURONS, m, (X, Y)),
     "residual_branches": lambda m: ns.residual_branches(m, (X, Y)),
     "eval_copy": eval_copy,
 }
@@ -305,7 +305,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
     "eight bits": (in_eight_bits, {**EDITING, **READING}, ValueError, FLOAT8),
     "eight bits, scored": (
         in_eight_bits,
-        {name: RUNNING[name] for name in ("group_grad_norms", "sweep", "coupled", "residual_branches")},
+        {name: RUNNING[name] for name in ("group_grad_norms", "sweep", "silence", "residual_branches")},
         ValueError,
         FLOAT8,
     ),
@@ -615,8 +615,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], object], str, set[str]]] = {
         FUNCTION_WANTED,
         {"a model", "nothing"},
     ),
-    "coupled(neurons)": (lambda x: ns.coupled(x, MODEL, (X, Y)), f"coupled {NEURONS_WANTED}", {"neurons"}),
-    "coupled(model)": (lambda x: ns.coupled(NEURONS, x, (X, Y)), MODEL_WANTED, {"a model"}),
+    "silence(neurons)": (lambda x: ns.silence(x, MODEL, (X, Y)), f"silence {NEURONS_WANTED}", {"neurons"}),
+    "silence(model)": (lambda x: ns.silence(NEURONS, x, (X, Y)), MODEL_WANTED, {"a model"}),
     "residual_branches(model)": (lambda x: ns.residual_branches(x, (X, Y)), MODEL_WANTED, {"a model"}),
     "fragility(sweep)": (lambda x: ns.fragility(x, Y), "fragility takes a Sweep .*: write fragility", set()),
     "fragility(targets)": (lambda x: ns.fragility(X.T, x), "targets are a tensor of class indices", {"a list"}),

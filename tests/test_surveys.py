@@ -72,7 +72,7 @@ def test_reading_the_graph_takes_one_survey() -> None:
     batch = CASES["residual"].batches()[0]
     neurons = ns.select(ns.find_layout(RESIDUAL), {"b1.weight": 1})
     assert walks(lambda: ns.residual_branches(RESIDUAL, batch)) == 1
-    assert walks(lambda: ns.coupled(neurons, RESIDUAL, batch)) == 1
+    assert walks(lambda: ns.silence(neurons, RESIDUAL, batch)) == 1
 
 
 def test_the_count_above_can_fail() -> None:

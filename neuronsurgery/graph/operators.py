@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -50,6 +51,9 @@ POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adaptive
 POOLS |= {"max_pool2d_with_indices", "mean", "upsample_nearest2d", "upsample_bilinear2d"}
 """Operators that keep channels apart."""
 
+MOVES = RESHAPES | POOLS | {"cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "getitem"}
+"""Operators that put entries elsewhere, or average entries of one channel."""
+
 SHAPES = {"sym_size", "sym_numel", "sym_stride"}
 """Operators that read no more of a tensor than its shape."""
 
@@ -61,6 +65,8 @@ FILLED |= {f"new_{kind}" for kind in ("full", "zeros", "ones", "empty")}
 def operator_name(node: fx.Node) -> str:
     """Return the name of a node's operator without namespace, overload and the mark of a write in place."""
     target: Any = node.target.operator if isinstance(node.target, OnCopy) else node.target
+    if target is operator.getitem:
+        return "getitem"
     name = str(target).split(".")
     return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
 

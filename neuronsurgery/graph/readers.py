@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from neuronsurgery.batches import Batch
-from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, POOLS, RESHAPES, SHAPES, argument, operator_name
+from neuronsurgery.graph.operators import (
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    MOVES,
+    POOLS,
+    RESHAPES,
+    SHAPES,
+    argument,
+    operator_name,
+)
 from neuronsurgery.graph.replay import Graph
 
 LINEAR = {"linear", "addmm", "mm", "matmul"}
@@ -111,6 +123,46 @@ class Walk:
                 return Origin(node, tuple(path), alone)
             path.insert(0, node)
             node = tensors[0]
+
+    # What is given of a parameter
+
+    def back(self, node: fx.Node) -> list[fx.Node]:
+        """Return the way to a node from where its entries stood at first."""
+        path = [node]
+        while operator_name(path[0]) in MOVES - {"cat", "stack"} and path[0].all_input_nodes:
+            path.insert(0, path[0].all_input_nodes[0])
+        return path
+
+    def entries(self, node: fx.Node, readers: Collection[fx.Node]) -> Tensor | None:
+        """Return the numbers of a parameter's entries in the places where a node has them, float64.
+
+        Of a weight with several axes, the numbers of its rows. None if the node has no parameter's entries, those of a
+        table, or some that are given to others than the readers.
+        """
+        path = self.back(node)
+        start = path[0]
+        if self.graph.parameter(start) is None:
+            return None
+        shape = self.value(start).shape
+        numbers = torch.arange(math.prod(shape), dtype=torch.float64, device=self.value(start).device).reshape(shape)
+        if sum(size > 1 for size in shape) > 1:
+            return torch.arange(shape[0], dtype=torch.float64) if path == [start] else None
+
+        def moved(way: Sequence[fx.Node]) -> Any:
+            return self.graph.replayed(start, numbers, way, self.values, skipped=())
+
+        labels: Tensor = moved(path[1:])
+        for at, passed in enumerate(path):
+            known = path[at + 1 : at + 2] or readers
+            for user in passed.users:
+                if user in known:
+                    continue
+                given = (
+                    pytree.tree_leaves(moved([*path[1 : at + 1], user])) if operator_name(user) in MOVES else [labels]
+                )
+                if any(bool(torch.isin(labels, leaf).any()) for leaf in given):
+                    return None
+        return labels
 
 
 def depending(graph: Graph) -> set[fx.Node]:

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,10 +238,11 @@ def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.N
     """Return all entries of the normalisation that reads a layer alone; none where there is none."""
 
     def found() -> list[str]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a layer whose output joins a residual has no norm of its own: no news
-            coupled = ns.coupled(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-        return [other.parameter for other in coupled.by_layer() if other != layer]
+        try:
+            silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+        except ValueError:  # what follows is no layer's alone
+            return []
+        return [other.parameter for other in silent.neurons.by_layer() if other != layer]
 
     names = subject.kept.of(f"norm that follows {layer.parameter}", found)
     return ns.select(every, dict.fromkeys(names, ...))
