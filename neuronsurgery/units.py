@@ -19,7 +19,7 @@ from neuronsurgery.errors import checked_function, inline, listed, warn
 from neuronsurgery.experts import FUSED, expert_layers
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import captured
-from neuronsurgery.graph.makers import Makers, Making
+from neuronsurgery.graph.makers import Makers, Making, source_name
 from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, RECURRENT, RESHAPES, SHAPES, operator_name
 from neuronsurgery.graph.readers import COPIES, LINEAR, TURNS, Reader, Walk
 from neuronsurgery.layers import Layer
@@ -37,6 +37,8 @@ FEW = 2
 PRODUCTS = {"bmm", "baddbmm", "bilinear", "einsum"}
 GROUPED = "grouped_mm"
 """Operators, but for layers, that multiply with a parameter."""
+
+PARTS = {"index", "index_select"}
 
 
 @restoring
@@ -104,13 +106,16 @@ def find_units(
         graph = captured(runner, given, checked_function(predict, "predict") or default_predict)
         layers, reasons = _Units(Walk(graph, given), surveyed, runner).of(kind)
     if not layers:
-        looked = f":\n{listed(f'{name}: {why}' for name, why in reasons.items())}\n" if reasons else ". "
+        looked = (
+            f":\n{listed((f'{name}: {why}' for name, why in reasons.items()), len(reasons))}\n" if reasons else ". "
+        )
         raise ValueError(
             f"no {kind} is found in {type(surveyed.model).__name__}{looked}Say by hand which slices they are: "
             f"find_layout(model, patterns={{'*.o_proj.weight': ('e (head d) -> head e d', {{'d': 64}})}})"
         )
     if reasons:
-        warn(f"no units were made of {inline(f'{name} ({why})' for name, why in reasons.items())}")
+        every = inline((f"{name} ({why})" for name, why in reasons.items()), len(reasons))
+        warn(f"no units were made of {every}")
     return Layout(tuple(layers))
 
 
@@ -133,8 +138,8 @@ class _Units:
         for reader in readers:
             uses.setdefault(reader.parameter, []).append(self._use(reader, kind))
         if kind == "unit":
-            for name, _, found in self._recurrent():
-                uses.setdefault(name, []).append(found)
+            for name, _, use in self._recurrent():
+                uses.setdefault(name, []).append(use)
         layers, reasons = [], {}
         nodes = {reader.node for reader in readers} | {node for _, node, _ in self._recurrent()}
         for name, found in uses.items():
@@ -172,13 +177,12 @@ class _Units:
         making = self._makers.of(reader)
         own = "channel" if operator_name(reader.node) in CONVOLUTIONS else "unit"
         if making.kind in ("other", "recurrent") and kind == own and not making.norm:
-            name = operator_name(making.node)
-            name = operator_name(making.node.all_input_nodes[0]) if name == "getitem" else name
-            return (
-                FED_BACK if making.kind == "recurrent" else f"its input comes through {name}, which is not seen through"
-            )
+            through = f"its input comes through {source_name(making.node)}, which is not seen through"
+            return FED_BACK if making.kind == "recurrent" else through
         if making.kind != kind:
             return None
+        if making.norm and not making.alone:
+            return None  # a residual stream begins there
         if making.norm:
             return f"its input goes through {making.norm}, which is of all units together"
         return self._layer(reader, making, kind) if making.alone else READ_BY_OTHERS
@@ -254,8 +258,9 @@ class _Units:
     def _held(self, node: fx.Node) -> str | None:
         """Return the parameter that a node is, or a part or a form of."""
         while self._walk.graph.parameter(node) is None:
-            known = operator_name(node) in TURNS | COPIES | RESHAPES | ELEMENTWISE | {"index", "index_select"}
-            if node.op != "call_function" or not known or not node.all_input_nodes:
+            # What moves is a part of a parameter only where the part is chosen by the inputs, as by the ids of experts.
+            known = TURNS | RESHAPES | PARTS | (set() if node in self._walk.moving else COPIES | ELEMENTWISE)
+            if node.op != "call_function" or operator_name(node) not in known or not node.all_input_nodes:
                 return None
             node = node.all_input_nodes[0]
         return self._walk.graph.parameter(node)

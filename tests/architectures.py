@@ -79,14 +79,8 @@ def seen(name: str, size: int, **settings: Any) -> Architecture:
     return Architecture(lambda: getattr(torchvision.models, name)(num_classes=3, **settings), pictures(size))
 
 
-def last_hidden(output: Any) -> Tensor:
-    state: Tensor = output.last_hidden_state
-    return state
-
-
-def image_embeddings(output: Any) -> Tensor:
-    logits: Tensor = output.logits_per_image
-    return logits
+def embeddings(output: Any) -> Tensor:
+    return torch.cat([output.image_embeds, output.text_embeds], 1)
 
 
 def first_logits(output: Any) -> Tensor:
@@ -185,7 +179,7 @@ NAMED: dict[str, Architecture] = {
     "CLIP": Architecture(
         of_transformers("CLIPModel", **CLIP),
         ({"input_ids": IDS, "pixel_values": pictures(16)[0]}, ZEROS),
-        image_embeddings,
+        embeddings,
     ),
     "Falcon": text("FalconForCausalLM", **{k: v for k, v in SMALL.items() if k != "intermediate_size"}),
     "Bloom": text("BloomForCausalLM", vocab_size=64, hidden_size=32, n_layer=2, n_head=4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -32,7 +33,13 @@ MIXES = {"matmul": 0, "bmm": 0, "baddbmm": 1, "einsum": 1}
 SOFTMAX = {"softmax", "_softmax"}
 SPLITS = {"chunk", "split", "split_with_sizes"}
 GATES = {"mul", "glu"}
-PASSED = ELEMENTWISE | RESHAPES | POOLS | {"batch_norm"}
+LAYERS = CONVOLUTIONS | LINEAR | {"einsum"}
+COPYING = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+"""Operators that read of their second tensor no more than its form."""
+
+PADS = {"pad", "constant_pad_nd"}
+MOVES = RESHAPES | POOLS | {"roll", "expand_as", "view_as", "reshape_as"}
+PASSED = ELEMENTWISE | MOVES | PADS | {"batch_norm"}
 STREAMS = SUMS | (LOOKUPS - CONVOLUTIONS - LINEAR - {"bmm", "bilinear", ATTENTION})
 """Operators whose results are no units: a sum has several makers, and what is looked up has none."""
 
@@ -75,32 +82,42 @@ class Makers:
 
     def _back(self, reader: Reader, node: fx.Node, path: tuple[fx.Node, ...], alone: bool, norm: str) -> Making:
         """Return how the value of a node was made, from which a path leads to a reader."""
+        within: set[fx.Node] = set()  # a norm that is written out reads what it scales twice, or more often
         while True:
-            alone &= self._is_alone(node)
+            alone &= self._is_alone(node, within)
             kind = self._kind(node)
-            if kind:
+            if kind is not None:
                 return Making(kind, node, path, self._axes(kind, node), alone, norm)
             name, sources = operator_name(node), self._moving(node)
             gate = Making("unit", node, path, self._gated_axes(node), alone, norm)
             if self._is_gate(gate, reader):
                 return self._gated(gate, reader)
+            within = set()
             if self._is_scaling(node):
-                follows, norm = self._scaled(node, norm)
+                follows, within = self._scaled(node)
+                norm = norm or ("a norm" if within else operator_name(node) if name in NORMS else "")
             elif self._is_passed(node, sources):
                 follows = sources[0]
             else:
-                kind = "stream" if name in STREAMS or node in self._walk.graph.inputs else "other"
-                return Making(kind, node, path, (), alone, norm)
+                is_stream = name in STREAMS or not self._comes_of_tensors(node)
+                return Making("stream" if is_stream else "other", node, path, (), alone, norm)
             path = (node, *path)
             node = follows
 
     def _moving(self, node: fx.Node) -> list[fx.Node]:
         """Return the tensors that an operator reads and that depend on the inputs."""
-        moving = [source for source in node.all_input_nodes if source in self._walk.moving]
+        read = node.args[:1] if operator_name(node) in COPYING else node.all_input_nodes
+        moving = [source for source in read if isinstance(source, fx.Node) and source in self._walk.moving]
         return [source for source in moving if isinstance(self._walk.value(source), Tensor)]
 
-    def _is_alone(self, node: fx.Node) -> bool:
-        users = [user for user in node.users if operator_name(user) not in SHAPES]
+    def _comes_of_tensors(self, node: fx.Node) -> bool:
+        """Return whether an operator reads more of the inputs than their sizes; an input itself reads nothing."""
+        return any(
+            source in self._walk.moving and operator_name(source) not in SHAPES for source in node.all_input_nodes
+        )
+
+    def _is_alone(self, node: fx.Node, within: set[fx.Node]) -> bool:
+        users = [user for user in node.users if operator_name(user) not in SHAPES and user not in within]
         return len(users) < 2 and node is not self._walk.graph.output
 
     def _is_passed(self, node: fx.Node, sources: Sequence[fx.Node]) -> bool:
@@ -117,12 +134,10 @@ class Makers:
         name = operator_name(node)
         if self.attention(node):
             return "head"
-        if node.op == "call_function" and name in CONVOLUTIONS | LINEAR | {"einsum"}:
-            moving = self._moving(node)  # a product of two activations is no layer, nor is one of a weight on the left
-            if len(moving) == 1 and moving[0] in (*node.args[:2], *(node.args[1] if name == "einsum" else ())):
-                return "channel" if name in CONVOLUTIONS else "unit"
-        source = operator_name(node.all_input_nodes[0]) if name == "getitem" else name
-        return "recurrent" if source in RECURRENT else None
+        # A product of two activations is no layer.
+        if node.op == "call_function" and name in LAYERS and len(self._moving(node)) == 1:
+            return "channel" if name in CONVOLUTIONS else "unit"
+        return "recurrent" if source_name(node) in RECURRENT else None
 
     def attention(self, node: fx.Node) -> bool:
         """Return whether a node is the result of attention: of torch's operator, or a softmax times the values."""
@@ -211,28 +226,32 @@ class Makers:
             name = operator_name(node)
             if name in CONVOLUTIONS or not sources:
                 return name in CONVOLUTIONS
-            if name not in PASSED | GATES | SPLITS | SUMS | {"getitem"}:
+            if name not in PASSED | GATES | SPLITS | SUMS and node.target is not operator.getitem:
                 return False
             node = sources[0]
 
-    def _scaled(self, node: fx.Node, norm: str) -> tuple[fx.Node, str]:
-        """Return what an operator scales, and the norm that it is: its factor comes of what it scales."""
+    def _scaled(self, node: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
+        """Return what an operator scales, and between the two the operators that make its factor of it."""
         sources = self._moving(node)
         if len(sources) < 2:
-            return sources[0], norm or operator_name(node)
+            return sources[0], set()
         sizes = [self._walk.value(source).numel() for source in sources]
         scaled, factor = sources if sizes[0] >= sizes[1] else sources[::-1]
-        return scaled, norm or ("a norm" if self._comes_of(factor, scaled) else "")
+        return scaled, self._between(scaled, factor)
 
-    def _comes_of(self, node: fx.Node, wanted: fx.Node) -> bool:
-        queue, seen = [node], {node}
-        while queue:
-            read = set(queue.pop().all_input_nodes) & self._walk.moving - seen
-            if wanted in read:
-                return True
-            seen |= read
-            queue.extend(read)
-        return False
+    def _between(self, first: fx.Node, last: fx.Node) -> set[fx.Node]:
+        """Return the operators on the ways from one node to another, the last included; none where there is no way."""
+        slots, found = self._walk.graph.slots, {first}
+        for node in self._walk.graph.nodes[slots[first] + 1 : slots[last] + 1]:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        if last not in found or last is first:
+            return set()
+        leading = {last}
+        for node in reversed(self._walk.graph.nodes[slots[first] + 1 : slots[last] + 1]):
+            if node in leading:
+                leading.update(found.intersection(node.all_input_nodes))
+        return leading - {first}
 
     # Which channel is whose
 
@@ -264,12 +283,15 @@ class Makers:
         with torch.no_grad():
             for node in making.path:
                 at = graph.slots[node]
-                if operator_name(node) in RESHAPES | POOLS:
+                name, moved, shape = operator_name(node), own[graph.slots[before]], self._walk.value(node).shape
+                if name in MOVES:
                     args, kwargs = graph.fetches[at](own)
-                    call: Any = torch.reshape if operator_name(node) in ("view", "_unsafe_view") else node.target
-                    own[at] = call(*args, **kwargs)
-                else:
-                    own[at] = own[graph.slots[before]].expand(self._walk.value(node).shape)
+                    call: Any = torch.reshape if name in ("view", "_unsafe_view") else node.target
+                    moved = call(*args, **kwargs)
+                elif name in PADS:  # what stands in the padding is nobody's
+                    padded = [axis for axis in range(len(shape)) if shape[axis] != moved.shape[axis]]
+                    moved = moved.amax(padded, keepdim=True) if padded else moved
+                own[at] = moved if name in MOVES else moved.expand(shape)
                 before = node
         return own[graph.slots[before]]
 
@@ -304,10 +326,15 @@ class Makers:
         while node.op == "call_function" and node.all_input_nodes:
             if operator_name(node) in ("topk", "sort"):
                 return True
-            if operator_name(node) not in RESHAPES | ELEMENTWISE | SOFTMAX | {"getitem"}:
+            if operator_name(node) not in RESHAPES | ELEMENTWISE | SOFTMAX and node.target is not operator.getitem:
                 return False
             node = node.all_input_nodes[0]
         return False
+
+
+def source_name(node: fx.Node) -> str:
+    """Return the name of a node's operator; of a part of what several are made by at once, of that operator."""
+    return operator_name(node.all_input_nodes[0] if node.target is operator.getitem else node)
 
 
 def place(node: fx.Node) -> str:
