@@ -345,11 +345,14 @@ def test_a_cut_slice_is_a_unit_that_is_zero_where_it_is_read(name: str, kind: st
         if count:
             assert (layer.count, math.prod(layer.row_shape)) == (count, parameter.numel() // count)
             assert size in (1, *layer.row_shape)
-        for unit in (0, layer.count - 1):
+        effects = []
+        for unit in sorted({0, layer.count // 3, 2 * layer.count // 3, layer.count - 1}):
             cut = output(case, ns.apply(ns.zero_out(ns.Neurons({layer: [unit]})), model))
             with reading(parameter, zeroing(axis, at(unit))) as calls:
                 assert torch.equal(cut, output(case, model)), (layer, unit)
-            assert calls and not torch.equal(cut, base), (layer, unit)
+            assert calls
+            effects.append(not torch.equal(cut, base))
+        assert all(effects) if kind == "head" else any(effects), layer  # a unit behind a ReLU may be off
         if kind == "head" and attentions and name != "ALBERT":  # whose layers are one
             assert _is_a_head_in_the_attention(case, model, cut, layer.count - 1, len(attentions)), layer
 
@@ -425,3 +428,112 @@ def by_hand(gradient: Tensor, layer: ns.Layer, kind: str, at: Any) -> Tensor:
         return gradient[group * outer : (group + 1) * outer, place].norm()
     first = ".c_proj." in layer.parameter  # of GPT-2, whose weights are (inputs, outputs)
     return gradient[at].norm() if first else gradient[:, at].norm()
+
+
+# --- recurrent layers and experts, by loops that are written by hand ------------------------------------------------
+
+
+def stepped(model: nn.Module, x: Tensor, cut: tuple[str, int] | None) -> Tensor:
+    """A projected LSTM between two linear layers, step by step; one unit may be zero where it is projected."""
+    cell: Any = model.cell
+    hidden: Tensor = model.embed(x)  # type: ignore[operator]
+    for layer in range(cell.num_layers):
+        outputs = []
+        for suffix in ("", "_reverse")[: 1 + cell.bidirectional]:
+            own = {name: getattr(cell, f"{name}_l{layer}{suffix}") for name in ("weight_ih", "weight_hh", "weight_hr")}
+            bias = getattr(cell, f"bias_ih_l{layer}{suffix}") + getattr(cell, f"bias_hh_l{layer}{suffix}")
+            state, memory, steps = torch.zeros(len(x), cell.proj_size), torch.zeros(len(x), cell.hidden_size), []
+            for step in hidden.unbind(1)[:: -1 if suffix else 1]:
+                gates = step @ own["weight_ih"].T + state @ own["weight_hh"].T + bias
+                opened, kept, new, shown = gates.chunk(4, 1)
+                memory = kept.sigmoid() * memory + opened.sigmoid() * new.tanh()
+                units = shown.sigmoid() * memory.tanh()
+                if cut is not None and cut[0] == f"cell.weight_hr_l{layer}{suffix}":
+                    units = units.clone()
+                    units[:, cut[1]] = 0
+                state = units @ own["weight_hr"].T
+                steps.append(state)
+            outputs.append(torch.stack(steps[:: -1 if suffix else 1], 1))
+        hidden = torch.cat(outputs, 2)
+    logits: Tensor = model.head(hidden[:, -1])  # type: ignore[operator]
+    return logits
+
+
+@pytest.mark.parametrize(("name", "layers"), [("LSTM, projected", 1), ("LSTM, projected, deep", 4)])
+@torch.no_grad()
+def test_units_of_a_projected_lstm_are_columns_of_its_projections(name: str, layers: int) -> None:
+    case = ALL[name]
+    model, x = case.build(), case.batch[0]
+    found, _ = found_units(name, "unit")
+    assert found is not None
+    assert [(layer.pattern, layer.count) for layer in found] == [("p unit -> unit p", 8)] * layers
+    base = output(case, model)
+    assert torch.allclose(base, stepped(model, x, None), atol=1e-5)
+    for layer in found:
+        for unit in range(layer.count):
+            cut = output(case, ns.apply(ns.zero_out(ns.Neurons({layer: [unit]})), model))
+            assert torch.allclose(cut, stepped(model, x, (layer.parameter, unit)), atol=1e-5)
+            assert not torch.allclose(cut, base, atol=1e-5)
+
+
+def looped(experts: Any, expert: int, cut: slice) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The forward of fused experts, token by token; some units of one of them are zero."""
+
+    def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden)
+        for token, state in enumerate(hidden):
+            for place, chosen in enumerate(index[token].tolist()):
+                if hasattr(experts, "_apply_gate") and hasattr(experts, "down_proj_bias"):  # GPT-OSS: (in, out)
+                    units = experts._apply_gate(
+                        state @ experts.gate_up_proj[chosen] + experts.gate_up_proj_bias[chosen]
+                    )
+                else:
+                    gate, up = (experts.gate_up_proj[chosen] @ state).chunk(2)
+                    units = experts.act_fn(gate) * up
+                if chosen == expert:
+                    units = units.clone()
+                    units[cut] = 0
+                if hasattr(experts, "down_proj_bias"):
+                    result = units @ experts.down_proj[chosen] + experts.down_proj_bias[chosen]
+                else:
+                    result = experts.down_proj[chosen] @ units
+                total[token] += weights[token, place] * result
+        return total
+
+    return forward
+
+
+EXPERTS = {"Mixtral": 48, "Qwen3-MoE": 20, "OLMoE": 48, "GPT-OSS": 48, "DeepSeek-V3": 20}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_experts_and_their_units_against_loops_and_against_copies(name: str) -> None:
+    case, size = ALL[name], EXPERTS[name]
+    model = case.build()
+    (units, _), (experts, said) = found_units(name, "expert unit"), found_units(name, "expert")
+    assert units is not None and experts is not None
+    layers = 1 if name == "DeepSeek-V3" else 2
+    assert (units.count, experts.count) == (layers * 4 * size, layers * 4)
+    assert ("down_proj_bias (an expert's bias stays" in said) == (name == "GPT-OSS")
+    base, path = output(case, model), units.layers[-1].parameter.rpartition(".")[0]
+    used = model.get_submodule(path)
+    calls: list[Tensor] = []
+    handle = used.register_forward_pre_hook(lambda _, args: calls.append(args[1]))
+    output(case, model)
+    handle.remove()
+    expert = int(calls[0].flatten()[0])
+    for cut, edit in (
+        (slice(5, 6), ns.zero_out(ns.Neurons({units.layers[-1]: [expert * size + 5]}))),
+        (slice(None), ns.zero_out(ns.Neurons({experts.layers[-1]: [expert]}))),
+    ):
+        edited = output(case, ns.apply(edit, model))
+        copied = case.build()
+        weights: Any = copied.get_submodule(path).down_proj
+        (weights[expert] if name == "GPT-OSS" else weights[expert].T)[cut] = 0
+        assert torch.equal(edited, output(case, copied))
+        assert not torch.allclose(edited, base, atol=1e-4)
+        written = case.build()
+        module: Any = written.get_submodule(path)
+        module.forward = looped(module, expert, cut)
+        assert torch.allclose(edited, output(case, written), rtol=1e-3, atol=1e-4)

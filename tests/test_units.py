@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,14 +224,86 @@ def test_effects_are_minus_the_gradient_to_a_gate_of_the_head() -> None:
     assert torch.allclose(effects.values[0].double(), -gradient.flatten(), atol=1e-6)
 
 
-def test_sweeps_scores_and_searches_take_heads() -> None:
-    model, data = llama(), [TEXT]
-    found = ns.find_units(model, TEXT, "head")
+@pytest.mark.parametrize("name", ["llama", pytest.param("vit", marks=tier)])
+def test_sweeps_of_all_heads_are_what_one_by_one_gives(name: str) -> None:
+    make, batch, _ = HEADS[name]
+    model, data = make(), [batch]
+    metric = ns.causal_lm_loss if name == "llama" else ns.margin
+    found = ns.find_units(model, batch, "head")
     edits = {str(i): ns.zero_out(found.neurons([i])) for i in range(found.count)}
-    swept = ns.sweep(model, edits, data, metric=ns.causal_lm_loss)
+    swept = ns.sweep(model, edits, data, metric=metric)
     for label, edit in edits.items():
-        assert swept[label] == ns.evaluate(ns.apply(edit, model), data, metric=ns.causal_lm_loss)
-    assert ns.group_grad_norms(model, data, layout=found, loss=ns.causal_lm_loss).values.shape == (1, 8)
+        assert swept[label] == ns.evaluate(ns.apply(edit, model), data, metric=metric)
+    assert len({swept[label]["all"] for label in edits}) == found.count
+
+
+def convolutions() -> nn.Module:
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=4), nn.ReLU()]
+    return build(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)))
+
+
+def classifying_mixture() -> nn.Module:
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, num_labels=3)
+    return build(transformers.MixtralForSequenceClassification(config))
+
+
+WORKED: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    "head": (bert, "text", 8),
+    "channel": (convolutions, "pictures", 14),
+    "expert unit": (classifying_mixture, "text", 2 * 4 * 48),
+}
+
+
+def two_groups(kind: str) -> dict[str, list[Any]]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(12) % 2
+    if kind == "pictures":
+        inputs: Any = [torch.randn(12, 3, 32, 32, generator=generator) for _ in range(2)]
+    else:
+        inputs = [{"input_ids": torch.randint(5, 60, (12, 9), generator=generator)} for _ in range(2)]
+    return {group: [(x, labels)] for group, x in zip(("left", "right"), inputs, strict=True)}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "channel" else tier) for k in WORKED])
+def test_units_are_scored_searched_judged_swept_and_saved(kind: str, tmp_path: Path) -> None:
+    make, inputs, count = WORKED[kind]
+    model, data = make(), two_groups(inputs)
+    found = ns.find_units(model, data["left"][0], kind)  # type: ignore[arg-type]
+    assert found.count == count
+    scores = ns.group_grad_norms(model, data, layout=found)
+    effects = ns.group_effects(model, data, layout=found)
+    assert scores.values.shape == effects.values.shape == (2, count)
+    cut = ns.zero_out(ns.topk(scores["left"], 2))
+    critical = ns.find_critical(model, data, "left", layout=found, edits="zero", k=2)
+    assert {neuron.layer for neuron in critical.neurons} <= set(found)
+    verdict = ns.judge(cut, model, data, "left", draws=20)
+    swept = ns.sweep(model, {"cut": cut}, data)
+    assert swept["cut"] == ns.evaluate(ns.apply(cut, model), data)
+    assert verdict.change["left"] == pytest.approx(swept.change("cut")["left"])
+    for number, value in enumerate((found, scores, effects, cut, swept, critical, verdict)):
+        path = tmp_path / f"{number}.safetensors"
+        ns.save_file(value, path)
+        assert same(ns.load_file(path), value)
+
+
+def same(loaded: Any, saved: Any) -> bool:
+    """Scores hold tensors, which have no one truth."""
+    if isinstance(saved, ns.Scores):
+        return loaded.layout == saved.layout and torch.equal(loaded.values, saved.values)
+    return type(loaded) is type(saved) and bool(loaded == saved)
+
+
+def test_cutting_all_units_of_a_residual_branch_is_cutting_the_branch() -> None:
+    model = llama()  # whose projections have no bias
+    branches = {branch.layer for branch in ns.residual_branches(model, TEXT)}
+    found = [*ns.find_units(model, TEXT, "head"), *ns.find_units(model, TEXT, "unit")]
+    assert {layer.parameter for layer in found} == branches
+    for layer in found:
+        copied = copy.deepcopy(model)
+        module = copied.get_submodule(layer.parameter.rpartition(".")[0])
+        module.register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
+        cut = ns.apply(ns.zero_out(ns.Neurons({layer: range(layer.count)})), model)
+        assert torch.equal(logits(cut, TEXT), logits(copied, TEXT))
 
 
 class Shared(nn.Module):
