@@ -91,9 +91,10 @@ FOUND: dict[str, dict[str, list[Expected]]] = {
     "ResNet-18": {"channel": [("layer?.?.conv2.weight", 8, 0, 1)]},
     "MobileNetV2": {
         "channel": [
-            ("features.*.conv.0.0.weight", 5, 0, 1),
-            ("features.*.conv.?.0.weight", 12, 0, 1),
+            ("features.*.conv.?.0.weight", 18, 0, 1),
             ("features.*.conv.?.weight", 17, 0, 1),
+            ("features.18.0.weight", 1, 0, 1),
+            ("classifier.1.weight", 1, 0, 1),
         ]
     },
     "DenseNet": {"channel": [("features.denseblock?.denselayer*.conv2.weight", 58, 0, 1)]},
@@ -206,6 +207,7 @@ REFUSED: dict[tuple[str, str], dict[str, str]] = {
     ("EfficientNet", "channel"): {"features.1.0.block.1.fc1.weight": BY_OTHERS},
     ("MobileNetV3", "channel"): {"features.1.block.1.fc1.weight": BY_OTHERS},
     ("RegNet", "channel"): {"trunk_output.block4.block4-0.f.se.fc1.weight": BY_OTHERS},
+    ("torchvision Swin v2", "unit"): {"features.2.reduction.weight": CAT},
     ("XCiT", "unit"): {"cls_attn_blocks.0.mlp.fc1.weight": CAT},
     ("Wav2Vec2", "channel"): {"wav2vec2.feature_projection.projection.weight": LAYER_NORM},
     ("Wav2Vec2", "unit"): {"wav2vec2.encoder.pos_conv_embed.conv.weight": BY_OTHERS},
@@ -213,6 +215,9 @@ REFUSED: dict[tuple[str, str], dict[str, str]] = {
         f"electra.encoder.layer.0.attention.self.{name}.weight": BY_OTHERS for name in ("query", "key", "value")
     },
 }
+OTHERWISE = {"ALBERT": "*", "XCiT": "blocks.*"}
+"""Layers that are behind every attention, or behind one that is not torch's."""
+
 CASES = [(name, kind) for name, kinds in FOUND.items() for kind in kinds]
 
 
@@ -338,6 +343,7 @@ def test_a_cut_slice_is_a_unit_that_is_zero_where_it_is_read(name: str, kind: st
     base = output(case, model)
     with cut_heads(-1, 0) as attentions:  # of which none is cut
         output(case, model)
+    seen: list[bool] = []
     for layer in some(found.layers):
         _, _, count, size = own[layer.parameter]
         parameter = model.get_parameter(layer.parameter)
@@ -352,9 +358,12 @@ def test_a_cut_slice_is_a_unit_that_is_zero_where_it_is_read(name: str, kind: st
                 assert torch.equal(cut, output(case, model)), (layer, unit)
             assert calls
             effects.append(not torch.equal(cut, base))
-        assert all(effects) if kind == "head" else any(effects), layer  # a unit behind a ReLU may be off
-        if kind == "head" and attentions and name != "ALBERT":  # whose layers are one
+        assert any(effects) or kind == "channel", layer
+        assert all(effects) or kind != "head", layer
+        seen.append(any(effects))
+        if kind == "head" and attentions and not fnmatch.fnmatch(layer.parameter, OTHERWISE.get(name, "")):
             assert _is_a_head_in_the_attention(case, model, cut, layer.count - 1, len(attentions)), layer
+    assert 2 * sum(seen) >= len(seen), seen  # a channel behind a ReLU may be off for all of a few pictures
 
 
 def _is_a_head_in_the_attention(case: Architecture, model: nn.Module, cut: Tensor, head: int, calls: int) -> bool:

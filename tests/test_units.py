@@ -280,7 +280,7 @@ def test_units_are_scored_searched_judged_swept_and_saved(kind: str, tmp_path: P
     swept = ns.sweep(model, {"cut": cut}, data)
     assert swept["cut"] == ns.evaluate(ns.apply(cut, model), data)
     assert verdict.change["left"] == pytest.approx(swept.change("cut")["left"])
-    for number, value in enumerate((found, scores, effects, cut, swept, critical, verdict)):
+    for number, value in enumerate((found, scores, effects, cut, swept, critical.edit, critical.neurons)):
         path = tmp_path / f"{number}.safetensors"
         ns.save_file(value, path)
         assert same(ns.load_file(path), value)
@@ -329,3 +329,123 @@ def test_what_is_no_unit_is_said() -> None:
     assert "find_layout(model, patterns=" in said
     with pytest.raises(ValueError, match=r"kind must be one of 'head', 'unit', 'channel'.*not 'layer'"):
         ns.find_units(Shared(), data, "layer")  # type: ignore[arg-type]
+
+
+class Gated(nn.Module):
+    """A squeeze-and-excitation between convolutions, then a norm and a norm that is written out between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.squeeze, self.excite = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
+        self.second = nn.Conv2d(6, 5, 3)
+        self.hidden, self.normed, self.written, self.head = (nn.Linear(5, 5) for _ in range(4))
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        x = self.hidden(self.second(x).mean((2, 3)))
+        x = self.normed(self.norm(x.relu()))
+        x = self.written(x * (x.pow(2).mean(1, keepdim=True) + 1).rsqrt())
+        return self.head(x * x.sigmoid())  # type: ignore[no-any-return]
+
+
+def test_a_gate_of_channels_is_seen_through_and_a_norm_is_not() -> None:
+    model = build(Gated())
+    with pytest.warns(UserWarning, match=r"squeeze.weight \(its input is read by others, too\)"):
+        channels = ns.find_units(model, PICTURES, "channel")
+    assert [layer.parameter for layer in channels] == ["excite.weight", "second.weight", "hidden.weight"]
+    for layer in channels:
+        for channel in range(layer.count):
+            edited = logits(ns.apply(ns.zero_out(ns.Neurons({layer: [channel]})), model), PICTURES)
+            wanted = without_input(model, layer.parameter.partition(".")[0], channel, 1, PICTURES)
+            assert torch.equal(edited, wanted), (layer, channel)
+    with pytest.warns(UserWarning, match="no units were made of") as said:
+        units = ns.find_units(model, PICTURES, "unit")
+    assert [layer.parameter for layer in units] == ["head.weight"]
+    assert "normed.weight (its input goes through layer_norm, which is of all units together)" in str(said[0].message)
+    assert "written.weight (its input goes through a norm, which is of all units together)" in str(said[0].message)
+
+
+class Recursive(nn.Module):
+    """A block that is used twice; perhaps the embedding is the last layer, too."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(64, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last = nn.Linear(8, 64, bias=False)
+        if tied:
+            self.last.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for _ in range(2):
+            x = self.down(self.up(x).relu())
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_shared_layer_is_cut_in_every_use_and_a_tied_one_is_no_unit(tied: bool) -> None:
+    model, data = build(Recursive(tied)), (IDS, IDS)
+    with pytest.warns(UserWarning, match="no units were made of") as said:
+        found = ns.find_units(model, data, "unit")
+    several = ["up.weight (it is used several times)", *(["embed.weight (it is used several times)"] if tied else [])]
+    assert all(reason in str(said[0].message) for reason in several), str(said[0].message)
+    assert [layer.parameter for layer in found] == ["down.weight", *([] if tied else ["last.weight"])]
+    for unit in range(12):
+        edited = logits(ns.apply(ns.zero_out(ns.Neurons({found.layers[0]: [unit]})), model), data)
+        assert torch.equal(edited, without_input(model, "down", unit, -1, data))
+
+
+class Attention(nn.Module):
+    """An attention that is written out, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.qkv, self.out, self.between = way, nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, 4).unbind(2)
+        scores = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
+        if self.way == "mixed":
+            scores = self.between(scores.movedim(1, -1)).movedim(-1, 1)
+        if self.way == "multiplied":
+            heads = (scores[..., None] * v.transpose(1, 2)[:, :, None]).sum(3).transpose(1, 2)
+        else:
+            heads = torch.einsum("bhts,bshd->bthd", scores, v)
+        if self.way == "summed":
+            return self.out(heads.sum(2).repeat(1, 1, 4))  # type: ignore[no-any-return]
+        if self.way == "gated":
+            heads = heads * q.sigmoid()
+        return self.out(heads.flatten(2))  # type: ignore[no-any-return]
+
+
+def attending(way: str) -> nn.Module:
+    return build(nn.Sequential(Attention(way), nn.Flatten(), nn.Linear(64, 3)))
+
+
+@pytest.mark.parametrize("way", ["plain", "gated"])
+def test_heads_of_an_attention_that_is_written_with_einsum(way: str) -> None:
+    model = attending(way)
+    found = ns.find_units(model, VECTORS, "head")
+    assert [(layer.parameter, layer.pattern) for layer in found] == [("0.out.weight", "o (head d) -> head o d")]
+    for head in range(4):
+        edited = logits(ns.apply(ns.zero_out(found.neurons([head])), model), VECTORS)
+        wanted = copy.deepcopy(model)
+        wanted[0].out.register_forward_pre_hook(
+            lambda _, args, head=head: (args[0].unflatten(2, (4, 4)).index_fill(2, torch.tensor(head), 0).flatten(2),)
+        )
+        assert torch.equal(edited, logits(wanted, VECTORS))
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("mixed", "0: its softmax goes through linear before it meets the values"),
+        ("multiplied", "0: its softmax goes through mul before it meets the values"),
+        ("summed", "0: its softmax is multiplied with values, and no layer is seen to read the result"),
+    ],
+)
+def test_attention_whose_heads_are_not_seen_is_listed(way: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"no head is found in Sequential:\n  {reason}"):
+        ns.find_units(attending(way), VECTORS, "head")
