@@ -2,7 +2,7 @@
 
 An input slice of the only layer that reads a unit silences it exactly: no bias and no norm is left standing behind it.
 Where a unit is read is seen by walking back from each layer to what made its input, and which columns are a unit's by
-sending labels the same way forward. Fused experts, which no graph tells apart, are known by their tensors' shapes.
+sending labels the same way forward.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ def find_units(
     alone leaves anything behind. What can be found:
 
     - "head": of attention, as the columns of the projection behind it; with grouped queries the heads of the queries.
-    - "unit": a hidden unit of a feed-forward part, gated or not, as a column of the linear layer that reads it.
+    - "unit": a hidden unit of a feed-forward part, gated or not, as a column of the linear layer that reads it; of an
+      LSTM with a projection, as a column of that.
     - "channel": of a convolution, as an input channel of the only convolution or linear layer that reads it, behind its
-      batch norm, activation and pooling.
+      batch norm, activation, pooling and gate.
     - "expert unit" and "expert": of fused mixtures (tensors of all experts in one), by the shapes of `gate_up_proj` and
       `down_proj`.
+
+    A layer that is used several times is cut in every use, where all of them read units of the kind.
 
     Rewinding, noise and random values on an input slice touch the outgoing weights alone, not those that make the unit.
 
@@ -81,8 +84,8 @@ def find_units(
         ValueError: if the kind is unknown, or no unit of it is found; lists what was looked at, with the reasons.
 
     Warns:
-        UserWarning: once, listing the layers that read an activation of the kind but whose slices are no units, with
-            the reasons.
+        UserWarning: once, listing with the reasons all layers that read such an activation, or one whose maker is not
+            seen, but whose slices are no units; for heads every attention that no layer is seen to read.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
@@ -120,6 +123,7 @@ def find_units(
 
 
 READ_BY_OTHERS = "its input is read by others, too"
+IN_EXPERTS = "its units are of the kind 'expert unit'"
 SEVERAL = "it is used several times"
 FED_BACK = "its units are read by the recurrent layer, too: silence() makes them nothing by their rows"
 
@@ -236,24 +240,18 @@ class _Units:
         """Yield the parameters that activations of a kind are multiplied with in other ways than by a layer."""
         for node in self._walk.graph.nodes:
             name = operator_name(node)
-            if node in seen or not (name in CONVOLUTIONS | LINEAR | PRODUCTS or GROUPED in name):
+            multiplies = name in CONVOLUTIONS | LINEAR | PRODUCTS or GROUPED in name
+            if node in seen or not multiplies or ("channel" if name in CONVOLUTIONS else "unit") != kind:
                 continue
-            if ("channel" if name in CONVOLUTIONS else "unit") != kind:
-                continue
-            given = node.all_input_nodes
-            activation = next((read for read in given if read in self._walk.moving and not self._held(read)), None)
+            held = {read: self._held(read) for read in node.all_input_nodes}
+            activation = next((read for read, name in held.items() if name is None and read in self._walk.moving), None)
             if activation is None:
                 continue
             making = self._makers.of(Reader(node, activation, "", 0, -1, 1))
-            for parameter in {held for read in given if (held := self._held(read))}:
+            for parameter in filter(None, held.values()):
                 if making.kind in (kind, "other") and self._walk.graph.originals[parameter].dim() > 1:
                     fused = parameter.rpartition(".")[2] in FUSED
-                    yield (
-                        parameter,
-                        "its units are of the kind 'expert unit'"
-                        if fused
-                        else f"{name} reads it, not as a layer's weight",
-                    )
+                    yield parameter, IN_EXPERTS if fused else f"{name} reads it, not as a layer's weight"
 
     def _held(self, node: fx.Node) -> str | None:
         """Return the parameter that a node is, or a part or a form of."""
