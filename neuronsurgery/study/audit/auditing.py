@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.errors import inline
 from neuronsurgery.study.audit.costs import DRAWS, HELD, Costs, measure, shared_or_not
 from neuronsurgery.study.audit.examples import Examples, Loaded
 from neuronsurgery.study.audit.fragile import FEWEST, Fragile
@@ -214,14 +213,14 @@ class _Auditing:
         other = [str(target) for target in sorted(set(targets.tolist())) if not 0 <= target < classes]
         if other:
             raise ValueError(
-                f"audit: the network has {classes} classes, but the examples are of classes {inline(other)}, too: pass "
+                f"audit: the network has {classes} classes, but the examples are of classes {", ".join(other[:10])}, too: pass "
                 f"the network that was trained on these classes"
             )
         named = len(self.examples.class_names)
         if named not in (0, classes) and not all(name.isdigit() for name in self.examples.class_names):
             raise ValueError(
                 f"audit: the network has {classes} classes and the examples name {named} "
-                f"({inline(self.examples.class_names)}): give whole numbers as labels, the network's own"
+                f"({", ".join(self.examples.class_names[:10])}): give whole numbers as labels, the network's own"
             )
         right = torch.cat(logits).argmax(1) == targets[places]
         present = sorted(set(targets[places].tolist()))
