@@ -213,14 +213,14 @@ class _Auditing:
         other = [str(target) for target in sorted(set(targets.tolist())) if not 0 <= target < classes]
         if other:
             raise ValueError(
-                f"audit: the network has {classes} classes, but the examples are of classes {", ".join(other[:10])}, too: pass "
-                f"the network that was trained on these classes"
+                f"audit: the network has {classes} classes, but the examples are of classes {_few(other)}, too: pass the "
+                f"network that was trained on these classes"
             )
         named = len(self.examples.class_names)
         if named not in (0, classes) and not all(name.isdigit() for name in self.examples.class_names):
             raise ValueError(
                 f"audit: the network has {classes} classes and the examples name {named} "
-                f"({", ".join(self.examples.class_names[:10])}): give whole numbers as labels, the network's own"
+                f"({_few(self.examples.class_names)}): give whole numbers as labels, the network's own"
             )
         right = torch.cat(logits).argmax(1) == targets[places]
         present = sorted(set(targets[places].tolist()))
@@ -370,6 +370,10 @@ def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) ->
     net = (verdict.net, *verdict.net_interval)
     rows.append(row_of("critical", "groups", str(verdict.group), "net", net, p=verdict.p_value, **how))
     return {"said": verdict.sentence, "verdict": repr(verdict), "rows": rows, "caveats": [*verdict.caveats, *warned]}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _chunks(places: Tensor, size: int) -> Iterable[tuple[int, Tensor]]:
