@@ -139,6 +139,11 @@ class Layer:
         return self._cut.default is not None
 
     @property
+    def default_cut(self) -> tuple[int, int] | None:
+        """The axis of the neurons and the groups that the other axes are cut in, of a default pattern; else None."""
+        return self._cut.default
+
+    @property
     def identity(self) -> list[Any]:
         """What a digest says of the layer: the same for however the pattern is spelt."""
         if self._cut.default is None:

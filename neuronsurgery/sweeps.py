@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeAlias, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import override
 
 from neuronsurgery.batches import Batch, Unpack, by_key
 from neuronsurgery.copies import Runner, make_runner
@@ -27,7 +26,7 @@ from neuronsurgery.graph.trust import CheckedForward
 from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
-from neuronsurgery.plans import Plan, plan
+from neuronsurgery.plans import Edited, plan
 from neuronsurgery.sharing import Shared
 from neuronsurgery.surgery import refuse_computed, refuse_unreachable
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
@@ -36,27 +35,6 @@ from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 BASELINE = compose()
 """The identity: the model as it is."""
-
-
-class _Edited(Mapping[str, Tensor]):
-    """The edited tensors of one edit, computed when they are looked up: hundreds of edits are never held at once."""
-
-    def __init__(self, planned: Plan, weights: Mapping[str, Tensor]) -> None:
-        self._planned = planned
-        self._weights = weights
-
-    @override
-    def __getitem__(self, name: str) -> Tensor:
-        with torch.no_grad():
-            return self._planned.tensors[name](self._weights[name])
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._planned.tensors)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._planned.tensors)
 
 
 @overload
@@ -230,7 +208,7 @@ def _planned(model: nn.Module, edits: Mapping[str, Edit]) -> tuple[Runner, dict[
                 refuse_computed(planned, computed)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"edit '{label}': {error}") from error
-            edited[edit] = _Edited(planned, runner.parameters)
+            edited[edit] = Edited(planned, runner.parameters)
     return runner, edited
 
 

@@ -31,7 +31,18 @@ ORDER = [
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]
-GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "readers", "export", "trust", "residual"]
+GRAPH_ORDER = [
+    "inputs",
+    "writes",
+    "operators",
+    "replay",
+    "readers",
+    "export",
+    "fills",
+    "schedules",
+    "trust",
+    "residual",
+]
 LINES = 450
 """A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}

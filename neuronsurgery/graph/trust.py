@@ -17,8 +17,12 @@ from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
+from neuronsurgery.graph.fills import Fills
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
-from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, bound, schedule
+from neuronsurgery.graph.replay import Graph, as_parameter, bound
+from neuronsurgery.graph.schedules import Label, Schedule, run, schedule
+from neuronsurgery.plans import Edited
+from neuronsurgery.precision import same_bits
 from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
 
@@ -75,7 +79,9 @@ class CheckedForward:
         self._checked: dict[Hashable, Graph] = {}
         self._newest: dict[Hashable, Graph] = {}
         self._shapes: dict[Hashable, list[tuple[torch.Size, ...]]] = {}
-        self._schedules: dict[tuple[Graph, frozenset[frozenset[str]]], Schedule] = {}
+        # By graph, what its newest schedule was made for, and that; by signature, the layers that need not be run.
+        self._schedules: dict[Graph, tuple[Hashable, Schedule[Any]]] = {}
+        self._fills: dict[Hashable, Fills] = {}
         # Whether the model reads values of its tensors in Python, and by label what its buffers have become.
         self._reads_values = False
         self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
@@ -108,13 +114,15 @@ class CheckedForward:
     def _shared(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
-        graph = self._graph(Inputs.of(args, kwargs))
+        inputs = Inputs.of(args, kwargs)
+        graph = self._graph(inputs)
         if graph is None:
             return self.one_by_one(args, kwargs, edits)
-        names = frozenset(frozenset(edited) for edited in edits.values())
-        if (graph, names) not in self._schedules:
-            self._schedules[graph, names] = schedule(graph, names)
-        return self._schedules[graph, names].run(args, kwargs, edits)
+        wanted = tuple((label, _identity(edited)) for label, edited in edits.items())
+        if graph not in self._schedules or self._schedules[graph][0] != wanted:
+            self._schedules[graph] = wanted, schedule(graph, edits)
+        fills = self._fills.setdefault(inputs.signature, Fills())
+        return self._schedules[graph][1].run(args, kwargs, edits, fills)
 
     def _until_worth_it(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
@@ -311,6 +319,11 @@ class CheckedForward:
             warn(text)
 
 
+def _identity(edited: Mapping[str, Tensor]) -> Hashable:
+    """Return what a schedule depends on of an edit."""
+    return tuple(edited.identities.items()) if isinstance(edited, Edited) else frozenset(edited)
+
+
 def _places(runner: Runner) -> dict[str, tuple[str, ...]]:
     """Return for each parameter and buffer, by its first name, one path to every module and attribute that hold it."""
     places = dict(runner.places)
@@ -342,14 +355,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's cla
 def _agrees(graph: Graph, inputs: Inputs, expected: Tensor) -> bool:
     args, kwargs = inputs.call(inputs.tensors)
     try:
-        (replayed,) = (logits for _, logits in graph.run(args, kwargs, {"base": {}}))
+        (replayed,) = (logits for _, logits in run(graph, args, kwargs, {"base": {}}))
     except Exception:  # shapes that a graph was not made for fail in any operator
         return False
     return same_bits(replayed, expected)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same dtype, shape and bits; a NaN equals itself, -0.0 is not 0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-        return False
-    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
