@@ -20,7 +20,7 @@ from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
 from neuronsurgery.errors import checked_function, inline, warn
-from neuronsurgery.evaluation import Tally, named_directions, named_metrics
+from neuronsurgery.evaluation import Tally, member_indices, named_directions, named_metrics
 from neuronsurgery.forward import decoder_inputs_given, default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
 from neuronsurgery.loaders import iterate_groups, named_loaders
@@ -179,10 +179,10 @@ class _Tally:
         self.means = {name: Tally() for name in metrics}
         self.outcomes: dict[str, list[Outcomes]] = {name: [] for name in metrics}
 
-    def add(self, groups: Sequence[Group], logits: Tensor, targets: Tensor) -> None:
+    def add(self, members: Mapping[Group, Tensor], logits: Tensor, targets: Tensor) -> None:
         for name, metric in self.metrics.items():
             values = example_values(metric, logits, targets)
-            self.means[name].add(groups, values)
+            self.means[name].add(members, values)
             self.outcomes[name].append(Outcomes.of(values))
 
 
@@ -235,6 +235,7 @@ def _run(
     for groups, batch in batches:
         indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
+        places = member_indices(groups)
         sums: dict[Edit, int] = {}
         with decoder_inputs_given(runner.model, batch):
             for edit, logits in run(batch.args, batch.kwargs, edited):
@@ -242,7 +243,7 @@ def _run(
                     sums[edit] = _sum_of_bits(logits)
                 logits = extract_logits(logits, None, len(batch))
                 refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
-                tallies[edit].add(groups, logits, batch.targets)
+                tallies[edit].add(places, logits, batch.targets)
         unheard = {edit for edit in unheard if sums[edit] == sums.get(BASELINE)}
     if unheard and batch is not None:
         _warn_of_unread({edit: edited[edit] for edit in unheard}, runner, forward, batch)
