@@ -170,7 +170,7 @@ class CheckedForward:
         return forward
 
     def reads(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> bool:
-        """Return whether a forward pass reads a parameter at all: whether NaN in its place makes any difference.
+        """Return whether a forward pass reads a parameter at all, by its graph or by whether NaN makes any difference.
 
         Args:
             args: positional arguments of the model.
@@ -178,6 +178,9 @@ class CheckedForward:
             name: the parameter's first name.
         """
         inputs, logits = Inputs.of(args, kwargs), []
+        graph = self._checked.get(inputs.signature)
+        if graph is not None and graph.parameters[name]:
+            return True  # in a graph is only what leads to the logits
         for edited in ({}, {name: torch.full_like(self._runner.parameters[name], torch.nan)}):
             try:
                 with random_state_kept(inputs.tensors):
