@@ -205,6 +205,12 @@ class Layer:
         self.slices(edited).index_put_((index,) if self._cut.single else self._places(index), rows)
         return edited
 
+    def zeroed(self, weight: Tensor, index: Tensor) -> Tensor:
+        """Return what `put` gives for rows of zeros, in less time."""
+        if self._cut.rows_first:
+            return _strided(weight.index_fill(0, index, 0), weight)
+        return self.put(weight, index, weight.new_zeros((len(index), *self.row_shape)))
+
     def _places(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return the index of each axis of the neuron; torch.unravel_index takes ten times as long."""
         places = []
