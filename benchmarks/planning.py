@@ -5,6 +5,7 @@
 - **Planning** 1,000 edits of one neuron each of a ResNet-50, the survey of the model included, beside planning them one
   after the other with a survey each.
 - **One edited weight** of a view, beside the same written by hand: a copy of the weight, and a write into its rows.
+- **A view** of a ResNet-50 with an edit in every layer: a forward pass, and one within `parametrize.cached()`.
 - **Depth**: planning and scheduling a sweep of ten edits that are spread over a chain of 100 and of 400 linear layers.
   The floor of the ratio is 4. The export of the graph, which is torch's, is left out.
 - **Chains**: a whole sweep with an edit for each layer, over the square of their number: what is run grows so.
@@ -20,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 from torchvision.models import resnet50
 
 import neuronsurgery as ns
@@ -86,6 +88,24 @@ def applying(repeats: int) -> None:
         print(f"{name}: {1e6 * seconds['view']:.0f} us a weight, {ratio:.1f} of writing it by hand")
 
 
+def viewing(repeats: int) -> None:
+    """Print what a forward pass of a view costs that has an edit in every layer of a ResNet-50."""
+    model = resnet50(num_classes=10).eval()
+    layout = ns.find_layout(model)
+    view = ns.apply(ns.zero_out(ns.select(layout, {layer.parameter: 0 for layer in layout})), model)
+    for batch in (1, 16):
+        images = torch.randn(batch, 3, 224, 224)
+        with torch.no_grad():
+            seconds = best({"plain": lambda x=images: model(x), "view": lambda x=images: view(x)}, repeats)
+            with cached():
+                view(images)
+                kept = best({"plain": lambda x=images: model(x), "view": lambda x=images: view(x)}, repeats)
+        ratios = [each["view"] / each["plain"] for each in (seconds, kept)]
+        print(
+            f"a view with {len(layout)} edited layers, batch {batch}: {ratios[0]:.2f} of plain, {ratios[1]:.2f} cached"
+        )
+
+
 def depth(repeats: int) -> None:
     seconds = {}
     for layers in (100, 400):
@@ -133,6 +153,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     planning(options.repeats)
     applying(options.repeats)
+    viewing(options.repeats)
     depth(options.repeats)
     chains()
 
