@@ -217,7 +217,7 @@ def neurons(repeats: int) -> None:
     resnet18 = torchvision.models.resnet18(num_classes=2).eval()
     for layer in ("layer4.1.conv2.weight", "layer4.1.conv1.weight"):
         layout = ns.find_layout(resnet18, where=layer)
-        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 4), repeats)
+        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1), repeats)
     small = small_resnet().eval()
     for batch in (64, 250):
         per_edit(f"small_resnet, batch {batch}, all", small, ns.find_layout(small), make_data(32, batch, 4), repeats)
