@@ -320,7 +320,16 @@ def test_zero_and_then_something_else_is_not_zero(log: Log) -> None:
         "another": ns.compose(ns.zero_out(row), ns.scale(ns.select(layout, {"0.weight": 2}), 2.0)),
     }
     assert_equal_one_by_one(model, edits, data_of(torch.randn(4, *shape)))
-    assert not log.filled
+    assert not log.filled and not log.run
+
+
+def test_a_norm_behind_that_the_same_edit_changes(log: Log) -> None:
+    model, shape, _ = built("norm behind")
+    layout = ns.find_layout(model, extra="0.1.weight")
+    zero = ns.zero_out(ns.select(layout, {"0.0.weight": 0}))
+    scaled = ns.scale(ns.select(layout, {"0.1.weight": (1, 2)}), 3.0)
+    assert_equal_one_by_one(model, {"both": ns.compose(zero, scaled)}, data_of(torch.randn(4, *shape)))
+    assert log.filled["conv2d"] == 1 and log.lengths == {1}
 
 
 class Columns(nn.Module):
