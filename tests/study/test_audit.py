@@ -261,7 +261,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weights alone": ({"arch": None}, "is no folder of transformers: say with --arch"),
     "two networks": ({"model": "torch:nn"}, "--model and --arch name two networks"),
     "no such file": ({"weights": Path("gone.pt")}, "gone.pt"),
-    "another network": ({"arch": "resnet18"}, "does not fit resnet18"),
+    "another network": ({"arch": "resnet18"}, "has no head of resnet18"),
     "a name that is near": ({"arch": "small_resnets"}, "no network is called 'small_resnets'; the nearest"),
     "no root": ({"root": None}, "the images need --root DIR"),
     "no such root": ({"root": Path("gone")}, "--root gone: no such folder"),
