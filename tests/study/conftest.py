@@ -60,7 +60,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        patch.setattr("neuronsurgery.study.program.EMBEDDED", few)
         patch.setattr(models, "small_resnet", tiny_resnet)
         assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(folder)]) == 0
     return folder, printed.getvalue()

@@ -581,14 +581,16 @@ def test_a_table_that_is_no_text_is_refused(birds: Path) -> None:
 
 
 def test_no_folder_and_no_table(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder: pass the one that Waterbirds is in"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder: name the folder that the data set is in"):
         waterbirds(tmp_path / "nowhere")
     (tmp_path / "images").mkdir()
     with pytest.raises(
-        FileNotFoundError, match=r"CelebA not found: expected list_attr_celeba.csv or .*, found images/:"
+        FileNotFoundError, match=r"has no table of CelebA: expected list_attr_celeba.csv or .*, found images/:"
     ):
         celeba(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"chest not found: expected chest.csv there, found images/: pass"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no table of chest: expected chest.csv there, found images/: name"
+    ):
         image_folder(tmp_path, "chest.csv", name="chest")
 
 
