@@ -344,8 +344,9 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 def _refuse_missing_packages(settings: Settings) -> None:
     """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
     learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
-    needed = {"sklearn": "scikit-learn"} if learned else {}
-    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision", "PIL": "Pillow"}
+    needed = {"scipy": "scipy"} | ({"sklearn": "scikit-learn"} if learned else {})
+    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
+    needed |= {"PIL": "Pillow"} if settings.data not in EMBEDDED or "fragility" in settings.stages else {}
     missing = []
     for module, package in needed.items():
         try:

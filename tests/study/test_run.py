@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -245,8 +246,21 @@ def test_a_split_that_lacks_a_group_keeps_the_others(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named_with_the_next_step(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, Settings())
     (tmp_path / "experiments").write_text("in the way")
-    with pytest.raises(OSError, match=r"experiments/value\.json could not be written \(.*: make room .* start again"):
+    with pytest.raises(OSError, match=r"experiments/value\.json could not be written \(.*: a file is where a .*--out"):
         folder.remember("value", lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.ENOSPC, "make room there, and start again to go on"),
+        (errno.EACCES, "give leave to write there, or choose another folder with --out"),
+        (errno.ENOTDIR, "a file is where a folder should be: choose another folder with --out"),
+        (errno.EIO, "see that it can be written, and start again to go on"),
+    ],
+)
+def test_the_next_step_goes_by_what_kept_a_file_from_being_written(number: int, step: str) -> None:
+    assert run.next_step(OSError(number, "why")) == step
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"text"'])
