@@ -288,6 +288,7 @@ class _Pass:
         """Return by term the effects on the first examples of a batch, float64, shape (count, neurons)."""
         rows: list[list[Tensor]] = [[] for _ in terms]
         for at, one in self._apart_values(batch, count):
+            self._refuse_flat(one)
             last = at == count - 1
             effects = self._written_effects(terms, self._gradients(terms, one, (), retain=not last))
             for row, own in zip(rows, effects, strict=True):
@@ -331,7 +332,8 @@ class _Pass:
                 collected.values = values.detach()
                 half = (logits, *self._runner.parameters.values())
                 rough = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in half)
-                self._refuse_flat(values)
+                if collected.listener.roots or not placed:  # an attention does not call its own projection
+                    self._refuse_flat(values)
                 self._gradients((), values.sum(), collected.listener.roots, retain=False)
                 collected.finish()
 

@@ -19,6 +19,7 @@ from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import layout_of, refuse_unfit
 from neuronsurgery.edits import ZeroOut, zero_out
 from neuronsurgery.errors import checked_function, listed
+from neuronsurgery.experts import expert_layers
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import captured
 from neuronsurgery.graph.operators import (
@@ -43,7 +44,7 @@ from neuronsurgery.neurons import Neuron, Neurons, checked_neurons
 from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.switches import KERNELS, restoring
 from neuronsurgery.types import Predict
-from neuronsurgery.units import FEW, expert_layers
+from neuronsurgery.units import FEW
 
 
 @restoring
@@ -210,7 +211,7 @@ class _Unit:
             return
         hidden = self._graph.originals[str(self._graph.parameter(own.weights[-1 if own.projected else 1]))].shape[1]
         rows = self._chosen(0)
-        if own.is_projection:  # its rows write to what is projected, its columns read the units
+        if own.projected and own.weights[-1] in held:  # its rows write to what is projected, its columns read the units
             outputs = rows or []
             if rows is None and self._chosen(1) is None:
                 self.reason = "it is neither whole rows nor whole columns of its weight"

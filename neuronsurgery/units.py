@@ -2,12 +2,12 @@
 
 An input slice of the only layer that reads a unit silences it exactly: no bias and no norm is left standing behind it.
 Where a unit is read is seen by walking back from each layer to what made its input, and which columns are a unit's by
-sending labels the same way forward. Fused experts, which no graph tells apart, are known by their tensors' shapes.
+sending labels the same way forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor, fx, nn
 from neuronsurgery.batches import Examples, Unpack, by_key, inseparable, move, unpack_batch
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.errors import checked_function, inline, listed, warn
+from neuronsurgery.experts import FUSED, expert_layers
 from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import captured
-from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, RESHAPES, operator_name
-from neuronsurgery.graph.readers import LINEAR, Reader, Walk
+from neuronsurgery.graph.makers import Makers, Making, source_name
+from neuronsurgery.graph.operators import CONVOLUTIONS, ELEMENTWISE, RECURRENT, RESHAPES, SHAPES, operator_name
+from neuronsurgery.graph.readers import COPIES, LINEAR, TURNS, Reader, Walk
+from neuronsurgery.graph.recurrent import Recurrent
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.surveys import Survey, survey
@@ -32,8 +35,11 @@ KINDS = ("head", "unit", "channel", "expert unit", "expert")
 FEW = 2
 """Examples that the graph is run on."""
 
-MIXES = {"matmul", "bmm", "baddbmm"}
-ATTENTION = "scaled_dot_product_attention"
+PRODUCTS = {"bmm", "baddbmm", "bilinear", "einsum"}
+GROUPED = "grouped_mm"
+"""Operators, but for layers, that multiply with a parameter."""
+
+PARTS = {"index", "index_select"}
 
 
 @restoring
@@ -52,11 +58,14 @@ def find_units(
     alone leaves anything behind. What can be found:
 
     - "head": of attention, as the columns of the projection behind it; with grouped queries the heads of the queries.
-    - "unit": a hidden unit of a feed-forward part, gated or not, as a column of the linear layer that reads it.
+    - "unit": a hidden unit of a feed-forward part, gated or not, as a column of the linear layer that reads it; of an
+      LSTM with a projection, as a column of that.
     - "channel": of a convolution, as an input channel of the only convolution or linear layer that reads it, behind its
-      batch norm, activation and pooling.
+      batch norm, activation, pooling and gate.
     - "expert unit" and "expert": of fused mixtures (tensors of all experts in one), by the shapes of `gate_up_proj` and
       `down_proj`.
+
+    A layer that is used several times is cut in every use, where all of them read units of the kind.
 
     Rewinding, noise and random values on an input slice touch the outgoing weights alone, not those that make the unit.
 
@@ -76,8 +85,8 @@ def find_units(
         ValueError: if the kind is unknown, or no unit of it is found; lists what was looked at, with the reasons.
 
     Warns:
-        UserWarning: once, listing the layers that read an activation of the kind but whose slices are no units, with
-            the reasons.
+        UserWarning: once, listing with the reasons all layers that read such an activation, or one whose maker is not
+            seen, but whose slices are no units; for heads every attention that no layer is seen to read.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
@@ -101,14 +110,23 @@ def find_units(
         graph = captured(runner, given, checked_function(predict, "predict") or default_predict)
         layers, reasons = _Units(Walk(graph, given), surveyed, runner).of(kind)
     if not layers:
-        looked = f":\n{listed(f'{name}: {why}' for name, why in reasons.items())}\n" if reasons else ". "
+        looked = (
+            f":\n{listed((f'{name}: {why}' for name, why in reasons.items()), len(reasons))}\n" if reasons else ". "
+        )
         raise ValueError(
             f"no {kind} is found in {type(surveyed.model).__name__}{looked}Say by hand which slices they are: "
             f"find_layout(model, patterns={{'*.o_proj.weight': ('e (head d) -> head e d', {{'d': 64}})}})"
         )
     if reasons:
-        warn(f"no units were made of {inline(f'{name} ({why})' for name, why in reasons.items())}")
+        every = inline((f"{name} ({why})" for name, why in reasons.items()), len(reasons))
+        warn(f"no units were made of {every}")
     return Layout(tuple(layers))
+
+
+READ_BY_OTHERS = "its input is read by others, too"
+IN_EXPERTS = "its units are of the kind 'expert unit'"
+SEVERAL = "it is used several times"
+FED_BACK = "its units are read by the recurrent layer, too: silence() makes them nothing by their rows"
 
 
 class _Units:
@@ -116,70 +134,84 @@ class _Units:
 
     def __init__(self, walk: Walk, surveyed: Survey, runner: Runner) -> None:
         self._walk, self._surveyed, self._runner = walk, surveyed, runner
+        self._makers = Makers(walk)
 
     def of(self, kind: str) -> tuple[list[Layer], dict[str, str]]:
         """Return the layers whose slices are units of a kind, and why others that read such activations are none."""
-        layers, reasons = [], {}
-        uses: dict[str, int] = {}
+        uses: dict[str, list[Layer | str | None]] = {}
         readers = list(self._walk.readers())
         for reader in readers:
-            uses[reader.parameter] = uses.get(reader.parameter, 0) + 1
-        for reader in readers:
-            origin = self._walk.origin(reader)
-            if self._kind(origin.node, reader) != kind:
-                continue
-            found = "" if origin.alone else "its input is read by others, too"
-            found = found or ("it is used several times" if uses[reader.parameter] > 1 else "")
-            layer = found or self._layer(reader, origin.node, origin.path, kind)
-            if isinstance(layer, Layer):
-                layers.append(layer)
-            else:
-                reasons[reader.parameter] = layer
-        order = {name: tensor.position for name, tensor in self._surveyed.tensors.items()}
-        return sorted(layers, key=lambda layer: order[layer.parameter]), reasons
+            uses.setdefault(reader.parameter, []).append(self._use(reader, kind))
+        if kind == "unit":
+            for name, _, use in self._recurrent():
+                uses.setdefault(name, []).append(use)
+        layers, reasons = [], {}
+        nodes = {reader.node for reader in readers} | {node for _, node, _ in self._recurrent()}
+        for name, found in uses.items():
+            one = self._one(name, found, nodes)
+            if isinstance(one, Layer):
+                layers.append(one)
+            elif one:
+                reasons[name] = one
+        reasons |= dict(self._makers.unmet()) if kind == "head" else dict(self._otherwise(nodes, kind))
+        return sorted(layers, key=lambda layer: layer.position), reasons
 
-    def _kind(self, origin: fx.Node, reader: Reader) -> str:
-        """Return what kind of unit an activation is made of, "" for none."""
-        name = operator_name(origin)
-        if name == ATTENTION or (name in MIXES and self._is_softmax(origin)):
-            return "head"
-        if name in CONVOLUTIONS:
-            return "channel"
-        if name in LINEAR and origin not in self._walk.graph.inputs:
-            return "unit"
-        if name == "mul" and self._is_gate(origin):
-            return "channel" if operator_name(reader.node) in CONVOLUTIONS else "unit"
-        return ""
+    def _one(self, name: str, found: Sequence[Layer | str | None], nodes: set[fx.Node]) -> Layer | str | None:
+        """Return what all uses of a parameter come to: a shared layer's slice must be the unit in every one."""
+        said = [use for use in found if isinstance(use, str)]
+        if said or all(use is None for use in found):
+            return said[0] if said else None
+        users = set().union(*(self._users(node) for node in self._walk.graph.parameters[name]))
+        several = not users <= nodes or any(use != found[0] for use in found)
+        return SEVERAL if several else found[0]
 
-    def _is_gate(self, node: fx.Node) -> bool:
-        """Return whether a product is one of two activations, entry by entry: a norm's factor is one for many."""
-        shapes = [self._walk.value(factor).shape for factor in node.all_input_nodes]
-        return len(shapes) == 2 and shapes[0] == shapes[1]
+    def _users(self, node: fx.Node) -> set[fx.Node]:
+        """Return the operators that read a parameter, transposed or not."""
+        users: set[fx.Node] = set()
+        for user in node.users:
+            name = operator_name(user)
+            if name not in SHAPES:
+                users |= self._users(user) if name in TURNS | COPIES else {user}
+        return users
 
-    def _is_softmax(self, node: fx.Node) -> bool:
-        """Return whether the first factor of a product comes of a softmax."""
-        first = node.args[1] if operator_name(node) == "baddbmm" else node.args[0]
-        while isinstance(first, fx.Node) and first.op == "call_function":
-            name = operator_name(first)
-            if name in ("softmax", "_softmax"):
-                return True
-            if name not in RESHAPES and name not in ELEMENTWISE:
-                return False
-            first = next(iter(n for n in first.all_input_nodes if n in self._walk.moving), None)
-        return False
+    def _use(self, reader: Reader, kind: str) -> Layer | str | None:
+        """Return the layer that a reader's weight is if it is cut into units of a kind, or why it is none.
+
+        None where what it reads is of no kind, or of another.
+        """
+        making = self._makers.of(reader)
+        own = "channel" if operator_name(reader.node) in CONVOLUTIONS else "unit"
+        if making.kind in ("other", "recurrent") and kind == own and not making.norm:
+            through = f"its input comes through {source_name(making.node)}, which is not seen through"
+            return FED_BACK if making.kind == "recurrent" else through
+        if making.kind != kind:
+            return None
+        if making.norm and not making.alone:
+            return None  # a residual stream begins there
+        if making.norm:
+            return f"its input goes through {making.norm}, which is of all units together"
+        return self._layer(reader, making, kind) if making.alone else READ_BY_OTHERS
 
     # Which slices
 
-    def _layer(self, reader: Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Layer | str:
+    def _layer(self, reader: Reader, making: Making, kind: str) -> Layer | str:
         """Return the layer of a reader's weight cut into units, or why it is none."""
-        labels = self._labels(reader, origin, path, kind)
-        if isinstance(labels, str):
-            return labels
+        found: Layer | str = "its units are not counted along one axis"
+        for axis in making.axes:
+            labels = self._makers.labels(making, reader, axis)
+            found = labels if isinstance(labels, str) else self._cut(reader, labels, kind)
+            if isinstance(found, Layer):
+                break
+        return found
+
+    def _cut(self, reader: Reader, labels: Tensor, kind: str) -> Layer | str:
+        """Return the layer of a weight whose inputs belong to these units."""
         count = int(labels.max()) + 1
         size = len(labels) // max(count, 1)
         every = torch.arange(count)
-        shape = tuple(self._runner.parameters[reader.parameter].shape)
-        if count * size != len(labels) or count < 2:
+        if count < 2:
+            return f"it reads a single {kind}"
+        if count * size != len(labels):
             return f"its {len(labels)} inputs are not those of equal units"
         if torch.equal(labels, every.repeat_interleave(size)):
             inner = [kind, "d"]
@@ -187,29 +219,59 @@ class _Units:
             inner = ["d", kind]
         else:
             return "the entries of a unit do not stand in a regular order"
+        shape = tuple(self._runner.parameters[reader.parameter].shape)
         return _cut(reader, shape, kind, inner, size, self._surveyed.tensors[reader.parameter].position)
 
-    def _labels(self, reader: Reader, origin: fx.Node, path: Sequence[fx.Node], kind: str) -> Tensor | str:
-        """Return the unit of each channel that a reader reads, by sending labels from where the units are made."""
-        made = self._walk.value(origin)
-        axis = (1 if made.dim() > 3 else 0) if kind == "head" else _channel_axis(origin, made)
-        labels = torch.arange(made.shape[axis], dtype=torch.float64, device="cpu")
-        labels = labels.reshape([-1 if at == axis % made.dim() else 1 for at in range(made.dim())]).expand(made.shape)
-        graph, values = self._walk.graph, self._walk.values
-        moved = graph.replayed(origin, labels.clone(), path, values, skipped=ELEMENTWISE | {"batch_norm"})
-        wanted = self._walk.value(reader.activation)
-        if not isinstance(moved, Tensor) or moved.shape != wanted.shape:
-            return "labels of its units do not come through to it"
-        rows = moved.movedim(reader.channels, -1).reshape(-1, wanted.shape[reader.channels])
-        if kind == "head" and axis == 0:  # heads of all examples on one axis
-            rows = rows - rows.amin(1, keepdim=True)
-        if not bool((rows == rows[:1]).all()):
-            return "which unit an input belongs to differs from place to place"
-        return rows[0].round().long()
+    # What is read in other ways
+
+    def _recurrent(self) -> Iterator[tuple[str, fx.Node, Layer | str]]:
+        """Yield for each direction of each recurrent layer the parameter that reads its units, and what it is."""
+        for node in self._walk.graph.nodes:
+            if operator_name(node) in RECURRENT:
+                for own, projected in _recurrent_weights(node):
+                    name = self._walk.graph.parameter(own)
+                    if name is not None:
+                        yield name, node, self._projection(name) if projected else FED_BACK
+
+    def _projection(self, name: str) -> Layer:
+        shape = tuple(self._runner.parameters[name].shape)
+        return Layer(name, "p unit -> unit p", {}, shape, self._surveyed.tensors[name].position)
+
+    def _otherwise(self, seen: set[fx.Node], kind: str) -> Iterator[tuple[str, str]]:
+        """Yield the parameters that activations of a kind are multiplied with in other ways than by a layer."""
+        for node in self._walk.graph.nodes:
+            name = operator_name(node)
+            multiplies = name in CONVOLUTIONS | LINEAR | PRODUCTS or GROUPED in name
+            if node in seen or not multiplies or ("channel" if name in CONVOLUTIONS else "unit") != kind:
+                continue
+            held = {read: self._held(read) for read in node.all_input_nodes}
+            activation = next((read for read, name in held.items() if name is None and read in self._walk.moving), None)
+            if activation is None:
+                continue
+            making = self._makers.of(Reader(node, activation, "", 0, -1, 1))
+            for parameter in filter(None, held.values()):
+                if making.kind in (kind, "other") and self._walk.graph.originals[parameter].dim() > 1:
+                    fused = parameter.rpartition(".")[2] in FUSED
+                    yield parameter, IN_EXPERTS if fused else f"{name} reads it, not as a layer's weight"
+
+    def _held(self, node: fx.Node) -> str | None:
+        """Return the parameter that a node is, or a part or a form of."""
+        while self._walk.graph.parameter(node) is None:
+            # What moves is a part of a parameter only where the part is chosen by the inputs, as by the ids of experts.
+            known = TURNS | RESHAPES | PARTS | (set() if node in self._walk.moving else COPIES | ELEMENTWISE)
+            if node.op != "call_function" or operator_name(node) not in known or not node.all_input_nodes:
+                return None
+            node = node.all_input_nodes[0]
+        return self._walk.graph.parameter(node)
 
 
-def _channel_axis(origin: fx.Node, made: Tensor) -> int:
-    return 1 if operator_name(origin) in CONVOLUTIONS or made.dim() == 4 else made.dim() - 1
+def _recurrent_weights(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """Yield for each direction of each recurrent layer the weight that reads its units, and whether that is all."""
+    given: Any = node.args
+    if operator_name(node).endswith("_cell"):
+        yield given[3], False
+    for part in Recurrent.every(node):
+        yield part.weights[-1 if part.projected else 1], part.projected
 
 
 def _cut(reader: Reader, shape: tuple[int, ...], kind: str, inner: list[str], size: int, position: int) -> Layer | str:
@@ -218,7 +280,7 @@ def _cut(reader: Reader, shape: tuple[int, ...], kind: str, inner: list[str], si
     parts = [name for name in inner if size > 1 or name == kind]
     joined = f"({' '.join(parts)})" if len(parts) > 1 else parts[0]
     sizes = {"d": size} if size > 1 else {}
-    row = [name for name in ("d",) if size > 1]
+    row = ["d"] if size > 1 else []
     if reader.groups > 1:
         if reader.axis == 0 or size > 1:
             return "it is a grouped convolution of another form"
@@ -226,44 +288,7 @@ def _cut(reader: Reader, shape: tuple[int, ...], kind: str, inner: list[str], si
         return Layer(
             reader.parameter, f"{left} -> (g {kind}) o {' '.join(rest)}", {"g": reader.groups}, shape, position
         )
-    axes = ["o", joined] if reader.axis == 1 else [joined, "o"]
-    pattern = f"{' '.join([*axes, *rest])} -> {kind} {' '.join(['o', *row, *rest])}"
+    axes = ["o", *rest]
+    axes.insert(reader.axis, joined)
+    pattern = f"{' '.join(axes)} -> {kind} {' '.join(['o', *row, *rest])}"
     return Layer(reader.parameter, pattern, sizes, shape, position)
-
-
-# Experts of fused mixtures
-
-
-def expert_layers(surveyed: Survey, runner: Runner, kind: str) -> tuple[list[Layer], dict[str, str]]:
-    """Return the layers of fused experts, by the shapes of the two tensors that a mixture keeps them in."""
-    layers: list[Layer] = []
-    reasons: dict[str, str] = {}
-    for name, tensor in surveyed.tensors.items():
-        path, _, attribute = name.rpartition(".")
-        shape = tuple(runner.parameters[name].shape)
-        if attribute != "down_proj" or len(shape) != 3:
-            continue
-        prefix = f"{path}." if path else ""
-        other = runner.parameters.get(f"{prefix}gate_up_proj")
-        form = None if other is None else _form(tuple(other.shape), shape)
-        if form is None:
-            reasons[name] = "the shapes of gate_up_proj and down_proj do not say which axis is which"
-        elif kind == "expert":
-            layers.append(Layer(name, "expert h i -> expert h i", {}, shape, tensor.position))
-            if f"{prefix}down_proj_bias" in runner.parameters:
-                reasons[f"{prefix}down_proj_bias"] = "an expert's bias stays: add its entries with extra="
-        else:
-            left = "expert h unit" if form == "rows" else "expert unit h"
-            layers.append(Layer(name, f"{left} -> (expert unit) h", {}, shape, tensor.position))
-    return layers, reasons
-
-
-def _form(gate_up: tuple[int, ...], down: tuple[int, ...]) -> Literal["rows", "columns"] | None:
-    """Return whether the experts' weights are (out, in) or (in, out); None where the shapes allow both or neither."""
-    if len(gate_up) != 3 or gate_up[0] != down[0]:
-        return None
-    rows = gate_up[1] == 2 * down[2] and gate_up[2] == down[1]
-    columns = gate_up[2] == 2 * down[1] and gate_up[1] == down[2]
-    if rows == columns:
-        return None
-    return "rows" if rows else "columns"

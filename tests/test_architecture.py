@@ -26,12 +26,14 @@ ORDER = [
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
-    *("evaluation", "graph", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
+    *("evaluation", "graph", "experts", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "study"),
 ]
-GRAPH_ORDER = ["inputs", "writes", "operators", "replay", "readers", "recurrent", "export", "trust", "residual"]
+GRAPH_ORDER = [
+    *("inputs", "writes", "operators", "replay", "readers", "recurrent", "makers", "export", "trust", "residual")
+]
 LINES = 450
 """A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}

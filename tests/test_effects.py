@@ -232,3 +232,18 @@ def test_frozen_models_caller_modes_and_mappings_make_no_difference() -> None:
         assert torch.equal(ns.group_effects(model, wide_data()).values, wanted)
     by_group = {g: [(x[z == g], y[z == g]) for x, y, z in wide_data() if (z == g).any()] for g in (0, 1, 2)}
     assert torch.allclose(ns.group_effects(model, by_group).values, wanted, atol=1e-6)
+
+
+def test_an_attentions_own_projection_alone() -> None:
+    """Its module is never called, so that nothing is heard."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).eval()
+    data = [(torch.randn(6, 3, 8), torch.arange(6) % 3)]
+    every = ns.find_layout(model, extra="0.self_attn.*")
+    alone = ns.find_layout(model, where=(), extra="0.self_attn.out_proj.weight")
+    assert [own.parameter for own in alone] == ["0.self_attn.out_proj.weight"]
+    start = every.starts[alone.layers[0]]
+    wanted = ns.group_effects(model, data, layout=every).values[:, start : start + 8]
+    assert torch.allclose(ns.group_effects(model, data, layout=alone).values, wanted, atol=1e-7)
+    with pytest.raises(ValueError, match="has no gradient, or something cuts it off"):
+        ns.group_effects(model, data, layout=alone, metric=lambda logits, targets: targets.double())

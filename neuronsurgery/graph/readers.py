@@ -25,6 +25,9 @@ from neuronsurgery.graph.operators import (
 from neuronsurgery.graph.replay import Graph
 
 LINEAR = {"linear", "addmm", "mm", "matmul"}
+TURNS = {"t", "transpose", "permute", "numpy_T"}
+COPIES = {"contiguous", "to", "clone"}
+"""What a parameter may go through and still be read as it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,27 +87,49 @@ class Walk:
         """Yield the linear layers and convolutions that read an activation, in the order of execution."""
         for node in self.graph.nodes:
             name = operator_name(node)
-            if node.op != "call_function" or not (name in LINEAR or name in CONVOLUTIONS):
-                continue
-            first, second = (node.args[1], node.args[2]) if name == "addmm" else (node.args[0], node.args[1])
-            if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first not in self.moving:
-                continue
-            parameter, transposed = self._parameter(second)
-            if parameter is None or second in self.moving:
-                continue
-            if name in CONVOLUTIONS:
-                turned = "transpose" in name or bool(name == "convolution" and node.args[6])
-                groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
-                dims = self.graph.originals[parameter].dim()
-                yield Reader(node, first, parameter, 0 if turned else 1, 1 - dims, groups)
-            else:
-                yield Reader(node, first, parameter, int((name == "linear") != transposed), -1, 1)
+            if node.op == "call_function" and (name in LINEAR or name in CONVOLUTIONS or name == "einsum"):
+                reader = self._summed(node) if name == "einsum" else self._reader(node, name)
+                if reader is not None:
+                    yield reader
 
-    def _parameter(self, node: fx.Node) -> tuple[str | None, bool]:
+    def _reader(self, node: fx.Node, name: str) -> Reader | None:
+        """Return a linear layer or a convolution as a reader, None where it multiplies otherwise."""
+        first, second = (node.args[1], node.args[2]) if name == "addmm" else (node.args[0], node.args[1])
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first not in self.moving:
+            return None
+        parameter, transposed = self.parameter(second)
+        if parameter is None or second in self.moving:
+            return None
+        dims = self.graph.originals[parameter].dim()
+        if name in CONVOLUTIONS:
+            turned = "transpose" in name or bool(name == "convolution" and node.args[6])
+            groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
+            return None if transposed else Reader(node, first, parameter, 0 if turned else 1, 1 - dims, groups)
+        if dims != 2:
+            return None
+        return Reader(node, first, parameter, int((name == "linear") != transposed), -1, 1)
+
+    def _summed(self, node: fx.Node) -> Reader | None:
+        """Return a sum over products (einsum) of an activation and a parameter as a reader of the first summed axis."""
+        operands: Any = node.args[1]
+        terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+        letters = terms.split(",")
+        if len(operands) != 2 or "." in terms or not result:
+            return None
+        for (first, second), (read, weight) in ((operands, letters), (operands[::-1], letters[::-1])):
+            parameter, transposed = self.parameter(second)
+            summed = [letter for letter in weight if letter in read and letter not in result]
+            if first in self.moving and parameter is not None and not transposed and summed:
+                each = not set(weight) & set(read) & set(result)  # else there is a weight for each example or place
+                axis, channels = weight.index(summed[0]), read.index(summed[0]) - len(read)
+                return Reader(node, first, parameter, axis, channels, 1) if each else None
+        return None
+
+    def parameter(self, node: fx.Node) -> tuple[str | None, bool]:
         """Return the parameter that a node is, and whether transposed."""
         transposed = False
-        while operator_name(node) in ("t", "transpose", "permute", "contiguous", "to", "clone") and node.args:
-            transposed ^= operator_name(node) in ("t", "transpose", "permute")
+        while operator_name(node) in TURNS | COPIES and node.args:
+            transposed ^= operator_name(node) in TURNS
             (node,) = node.all_input_nodes[:1]
         return self.graph.parameter(node), transposed
 

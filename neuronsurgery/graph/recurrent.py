@@ -19,7 +19,6 @@ class Recurrent:
         weights: of its layer and direction: of the input, of the state, their biases perhaps, a projection perhaps.
         states: those that the layers begin with.
         projected: whether there is a projection.
-        is_projection: whether the weight is that.
         is_last: whether it is of the last of the operator's layers, whose units others read.
         direction: 0 or 1.
         directions: how many there are.
@@ -28,23 +27,28 @@ class Recurrent:
     weights: Sequence[fx.Node]
     states: Any
     projected: bool
-    is_projection: bool
     is_last: bool
     direction: int
     directions: int
 
     @classmethod
-    def of(cls, node: fx.Node, held: Sequence[fx.Node]) -> Recurrent | None:
-        """Return where the weight that is held stands; None for the operator of a single step."""
+    def every(cls, node: fx.Node) -> list[Recurrent]:
+        """Return each direction of each layer of an operator; none for the operator of a single step."""
         if operator_name(node).endswith("_cell"):
-            return None
+            return []
         packed = str(node.target).endswith(".data")
         arguments: Any = node.args[1 + packed : 8 + packed]
         states, weights, has_biases, layers, _, _, both = arguments
         directions = 1 + bool(both)
         size = len(weights) // (layers * directions)
-        part, place = divmod(next(at for at, weight in enumerate(weights) if weight in held), size)
         projected = size == 3 + 2 * bool(has_biases)
-        own = weights[part * size : part * size + size]
-        last = part // directions == layers - 1
-        return cls(own, states, projected, projected and place == size - 1, last, part % directions, directions)
+        return [
+            cls(own, states, projected, part // directions == layers - 1, part % directions, directions)
+            for part in range(layers * directions)
+            for own in [weights[part * size : part * size + size]]
+        ]
+
+    @classmethod
+    def of(cls, node: fx.Node, held: Sequence[fx.Node]) -> Recurrent | None:
+        """Return where the weight that is held stands; None for the operator of a single step."""
+        return next((part for part in cls.every(node) if not set(held).isdisjoint(part.weights)), None)

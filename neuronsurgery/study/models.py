@@ -149,6 +149,19 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
     return Built(model, f"{title}: weights of {weights}, {said}", True, head)
 
 
+def load_weights(model: nn.Module, weights: PathLike, name: str) -> None:
+    """Load the weights of a file into a network, all of them, with prefixes taken off as `build_model` does.
+
+    Raises:
+        ValueError: if the file is not readable or does not fit (everything that does not is listed).
+        FileNotFoundError: if there is no such file.
+    """
+    shapes = {own: tensor.shape for own, tensor in model.state_dict().items()}
+    chosen = choose_dictionary(_find_weights(weights), lambda tensors: _fitting(tensors, shapes), weights)
+    fitting = _fit(model, _strip_prefixes(chosen, shapes), frozenset(), f"{weights} does not fit {name}")
+    model.load_state_dict(fitting, strict=False)
+
+
 def input_size(arch: str) -> int:
     """The height and width of the images that a network is made for: what timm says of its own, 224 for any other.
 

@@ -90,6 +90,9 @@ class Parts:
     def __getitem__(self, name: str) -> Any:
         return self._kept[name]
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def keep(self, parts: Mapping[str, Any]) -> None:
         """Write down some parts in one file, and have them from now on as they will be read from it."""
         data = json.dumps({"depends on": self._key, "parts": parts})

@@ -75,7 +75,7 @@ SEED: Final = 20250201
 # Inference
 
 
-def knockout(model: nn.Module, batch: Any) -> ns.Edit:
+def knockout(model: nn.Module, batch: Any, predict: ns.types.Predict | None = None) -> ns.Edit:
     """Return the edit that zeroes the layers that end the last residual branches of a model.
 
     These are the branches of its last stage. Where all are of one stage, as in a transformer, they are the last quarter
@@ -84,11 +84,12 @@ def knockout(model: nn.Module, batch: Any) -> ns.Edit:
     Args:
         model: a network with skip connections.
         batch: one batch, to see the residual branches.
+        predict: the model's output -> logits.
 
     Raises:
         ValueError: if the model has no residual branches.
     """
-    branches = ns.residual_branches(model, batch)
+    branches = ns.residual_branches(model, batch, predict=predict)
     last = [branch.layer for branch in branches if branch.stage == branches[-1].stage]
     if len(last) == len(branches):
         last = last[-max(1, len(branches) // 4) :]

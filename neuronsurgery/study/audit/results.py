@@ -1,0 +1,99 @@
+"""What an audit gives back: its answers, its rows, and the plan that came before."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import neuronsurgery as ns
+
+COLUMNS: Final = ("stage", "split_of", "group", "measure", "value", "low", "high", "n", "k", "edit", "p", "note")
+"""Of the table: see `Audit.table`."""
+
+Row: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What an audit found; prints as its answers.
+
+    Attributes:
+        answers: in words, one sentence each: how right the network is, who is fragile, which neurons carry whom.
+        table: one row per number: `stage`, `split_of` (classes, groups), `group`, `measure`, `value`, `low` and `high`
+            (95 %), `n`, `k`, `edit`, `p`, `note`.
+        fragile: one row per example that was scored: `path`, `class`, `score` (higher is more fragile), `flag` (1 where
+            it stands out within its class), most fragile first within each class.
+        places: of the examples of `fragile` among all.
+        edits: by name: "knockout", the cut that says who is fragile, and "critical", the set that was found.
+        verdict: the judgement of that set as it prints, or why there is none.
+        caveats: what these numbers do not say.
+        note: the network, the examples and the time that were used, one line each.
+    """
+
+    answers: tuple[str, ...]
+    table: tuple[Row, ...]
+    fragile: tuple[Row, ...]
+    places: tuple[int, ...]
+    edits: Mapping[str, ns.Edit]
+    verdict: str
+    caveats: tuple[str, ...]
+    note: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(["Audit", *(f"  {answer}" for answer in self.answers)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an audit will do and how long it takes; prints as that.
+
+    Attributes:
+        scored: how many examples are cut to see who is fragile.
+        searched: how many examples a set is searched and judged on, half each.
+        seconds: by step.
+        batch: examples in a batch.
+    """
+
+    scored: int
+    searched: int
+    seconds: Mapping[str, float]
+    batch: int
+
+    @property
+    def total(self) -> float:
+        """Seconds for all steps together."""
+        return sum(self.seconds.values())
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: about {spoken(seconds)}" for name, seconds in self.seconds.items()]
+        return "\n".join([f"about {spoken(self.total)} in batches of {self.batch}:", *lines])
+
+
+def row_of(
+    stage: str, split_of: str, group: str, measure: str, numbers: tuple[float, float, float], **more: Any
+) -> Row:
+    """Return a row of the table; numbers are the value and its lower and upper limit, NaN where there is none."""
+    value, low, high = (None if math.isnan(number) else number for number in numbers)
+    known = {"stage": stage, "split_of": split_of, "group": group, "measure": measure}
+    row = {**known, "value": value, "low": low, "high": high, **more}
+    return {column: row.get(column) for column in COLUMNS}
+
+
+def spoken(seconds: float) -> str:
+    """Return a time in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows as the bytes of a CSV file; None is an empty cell."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]) if rows else list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    return file.getvalue().encode()
