@@ -102,7 +102,8 @@ def steps_of(settings: Settings, arms: Mapping[str, tuple[str, float]], splits: 
         costs |= {name: cost for name, (_, cost) in arms.items()} | {"stage-2-dfr": 1.0}
         names |= {name: f"Stage 2, {said}" for name, (said, _) in arms.items()} | {"stage-2-dfr": "Stage 2, DFR"}
     if "fragility" in settings.stages:
-        costs |= {f"fragility-{split}": settings.draws for split in splits} | {"fragility-mitigation": settings.draws}
+        costs |= {f"fragility-{split}": 4.0 * settings.draws for split in splits}
+        costs["fragility-mitigation"] = 2.0 * settings.draws
         names |= {f"fragility-{split}": f"fragility of the {split} images" for split in splits}
         names["fragility-mitigation"] = "last layers retrained"
     return Steps(costs, names)
@@ -110,10 +111,12 @@ def steps_of(settings: Settings, arms: Mapping[str, tuple[str, float]], splits: 
 
 def _edits(settings: Settings) -> dict[str, float]:
     """How many passes over the images each experiment takes: one for each different edit, a third of a training's."""
-    draws = settings.draws
-    rest = {"1e": 9.0 * BY_LAYER, "1f": min(5, 1 + settings.epochs // 5) * 2.0 * BY_LAYER, "1h": 600.0}
-    controls = 2.0 * settings.control_draws + 5 * draws
-    return {"1a": 7.0, "1b": 3.0, "1c": 28.0 * draws, "1d": 28.0 * draws, "1g": controls, **rest}
+    draws, distances = settings.draws, sum(distance <= settings.epochs for distance in (5, 10, 20, 30, 40))
+    random = 28.0 * draws
+    controls = 6.0 * draws + 7 * settings.control_draws
+    layers = {"1e": 9.0 * BY_LAYER, "1f": 2.0 * distances * BY_LAYER}
+    searches = 110.0 if settings.quick else 450.0
+    return {"1a": 7.0, "1b": 3.0, "1c": random, "1d": random, **layers, "1g": controls, "1h": searches}
 
 
 def in_words(seconds: float, what: str) -> str:

@@ -22,7 +22,7 @@ import neuronsurgery as ns
 from neuronsurgery.study import data, experiments, models, program, readers, settings, stage_one
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.network import small_resnet
-from neuronsurgery.study.options import parse
+from neuronsurgery.study.options import UsageError, parse
 from neuronsurgery.study.program import make_options
 from neuronsurgery.study.settings import Options
 from neuronsurgery.study.training import RECIPES, load_checkpoint
@@ -524,6 +524,8 @@ def test_images_on_disk_get_the_size_that_the_network_is_made_for(options: tuple
 def test_several_processes_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert asked().processes == 3
+    with pytest.raises(UsageError, match=r"--seeds is for one process: under torchrun give one --seed at a time"):
+        asked("--seeds", "2")
 
 
 def on_disk(root: Path, *options: str) -> list[str]:
