@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -465,17 +465,18 @@ def _spearman(x: Any, y: Any) -> float:
 # What is printed
 
 
-def table(found: Row) -> str:
+def table(found: Row, own: Sequence[float]) -> str:
     """Return what came out as text: scores by group, the minorities, and what goes with the score.
 
     Args:
         found: what `memorization` returns.
+        own: the accuracy of the run's own model, per group.
     """
     lines = [f"{found['models']} models on {100 * found['share']:g} % of the images, {found['epochs']} epochs each", ""]
-    lines += [f"{'group':24}  mean score  standard error  right when seen  when not  images"]
-    for row in found["groups"]:
+    lines += [f"{'group':24}  mean score  standard error  right when seen  when not  own model  images"]
+    for row, accuracy in zip(found["groups"], own, strict=True):
         error = "-" if row["standard_error"] is None else f"{row['standard_error']:.3f}"
-        shares = f"{100 * row['right_when_seen']:15.1f}  {100 * row['right_when_not_seen']:8.1f}"
+        shares = f"{100 * row['right_when_seen']:15.1f}  {100 * row['right_when_not_seen']:8.1f}  {100 * accuracy:9.1f}"
         lines.append(f"{row['group']:24}  {signed(row['mean'], 3):>10}  {error:>14}  {shares}  {row['count']:6}")
     difference = found["minority_difference"]
     said = [difference["text"], *(row["text"] for row in difference.get("groups", ()))]
@@ -512,7 +513,7 @@ def main() -> None:
         folder = RunFolder(path, settings)
         trained = _trained(folder, dataset)
         found = memorization(folder, dataset, trained, models=options.models, epochs=options.epochs, recipe=recipe)
-    print(table(found))
+    print(table(found, list(ns.evaluate(trained.model, dataset.loaders("train")).values)))
 
 
 def _trained(folder: RunFolder, dataset: Any) -> Trained:

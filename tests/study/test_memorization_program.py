@@ -444,10 +444,10 @@ def test_resamples_without_spread_count_as_no_relation() -> None:
 
 def test_what_is_printed_has_every_group_and_relation(tmp_path: Path, dataset: data.DataSet, trained: Trained) -> None:
     row = stage(tmp_path / "run", dataset, trained)
-    printed = table(row)
+    printed = table(row, [0.25, 0.5, 0.75, 1.0])
     assert printed.startswith(f"{MODELS} models on 50 % of the images, 1 epochs each\n")
     for group in row["groups"]:
-        assert re.search(rf"\n{group['group']} .* {group['count']}\n", printed)
+        assert re.search(rf"\n{group['group']} .* (25|50|75|100)\.0 +{group['count']}\n", printed)
     text = row["minority_difference"]["text"]
     assert f"\n{text[0].upper()}{text[1:]}.\n" in printed
     assert all(f"  {one['cut']}, {one['group']}: " in printed for one in row["relation"])
