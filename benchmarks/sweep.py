@@ -10,6 +10,7 @@ mean anything on another machine.
     python benchmarks/sweep.py                      # a table, one row per model
     python benchmarks/sweep.py --plot cost.svg      # cost against the number of edits and against depth
     python benchmarks/sweep.py --memory             # peak memory, each way in a process of its own
+    python benchmarks/sweep.py --neurons            # every neuron of a layer, and of a small network
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torchvision.io import decode_jpeg, encode_jpeg, read_file
 import neuronsurgery as ns
 from neuronsurgery.copies import make_runner
 from neuronsurgery.graph.trust import CheckedForward
+from neuronsurgery.study.network import small_resnet
 from neuronsurgery.surveys import survey
 
 Data = list[tuple[Tensor, Tensor, Tensor]]
@@ -207,6 +209,36 @@ def table(repeats: int, batches: int) -> None:
         print(f"  {'capture and check, once':34s} {capturing:8.2f} s", flush=True)
 
 
+# Every neuron
+
+
+def neurons(repeats: int) -> None:
+    """Print what one more edit costs where every neuron is cut in turn, in plain forward passes of the same batch."""
+    resnet18 = torchvision.models.resnet18(num_classes=2).eval()
+    for layer in ("layer4.1.conv2.weight", "layer4.1.conv1.weight"):
+        layout = ns.find_layout(resnet18, where=layer)
+        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1), repeats)
+    small = small_resnet().eval()
+    for batch in (64, 250):
+        per_edit(f"small_resnet, batch {batch}, all", small, ns.find_layout(small), make_data(32, batch, 4), repeats)
+
+
+def per_edit(name: str, model: nn.Module, layout: ns.Layout, data: Data, repeats: int) -> None:
+    """Time a sweep of all neurons of a layout beside plain forward passes of a batch, in turn; the capture is apart."""
+    edits = {str(i): ns.zero_out(layout.neurons([i])) for i in range(layout.count)}
+    few = dict(list(edits.items())[:: max(1, len(edits) // 20)])
+    found = swept(model, edits, data)
+    for label, values in one_by_one(model, few, data).items():
+        assert torch.equal(found[label], values), label
+    shared, images = ns.share(model, data[0]), data[0][0]
+    ratios = []
+    for _ in range(repeats):
+        with torch.no_grad():
+            forward = statistics.median(timed(lambda: model(images)) for _ in range(9))
+        ratios.append(timed(lambda: ns.sweep(shared, edits, data)) / len(edits) / len(data) / forward)
+    print(f"{name}: {len(edits)} edits, each {statistics.median(ratios):.4f} of a forward pass")
+
+
 # Cost against the number of edits and against depth
 
 
@@ -288,6 +320,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--plot", type=Path, help="write a plot of the cost to this SVG file")
     parser.add_argument("--memory", action="store_true", help="compare the peak memory with a plain evaluation")
+    parser.add_argument("--neurons", action="store_true", help="cut every neuron of a layer, and of a small network")
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -299,6 +332,8 @@ def main() -> None:
                 subprocess.run(
                     [sys.executable, __file__, "--way", way, name, "--threads", str(options.threads)], check=True
                 )
+    elif options.neurons:
+        neurons(options.repeats)
     elif options.plot:
         plot(options.plot, options.batches)
     else:

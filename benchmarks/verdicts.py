@@ -1,6 +1,6 @@
 """How often a verdict says that a set carries its group where no group is anything: groups permuted within each class.
 
-    python benchmarks/verdicts.py RUN [--permutations 100]
+    python benchmarks/verdicts.py RUN [--permutations 100] [--first 0]
 
 RUN is a run folder of the study on the synthetic data. The groups of its training images are permuted within each
 class, so that the "minority" is a random part of the class; then a set is searched on one half and judged on the
@@ -37,11 +37,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder of the study on the synthetic data")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_argument("--permutations", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="go on from this one, where an earlier call was stopped")
     arguments = parser.parse_args()
     model = load_checkpoint(small_resnet(), arguments.run, max(checkpoint_epochs(arguments.run)))
     split, carries, found_none = synthetic(arguments.seed).train, 0, 0
     started = time.perf_counter()
-    for number in range(arguments.permutations):
+    for number in range(arguments.first, arguments.permutations):
         groups = permuted(split.groups, split.targets, number)
         order = groups.argsort(stable=True)
         images = type(split)(split.images[order], split.targets[order], groups[order])

@@ -129,6 +129,10 @@ def edited_weight(edit: Edit, parts: Sequence[Part], weight: Tensor) -> Tensor:
             of them read the weight as it stands before the edit.
         weight: the parameter.
     """
+    if type(edit) is ZeroOut:
+        for layer, index, _ in parts:
+            weight = layer.zeroed(weight, index)
+        return weight
     rows = [edit.rows(layer, index, weight, constants) for layer, index, constants in parts]
     for (layer, index, _), new in zip(parts, rows, strict=True):
         weight = layer.put(weight, index, new)

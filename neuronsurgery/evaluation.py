@@ -150,6 +150,11 @@ class GroupMetrics(ByName[Group, float]):
         return f"GroupMetrics of {len(self)} groups: {said}\n{lines}"
 
 
+def member_indices(groups: Sequence[Group]) -> dict[Group, Tensor]:
+    """Return the positions of each group's examples in a batch, int64, on the CPU."""
+    return {group: torch.tensor(indices, device="cpu") for group, indices in group_members(groups).items()}
+
+
 class Tally:
     """Running sums of a metric per group; what they come to is a `GroupMetrics`."""
 
@@ -157,9 +162,9 @@ class Tally:
         self.sums: dict[Group, float] = {}
         self.counts: dict[Group, int] = {}
 
-    def add(self, groups: Sequence[Group], values: Tensor) -> None:
-        """Add the values of some examples, each of its group."""
-        for group, indices in group_members(groups).items():
+    def add(self, members: Mapping[Group, Tensor], values: Tensor) -> None:
+        """Add the values of some examples; `members` are the places of each group's, see `member_indices`."""
+        for group, indices in members.items():
             self.sums[group] = self.sums.get(group, 0.0) + float(values[indices].sum())
             self.counts[group] = self.counts.get(group, 0) + len(indices)
 
@@ -290,8 +295,9 @@ def evaluate(
             for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):
                 logits = extract_logits(isolated_forward(runner, batch), predict, len(batch))
                 refuse_unshifted_metrics(metrics.values(), logits, batch)
+                members = member_indices(groups)
                 for key, function in metrics.items():
-                    tallies[key].add(groups, example_values(function, logits, batch.targets))
+                    tallies[key].add(members, example_values(function, logits, batch.targets))
     except Exception as raised:
         error = raised
     order = list(named) if isinstance(named, Mapping) else None

@@ -139,6 +139,11 @@ class Layer:
         return self._cut.default is not None
 
     @property
+    def default_cut(self) -> tuple[int, int] | None:
+        """The axis of the neurons and the groups that the other axes are cut in, of a default pattern; else None."""
+        return self._cut.default
+
+    @property
     def identity(self) -> list[Any]:
         """What a digest says of the layer: the same for however the pattern is spelt."""
         if self._cut.default is None:
@@ -199,6 +204,12 @@ class Layer:
         # Not index_copy_, for which vmap has no rule.
         self.slices(edited).index_put_((index,) if self._cut.single else self._places(index), rows)
         return edited
+
+    def zeroed(self, weight: Tensor, index: Tensor) -> Tensor:
+        """Return what `put` gives for rows of zeros, in less time."""
+        if self._cut.rows_first:
+            return _strided(weight.index_fill(0, index, 0), weight)
+        return self.put(weight, index, weight.new_zeros((len(index), *self.row_shape)))
 
     def _places(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return the index of each axis of the neuron; torch.unravel_index takes ten times as long."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 TENSOR_ORDER = "_neuronsurgery_tensor_order"
@@ -71,8 +72,17 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _compute(name: str, module: nn.Module) -> Tensor:
-    value: Tensor = parametrizations(module)[name]()
-    return value
+    held = parametrizations(module)[name]
+    if not parametrize._cache_enabled:
+        value: Tensor = held()
+        return value
+    # Within `cached()`. What computes it is kept beside it, so that nothing else can come to have its number.
+    cache: dict[Any, Any] = parametrize._cache
+    key = (id(held), name)
+    if key not in cache:
+        cache[key] = held, held()
+    kept: Tensor = cache[key][1]
+    return kept
 
 
 def _assign(name: str, module: nn.Module, value: Tensor) -> None:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from neuronsurgery.copies import readable
 from neuronsurgery.discovery import refuse_unfit
-from neuronsurgery.edits import Edit, Part, edited_weight, leaves
+from neuronsurgery.edits import Edit, Part, ZeroOut, edited_weight, leaves
 from neuronsurgery.errors import checked, inline, listed
 from neuronsurgery.layers import Layer
 from neuronsurgery.surveys import Survey, SurveyedTensor, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.wrappers import same_names
+
+
+class Zeroed(NamedTuple):
+    """Rows of a parameter that an edit sets to zero, all else of it staying as it is.
+
+    Attributes:
+        cut: the axis of the rows and the groups that the other axes are cut in, see `Layer.default_cut`.
+        rows: which.
+    """
+
+    cut: tuple[int, int]
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +54,20 @@ class TensorPlan:
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor."""
         return self.steps[0][1][0][0].shape
+
+    @property
+    def zeroed(self) -> Zeroed | None:
+        """The rows that become zero, where that is all that happens to the tensor and they are cut in a default way."""
+        cuts = {layer.default_cut for _, parts in self.steps for layer, _, _ in parts}
+        if len(cuts) != 1 or None in cuts or any(type(edit) is not ZeroOut for edit, _ in self.steps):
+            return None
+        rows = {row for _, parts in self.steps for _, index, _ in parts for row in index.tolist()}
+        return Zeroed(cuts.pop(), tuple(sorted(rows)))  # type: ignore[arg-type]  # not None
+
+    @property
+    def identity(self) -> Hashable:
+        """What two plans of the same model share exactly if they do the same to the tensor, as far as edits tell."""
+        return self.zeroed or tuple(edit for edit, _ in self.steps)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the edited tensor: the same shape, dtype and strides, all other rows bit for bit as they were."""
@@ -107,6 +134,35 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"plan of {self.edit!r}"
+
+
+class Edited(Mapping[str, Tensor]):
+    """The edited tensors of one edit, computed when they are looked up: hundreds of edits are never held at once.
+
+    Attributes:
+        plans: what is done to each tensor, by its first name.
+        zeroed: the rows of each tensor that become zero, for the tensors with which nothing else happens.
+        identities: what says which tensors of two edits of a model become the same.
+    """
+
+    def __init__(self, planned: Plan, weights: Mapping[str, Tensor]) -> None:
+        self.plans = planned.tensors
+        self.zeroed = {name: zeroed for name, own in self.plans.items() if (zeroed := own.zeroed) is not None}
+        self.identities = {name: own.identity for name, own in self.plans.items()}
+        self._weights = weights
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        with torch.no_grad():
+            return self.plans[name](self._weights[name])
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.plans)
 
 
 def _names_of(tensor: TensorPlan, params: Mapping[str, Tensor]) -> list[str]:

@@ -14,20 +14,19 @@ from typing import NamedTuple, TypeAlias, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import override
 
 from neuronsurgery.batches import Batch, Unpack, by_key
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
 from neuronsurgery.errors import checked_function, inline, warn
-from neuronsurgery.evaluation import Tally, named_directions, named_metrics
+from neuronsurgery.evaluation import Tally, member_indices, named_directions, named_metrics
 from neuronsurgery.forward import decoder_inputs_given, default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
 from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
-from neuronsurgery.plans import Plan, plan
+from neuronsurgery.plans import Edited, plan
 from neuronsurgery.sharing import Shared
 from neuronsurgery.surgery import refuse_computed, refuse_unreachable
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
@@ -36,27 +35,6 @@ from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 BASELINE = compose()
 """The identity: the model as it is."""
-
-
-class _Edited(Mapping[str, Tensor]):
-    """The edited tensors of one edit, computed when they are looked up: hundreds of edits are never held at once."""
-
-    def __init__(self, planned: Plan, weights: Mapping[str, Tensor]) -> None:
-        self._planned = planned
-        self._weights = weights
-
-    @override
-    def __getitem__(self, name: str) -> Tensor:
-        with torch.no_grad():
-            return self._planned.tensors[name](self._weights[name])
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._planned.tensors)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._planned.tensors)
 
 
 @overload
@@ -201,10 +179,10 @@ class _Tally:
         self.means = {name: Tally() for name in metrics}
         self.outcomes: dict[str, list[Outcomes]] = {name: [] for name in metrics}
 
-    def add(self, groups: Sequence[Group], logits: Tensor, targets: Tensor) -> None:
+    def add(self, members: Mapping[Group, Tensor], logits: Tensor, targets: Tensor) -> None:
         for name, metric in self.metrics.items():
             values = example_values(metric, logits, targets)
-            self.means[name].add(groups, values)
+            self.means[name].add(members, values)
             self.outcomes[name].append(Outcomes.of(values))
 
 
@@ -230,7 +208,7 @@ def _planned(model: nn.Module, edits: Mapping[str, Edit]) -> tuple[Runner, dict[
                 refuse_computed(planned, computed)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"edit '{label}': {error}") from error
-            edited[edit] = _Edited(planned, runner.parameters)
+            edited[edit] = Edited(planned, runner.parameters)
     return runner, edited
 
 
@@ -257,6 +235,7 @@ def _run(
     for groups, batch in batches:
         indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
+        places = member_indices(groups)
         sums: dict[Edit, int] = {}
         with decoder_inputs_given(runner.model, batch):
             for edit, logits in run(batch.args, batch.kwargs, edited):
@@ -264,7 +243,7 @@ def _run(
                     sums[edit] = _sum_of_bits(logits)
                 logits = extract_logits(logits, None, len(batch))
                 refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
-                tallies[edit].add(groups, logits, batch.targets)
+                tallies[edit].add(places, logits, batch.targets)
         unheard = {edit for edit in unheard if sums[edit] == sums.get(BASELINE)}
     if unheard and batch is not None:
         _warn_of_unread({edit: edited[edit] for edit in unheard}, runner, forward, batch)

@@ -32,7 +32,8 @@ ORDER = [
     *("memorization", "files", "study"),
 ]
 GRAPH_ORDER = [
-    *("inputs", "writes", "operators", "replay", "readers", "recurrent", "makers", "export", "trust", "residual")
+    *("inputs", "writes", "operators", "replay", "readers", "recurrent", "makers", "export"),
+    *("fills", "schedules", "trust", "residual"),
 ]
 LINES = 450
 """A longer file holds more than one idea."""

@@ -21,7 +21,9 @@ from neuronsurgery.forward import default_predict
 from neuronsurgery.graph.export import capture
 from neuronsurgery.graph.inputs import Inputs, varying
 from neuronsurgery.graph.replay import Graph
-from neuronsurgery.graph.trust import CheckedForward, same_bits
+from neuronsurgery.graph.schedules import run
+from neuronsurgery.graph.trust import CheckedForward
+from neuronsurgery.precision import same_bits
 from neuronsurgery.surveys import survey
 
 Edits = dict[str, dict[str, Tensor]]
@@ -573,7 +575,7 @@ def test_only_tainted_operators_are_run(layers: list[Any], products: int) -> Non
     graph = capture(running(model), (x,))
     edits = {i: {} if n == "base" else {f"{n}.weight": torch.randn(4, 4)} for i, n in enumerate(layers)}
     with Count() as count:
-        for _ in graph.run((x,), {}, edits):
+        for _ in run(graph, (x,), {}, edits):
             pass
     assert count.products == products
 
@@ -595,7 +597,7 @@ def test_values_are_forgotten() -> None:
 
     edits = {"base": {}, **{i: {f"{i}.weight": torch.randn(4, 4)} for i in range(12)}}
     with Watch():
-        for _, logits in graph.run((x,), {}, edits):
+        for _, logits in run(graph, (x,), {}, edits):
             del logits
     assert most <= 3  # the unedited run's, and two of a suffix
     assert sum(ref() is not None for ref in alive) == 0
@@ -621,7 +623,7 @@ def test_edited_tensors_may_be_made_on_demand() -> None:
 
     model, x = deep(), torch.randn(5, 4)
     graph = capture(running(model), (x,))
-    for _ in graph.run((x,), {}, {i: Lazy(f"{i}.weight") for i in range(4)}):
+    for _ in run(graph, (x,), {}, {i: Lazy(f"{i}.weight") for i in range(4)}):
         assert sum(ref() is not None for ref in alive) == 0
     assert len(alive) == 4
 

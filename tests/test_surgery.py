@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 from zoo import CASES, FAST, Case, Custom, Tied, fast_case, small_case
 
 import neuronsurgery as ns
+from neuronsurgery.surgery import EditedRows
 
 SHARED = "this view shares its weights with the model it was made from: convert the model and apply again, or use bake"
 PARAMETRIZED = ("weight_norm", "spectral_norm")
@@ -371,6 +373,39 @@ def test_caching_around_several_views_gives_right_results(name: str) -> None:
         fresh = [ns.apply(edit, model)(X) for edit in edits]  # ids of dead modules are used again
     assert equal(first, expected) and equal(second, expected) and equal(fresh, expected)
     assert torch.equal(base, model(X))
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", "weight_norm", "shared_module"])
+def test_caching_computes_each_edited_weight_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, case = built(name), CASES[name]
+    view, inputs = ns.apply(cut(model), model).eval(), case.batches()[0][0]
+    computed: list[str] = []
+    plan = EditedRows.forward
+    monkeypatch.setattr(EditedRows, "forward", lambda own, x: computed.append(own.plan.name) or plan(own, x))
+    with torch.no_grad():
+        expected = view(inputs)
+        once = sorted(set(computed))
+        computed.clear()
+        with parametrize.cached():
+            for _ in range(3):
+                assert torch.equal(view(inputs), expected)
+        assert sorted(computed) == once
+        computed.clear()
+        assert torch.equal(view(inputs), expected)
+        assert computed  # nothing is kept outside
+
+
+def test_gradients_go_through_cached_weights() -> None:
+    model = mlp()
+    view = ns.apply(cut(model), model)
+    gradients = []
+    for context in (contextlib.nullcontext(), parametrize.cached()):
+        model.zero_grad()
+        with context:
+            (view(X).sum() + view(X).square().sum()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+    assert not gradients[1][0][::2].any() and gradients[1][0][1::2].all()
 
 
 # --- models that are hard to copy -----------------------------------------------------------------------------------

@@ -80,9 +80,6 @@ def capture(
         Graph(8 nodes, 4 of 4 parameters used)
         >>> [str(graph.nodes[slot].target) for slot in graph.tainted(["0.weight"])]
         ['aten.linear.default', 'aten.relu.default', 'aten.linear.default']
-        >>> edits = {"base": {}, "cut": {"2.weight": torch.zeros(2, 3), "2.bias": torch.zeros(2)}}
-        >>> {label: logits.shape for label, logits in graph.run((torch.ones(5, 2),), {}, edits)}
-        {'cut': torch.Size([5, 2]), 'base': torch.Size([5, 2])}
     """
     inputs = Inputs.of(args, kwargs or {})
     inputs.refuse_objects()

@@ -1,10 +1,10 @@
-"""Replay: a captured graph run once without edits, and for each edit what it taints."""
+"""Replay: a captured graph, what each of its operators reads, and some of them run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,8 +14,6 @@ from neuronsurgery.errors import CaptureError
 from neuronsurgery.graph.inputs import Dims, Inputs
 from neuronsurgery.graph.operators import operator_name
 from neuronsurgery.switches import KERNELS
-
-Label = TypeVar("Label", bound=Hashable)
 
 Fetch = Callable[[list[Any]], tuple[list[Any], dict[str, Any]]]
 """The values by slot -> the arguments of an operator."""
@@ -98,9 +96,9 @@ class Graph:
 
     def values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the value of every node, by slot, for some arguments of the model."""
-        values = _bind(self, Inputs.of(args, kwargs).tensors)
+        values = bind(self, Inputs.of(args, kwargs).tensors)
         operators = [slot for slot, node in enumerate(self.nodes) if node.op == "call_function"]
-        _execute(self, [Instruction(slot, ()) for slot in operators], values)
+        execute(self, [Instruction(slot, ()) for slot in operators], values)
         return values
 
     def replayed(
@@ -129,12 +127,6 @@ class Graph:
                 before = node
         return own[self.slots[before]]
 
-    def run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[Label, Tensor]]:
-        """Return an iterator over (label, logits) of every edit: see `Schedule.run`."""
-        return schedule(self, {frozenset(edited) for edited in edits.values()}).run(args, kwargs, edits)
-
 
 def bound(graph: Graph, runner: Runner) -> Graph | None:
     """Return a graph with the parameters and buffers of another copy of the model, or None where they do not fit."""
@@ -150,7 +142,7 @@ def bound(graph: Graph, runner: Runner) -> Graph | None:
     return replace(graph, constants={**graph.constants, **places}, originals=runner.parameters)
 
 
-# Schedules
+# Running
 
 
 class Instruction(NamedTuple):
@@ -160,136 +152,23 @@ class Instruction(NamedTuple):
     free: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Suffix:
-    """What an edit of some parameters runs anew.
-
-    Attributes:
-        instructions: the tainted operators in order.
-        reads: slots of the unedited run that they (or the caller) read.
-        ready: the last of these.
-        slots: the placeholders' slots of each edited parameter.
-    """
-
-    instructions: tuple[Instruction, ...]
-    reads: frozenset[int]
-    ready: int
-    slots: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """A stretch of the unedited run, then the suffixes (by their parameters' names) that are ready after it."""
-
-    instructions: tuple[Instruction, ...]
-    suffixes: tuple[frozenset[str], ...]
-    free: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """A graph planned for edits of some parameters: what is run when, and forgotten when.
-
-    Attributes:
-        graph: the graph.
-        suffixes: by the names of the edited parameters, what their edits run anew.
-        segments: the unedited run cut where suffixes are ready; it stops after the last of them.
-    """
-
-    graph: Graph
-    suffixes: Mapping[frozenset[str], Suffix]
-    segments: tuple[Segment, ...]
-
-    def run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
-    ) -> Iterator[tuple[Label, Tensor]]:
-        """Yield (label, logits) of every edit, as each becomes available.
-
-        What the edits have in common with the unedited run is computed once. Nothing is checked: see `CheckedForward`.
-
-        Args:
-            args: positional arguments of the model.
-            kwargs: keyword arguments of the model.
-            edits: for each label the edited parameters by their first names, those that the schedule was made for; `{}`
-                is the unedited model. A value is looked up just before it is used and forgotten right after, so a
-                mapping may compute it on demand.
-        """
-        labels: dict[frozenset[str], list[Label]] = {}
-        for label, edited in edits.items():
-            labels.setdefault(frozenset(edited), []).append(label)
-        values = _bind(self.graph, Inputs.of(args, kwargs).tensors)
-        for segment in self.segments:
-            _execute(self.graph, segment.instructions, values)
-            for names in segment.suffixes:
-                for label in labels[names]:
-                    yield label, self._branch(self.suffixes[names], values, edits[label])
-            for slot in segment.free:
-                values[slot] = None
-
-    def _branch(self, suffix: Suffix, values: Sequence[Any], edited: Mapping[str, Tensor]) -> Tensor:
-        own = list(values)
-        for name, slots in suffix.slots.items():
-            value = as_parameter(edited[name], self.graph.originals[name])
-            for slot in slots:
-                own[slot] = value
-        _execute(self.graph, suffix.instructions, own)
-        logits: Tensor = own[self.graph.slots[self.graph.output]]
-        return logits
-
-
-def schedule(graph: Graph, names: Iterable[frozenset[str]]) -> Schedule:
-    """Return the schedule of a graph for edits of these sets of parameters, each by first names.
-
-    Raises:
-        KeyError: if a name is not that of a parameter.
-    """
-    suffixes = {key: _suffix(graph, key) for key in sorted(set(names), key=sorted)}
-    ready: dict[int, list[frozenset[str]]] = {}
-    until: dict[int, int] = {}
-    for key, suffix in suffixes.items():
-        ready.setdefault(suffix.ready, []).append(key)
-        until.update({slot: max(suffix.ready, until.get(slot, 0)) for slot in suffix.reads})
-    base = range(max(ready, default=-1) + 1)
-    last_use = {read: slot for slot in base for read in graph.reads[slot]}
-    held = {slot: stop for slot, stop in until.items() if stop >= last_use.get(slot, 0)}
-    freed: dict[int, list[int]] = {}
-    for slot, stop in held.items():
-        freed.setdefault(stop, []).append(slot)
-    operators = [slot for slot in base if graph.nodes[slot].op == "call_function"]
-    left = list(_instructions(graph, operators, keep=set(held)))[::-1]
-    segments = []
-    for stop in sorted(ready):
-        part = []
-        while left and left[-1].slot <= stop:
-            part.append(left.pop())
-        segments.append(Segment(tuple(part), tuple(ready[stop]), tuple(freed.get(stop, ()))))
-    return Schedule(graph, suffixes, tuple(segments))
-
-
-def _suffix(graph: Graph, names: frozenset[str]) -> Suffix:
-    tainted = graph.tainted(names)
-    output = graph.slots[graph.output]
-    slots = {name: tuple(graph.slots[node] for node in graph.parameters[name]) for name in names}
-    computed = {*tainted, *(slot for own in slots.values() for slot in own)}
-    reads = frozenset({output}.union(*(graph.reads[slot] for slot in tainted)) - computed)
-    return Suffix(_instructions(graph, tainted, keep={output}), reads, max(reads, default=0), slots)
-
-
-def _instructions(graph: Graph, slots: Sequence[int], keep: set[int]) -> tuple[Instruction, ...]:
+def instructions(graph: Graph, slots: Sequence[int], keep: Collection[int]) -> tuple[Instruction, ...]:
     """Return the operators as instructions that forget each value after its last use, but for those to keep."""
     seen = set(keep)
-    instructions = []
+    found = []
     for slot in reversed(slots):
         dead = {*graph.reads[slot], slot} - seen
         seen |= dead
-        instructions.append(Instruction(slot, tuple(sorted(dead))))
-    return tuple(reversed(instructions))
+        found.append(Instruction(slot, tuple(sorted(dead))))
+    return tuple(reversed(found))
 
 
-# Running
+def bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the values by slot before anything is run: those of inputs, parameters, buffers and constants.
 
-
-def _bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
+    Raises:
+        CaptureError: if the graph takes another number of tensors.
+    """
     if len(tensors) != len(graph.inputs):
         raise CaptureError(f"the graph takes {len(graph.inputs)} tensors, not {len(tensors)}")
     values: list[Any] = [None] * len(graph.nodes)
@@ -301,9 +180,10 @@ def _bind(graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
     return values
 
 
-def _execute(graph: Graph, instructions: Iterable[Instruction], values: list[Any]) -> None:
+def execute(graph: Graph, steps: Iterable[Instruction], values: list[Any]) -> None:
+    """Run operators: their values come into the list by slot."""
     with KERNELS.steady(), torch.inference_mode(False), torch.no_grad():
-        for slot, free in instructions:
+        for slot, free in steps:
             args, kwargs = graph.fetches[slot](values)
             call: Any = graph.nodes[slot].target
             values[slot] = call(*args, **kwargs)

@@ -17,8 +17,12 @@ from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
 from neuronsurgery.graph.export import capture, evaluating
+from neuronsurgery.graph.fills import Fills
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
-from neuronsurgery.graph.replay import Graph, Label, Schedule, as_parameter, bound, schedule
+from neuronsurgery.graph.replay import Graph, as_parameter, bound
+from neuronsurgery.graph.schedules import Label, Schedule, run, schedule
+from neuronsurgery.plans import Edited
+from neuronsurgery.precision import same_bits
 from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
 
@@ -69,13 +73,16 @@ class CheckedForward:
         self._predict = predict
         # How long edits were run one by one, before a capture was worth its time.
         self._spent = 0.0
+        self._quickest: float | None = None
         self._places = _places(runner)
         # By signature of the inputs, the graph that was checked for it; by kind of inputs, the newest graph and the
         # shapes that were met.
         self._checked: dict[Hashable, Graph] = {}
         self._newest: dict[Hashable, Graph] = {}
         self._shapes: dict[Hashable, list[tuple[torch.Size, ...]]] = {}
-        self._schedules: dict[tuple[Graph, frozenset[frozenset[str]]], Schedule] = {}
+        # By graph, what its newest schedule was made for, and that; by signature, the layers that need not be run.
+        self._schedules: dict[Graph, tuple[Hashable, Schedule[Any]]] = {}
+        self._fills: dict[Hashable, Fills] = {}
         # Whether the model reads values of its tensors in Python, and by label what its buffers have become.
         self._reads_values = False
         self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
@@ -108,28 +115,36 @@ class CheckedForward:
     def _shared(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
-        graph = self._graph(Inputs.of(args, kwargs))
+        inputs = Inputs.of(args, kwargs)
+        graph = self._graph(inputs)
         if graph is None:
             return self.one_by_one(args, kwargs, edits)
-        names = frozenset(frozenset(edited) for edited in edits.values())
-        if (graph, names) not in self._schedules:
-            self._schedules[graph, names] = schedule(graph, names)
-        return self._schedules[graph, names].run(args, kwargs, edits)
+        wanted = tuple((label, _identity(edited)) for label, edited in edits.items())
+        if graph not in self._schedules or self._schedules[graph][0] != wanted:
+            self._schedules[graph] = wanted, schedule(graph, edits)
+        fills = self._fills.setdefault(inputs.signature, Fills())
+        return self._schedules[graph][1].run(args, kwargs, edits, fills)
 
     def _until_worth_it(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
     ) -> Iterator[tuple[Label, Tensor]]:
         """Yield what `one_by_one` gives for as long as a capture takes, and then the rest by a graph.
 
-        So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data.
+        So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data. Where
+        the edits of this batch alone would take twice as long, it does not wait.
         """
         left = list(edits)
         while left and not self._is_worth_it():
             started, label = time.perf_counter(), left.pop(0)
             # What the caller does with the logits is a part of it: there a device comes to the end of its work.
             yield from self.one_by_one(args, kwargs, {label: edits[label]})
-            self._spent += time.perf_counter() - started
+            took = time.perf_counter() - started
+            self._spent += took
+            self._quickest = took if self._quickest is None else min(took, self._quickest)
             self.reasons.add(NOT_WORTH)
+            # The first takes longer than others do.
+            if self._spent > took and self._spent + self._quickest * len(left) >= 2 * WORTH:
+                self.capture_now()
         if left:
             self.reasons.discard(NOT_WORTH)
             yield from self._shared(args, kwargs, {label: edits[label] for label in left})
@@ -155,7 +170,7 @@ class CheckedForward:
         return forward
 
     def reads(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> bool:
-        """Return whether a forward pass reads a parameter at all: whether NaN in its place makes any difference.
+        """Return whether a forward pass reads a parameter at all, by its graph or by whether NaN makes any difference.
 
         Args:
             args: positional arguments of the model.
@@ -163,6 +178,9 @@ class CheckedForward:
             name: the parameter's first name.
         """
         inputs, logits = Inputs.of(args, kwargs), []
+        graph = self._checked.get(inputs.signature)
+        if graph is not None and graph.parameters[name]:
+            return True  # in a graph is only what leads to the logits
         for edited in ({}, {name: torch.full_like(self._runner.parameters[name], torch.nan)}):
             try:
                 with random_state_kept(inputs.tensors):
@@ -311,6 +329,11 @@ class CheckedForward:
             warn(text)
 
 
+def _identity(edited: Mapping[str, Tensor]) -> Hashable:
+    """Return what a schedule depends on of an edit."""
+    return tuple(edited.identities.items()) if isinstance(edited, Edited) else frozenset(edited)
+
+
 def _places(runner: Runner) -> dict[str, tuple[str, ...]]:
     """Return for each parameter and buffer, by its first name, one path to every module and attribute that hold it."""
     places = dict(runner.places)
@@ -342,14 +365,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's cla
 def _agrees(graph: Graph, inputs: Inputs, expected: Tensor) -> bool:
     args, kwargs = inputs.call(inputs.tensors)
     try:
-        (replayed,) = (logits for _, logits in graph.run(args, kwargs, {"base": {}}))
+        (replayed,) = (logits for _, logits in run(graph, args, kwargs, {"base": {}}))
     except Exception:  # shapes that a graph was not made for fail in any operator
         return False
     return same_bits(replayed, expected)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have the same dtype, shape and bits; a NaN equals itself, -0.0 is not 0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-        return False
-    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

@@ -213,7 +213,7 @@ class _Auditing:
         other = [str(target) for target in sorted(set(targets.tolist())) if not 0 <= target < classes]
         if other:
             raise ValueError(
-                f"audit: the network has {classes} classes, but the examples are of classes {_few(other)}, too: pass the "
+                f"audit: the network has {classes} classes, but there are examples of classes {_few(other)}: pass the "
                 f"network that was trained on these classes"
             )
         named = len(self.examples.class_names)

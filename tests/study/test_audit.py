@@ -1,0 +1,364 @@
+"""The audit: whom a trained network remembers, from its weights and a folder of images, without training it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from snapshot import assert_unchanged, snapshot
+from torch import nn
+
+import neuronsurgery as ns
+from neuronsurgery.study import data, models
+from neuronsurgery.study.audit import Audit, Loaded, audit, plan
+from neuronsurgery.study.audit.command import Options, examples_of, network_of, run, seconds_of
+from neuronsurgery.study.training import Recipe, train
+from study.little_study import tiny_resnet
+
+CLASSES = ["landbird", "waterbird"]
+COUNTS = {"train": (150, 24, 24, 90), "validation": (60,) * 4, "test": (4,) * 4}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, data.DataSet]:
+    """A tiny network that has learnt its birds, and the birds."""
+    birds = data.synthetic(0, counts=COUNTS)
+    recipe = Recipe("adam", 3e-3, epochs=12, batch_size=32)
+    return train(tiny_resnet(0), birds.train, tmp_path_factory.mktemp("audit") / "run", recipe=recipe), birds
+
+
+def loaded(birds: data.DataSet, groups: bool = True, split: str = "train") -> Loaded:
+    part = birds.splits[split]
+    batches = list(data.batches(part, 40)) if groups else [batch[:2] for batch in data.batches(part, 40)]
+    return Loaded(batches, CLASSES, birds.group_names if groups else None)
+
+
+@pytest.fixture(scope="module")
+def found(trained: tuple[nn.Module, data.DataSet]) -> Audit:
+    return audit(trained[0], loaded(trained[1]), batch=40)
+
+
+def test_the_answers_are_those_of_the_library(trained: tuple[nn.Module, data.DataSet], found: Audit) -> None:
+    model, birds = trained
+    targets, members = birds.train.targets, birds.train.groups
+    right = ns.evaluate(model, {"all": [batch[:2] for batch in data.batches(birds.train, 40)]})["all"]
+    (whole,) = [answer for answer in found.answers if answer.startswith("The network is right")]
+    assert whole.startswith(f"The network is right on {100 * right:.1f} % of {len(targets)} examples; worst: ")
+    rows = {(row["split_of"], row["group"]): row for row in found.table if row["stage"] == "accuracy"}
+    for group, name in enumerate(birds.group_names):
+        own = members == group
+        loader = [(birds.train.images[own], targets[own])]
+        assert rows["groups", name]["value"] == pytest.approx(ns.evaluate(model, {"own": loader})["own"])
+        assert rows["groups", name]["low"] <= rows["groups", name]["value"] <= rows["groups", name]["high"]
+    swept = ns.sweep(
+        model, {"cut": found.edits["knockout"]}, [b[:2] for b in data.batches(birds.train, 40)], metric=ns.margin
+    )
+    scores = ns.fragility(swept, targets)
+    fences = {}
+    for target in (0, 1):
+        low, high = np.quantile(scores[targets == target].numpy(), (0.25, 0.75))
+        fences[target] = high + 1.5 * (high - low)
+    flagged = torch.tensor([bool(s > fences[int(t)]) for s, t in zip(scores, targets, strict=True)])
+    for target in (0, 1):  # of one or two nothing is said
+        flagged[targets == target] &= int(flagged[targets == target].sum()) >= 3
+    for row, place in zip(found.fragile, found.places, strict=True):
+        assert row["path"] == str(place)
+        assert row["score"] == pytest.approx(float(scores[place]))
+        assert row["flag"] == int(flagged[place])
+        assert row["class"] == CLASSES[int(targets[place])]
+    by_class = [(row["class"], -row["score"]) for row in found.fragile]
+    names = list(CLASSES)
+    assert by_class == sorted(by_class, key=lambda row: (names.index(row[0]), row[1]))
+
+
+def test_the_set_is_judged_on_the_other_half(trained: tuple[nn.Module, data.DataSet], found: Audit) -> None:
+    changes = {row["group"]: row for row in found.table if row["stage"] == "critical" and row["measure"] != "net"}
+    (net,) = [row for row in found.table if row["stage"] == "critical" and row["measure"] == "net"]
+    worst = min(row["value"] for name, row in changes.items() if name != net["group"])
+    assert net["value"] == pytest.approx(worst - changes[net["group"]]["value"])
+    assert sum(row["n"] for row in changes.values()) == pytest.approx(len(trained[1].train) / 2, abs=4)
+    assert "not searched" in found.answers[-1] or "no set was found" in found.answers[-1]
+    assert repr(found).startswith("Audit\n  The network is right on")
+
+
+def test_without_groups_they_are_inferred(trained: tuple[nn.Module, data.DataSet]) -> None:
+    found = audit(trained[0], loaded(trained[1], groups=False), batch=40, k=1)
+    names = {row["group"] for row in found.table if row["split_of"] == "groups"}
+    assert all(name.endswith((", fragile", ", others")) for name in names)
+    assert "no groups given" in " ".join(found.note)
+
+
+def test_nothing_is_changed_and_the_same_comes_again(trained: tuple[nn.Module, data.DataSet], found: Audit) -> None:
+    model, birds = trained
+    batch = (birds.train.images[:4], birds.train.targets[:4])
+    before = snapshot(model, batch)
+    again = audit(model, loaded(birds), batch=40)
+    assert_unchanged(before, model, batch)
+    assert (again.answers, again.table, again.fragile, again.edits) == (
+        found.answers,
+        found.table,
+        found.fragile,
+        found.edits,
+    )
+
+
+def test_an_audit_that_was_stopped_goes_on(
+    trained: tuple[nn.Module, data.DataSet], found: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops before the search, and after it; what is there is not done again."""
+    model, birds = trained
+    from neuronsurgery.study.audit import auditing
+
+    monkeypatch.setattr(auditing, "SECONDS", 0.0)  # every batch a part of its own
+    real = ns.find_critical
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ns, "find_critical", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, loaded(birds), batch=40, out=tmp_path)
+    assert len(list((tmp_path / "parts").glob("*.json"))) == -(-len(birds.train) // 40)
+    monkeypatch.setattr(ns, "find_critical", real)
+    once = audit(model, loaded(birds), batch=40, out=tmp_path)
+    assert once.table == found.table
+    monkeypatch.setattr(ns, "find_critical", stopped)
+    again = audit(model, loaded(birds), batch=40, out=tmp_path)
+    assert (again.table, again.edits) == (found.table, found.edits)
+
+
+def test_a_budget_takes_a_part_and_says_so(trained: tuple[nn.Module, data.DataSet]) -> None:
+    model, birds = trained
+    whole = plan(model, loaded(birds), batch=40)
+    assert whole.scored == len(birds.train)
+    assert str(whole).startswith("about ")
+    little = plan(model, loaded(birds), batch=40, budget=1e-3)
+    assert little.searched < whole.searched
+    found = audit(model, loaded(birds), batch=40, budget=1e-3)
+    assert f"a random part of {len(birds.train)}" in found.answers[0] or little.scored == len(birds.train)
+
+
+def test_what_is_wrong_is_said_before_any_long_work(trained: tuple[nn.Module, data.DataSet]) -> None:
+    model, birds = trained
+    turned = [(images, 1 - targets) for images, targets, _ in data.batches(birds.validation, 40)]
+    with pytest.raises(ValueError, match=r"no better than chance \(50 %\).*--mean, --std.*--anyway"):
+        audit(model, turned)
+    other = [(images, targets + 1) for images, targets, _ in data.batches(birds.validation, 40)]
+    with pytest.raises(ValueError, match="the network has 2 classes, but there are examples of classes 2: pass"):
+        audit(model, other)
+    with pytest.raises(ValueError, match="2 examples are too few"):
+        audit(model, [(birds.train.images[:2], birds.train.targets[:2])])
+    with pytest.raises(ValueError, match="the loader has no batch"):
+        audit(model, [])
+
+
+# --- from files -------------------------------------------------------------------------------------------------------
+
+
+def write_images(split: data.Split, root: Path) -> list[dict[str, Any]]:
+    low, high = split.images.min(), split.images.max()
+    pixels = ((split.images - low) / (high - low) * 255).byte()
+    rows = []
+    for place, image in enumerate(pixels):
+        name = f"{place:04d}.png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / name)
+        rows.append({"path": name, "y": int(split.targets[place]), "g": int(split.groups[place])})
+    return rows
+
+
+def write_table(rows: list[dict[str, Any]], file: Path) -> None:
+    with file.open("w", newline="") as table:
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in a folder with a table, the same by class, and weights of networks that were never trained."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "images").mkdir()
+    birds = data.synthetic(0, counts=COUNTS)
+    rows = write_images(birds.validation, root / "images")
+    for row in rows:
+        row |= {"part": ("val", "test")[row["g"] % 2], "word": ("land", "water")[row["y"]]}
+        folder = root / "folders" / row["word"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / row["path"]).write_bytes((root / "images" / row["path"]).read_bytes())
+    write_table(rows, root / "m.csv")
+    torch.save(models.build_model("small_resnet", 2).model.state_dict(), root / "my.pt")
+    return root
+
+
+def given(files: Path, **more: Any) -> Options:
+    chosen: dict[str, Any] = {"weights": files / "my.pt", "arch": "small_resnet", "root": files / "images", "size": 32}
+    chosen |= {"table": files / "m.csv", "label_column": "y"}
+    return Options(**chosen | more)
+
+
+def test_examples_of_a_table_and_of_folders(files: Path) -> None:
+    network = network_of(given(files))
+    assert "head included" in network.note
+    table = examples_of(given(files, group_column="g"), network)
+    assert list(table.group_names) == [f"g={number}" for number in range(4)]
+    assert len(table.targets) == 240
+    crossed = examples_of(given(files, group_column="part"), network)
+    assert list(crossed.group_names) == ["y=0, test", "y=0, val", "y=1, test", "y=1, val"]
+    part = examples_of(given(files, split_column="part", split="validation"), network)
+    assert len(part.targets) == 120
+    folders = examples_of(given(files, root=files / "folders", table=None), network)
+    assert list(folders.class_names) == ["land", "water"]
+    assert sorted(Path(name).name for name in folders.names) == sorted(table.names)
+    images, targets = next(iter(table.batches(torch.tensor([5, 7]), 2)))
+    assert images.shape == (2, 3, 32, 32)
+    assert targets.tolist() == table.targets[[5, 7]].tolist()
+    assert table.shown(5).startswith('<img src="data:image/jpeg;base64,')
+
+
+def test_the_command_writes_a_page_a_table_and_the_edits(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = given(files, out=tmp_path / "audit", anyway=True, group_column="g", batch_size=60, budget="none")
+    assert run(options) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("The network is right on")
+    assert printed[-1] == str(tmp_path / "audit" / "report.html")
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert all(answer.split(":")[0] in page for answer in printed[:2])
+    assert "http" not in page.split("<body>")[1]
+    with (tmp_path / "audit" / "fragile.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "class", "score", "flag"]
+    assert len(rows) == 240
+    knockout = ns.load_file(tmp_path / "audit" / "edits" / "knockout.safetensors")
+    assert {layer.parameter for layer in knockout.neurons.by_layer()} == {  # type: ignore[union-attr]
+        "block3.conv2.weight",
+    }
+    table = (tmp_path / "audit" / "table.csv").read_text()
+    assert table.startswith(
+        "stage,split_of,group,measure,value,low,high,n,k,edit,p,note\naccuracy,classes,class 0,accuracy,"
+    )
+
+
+def test_a_plan_does_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(given(files, out=tmp_path / "audit", anyway=True, plan=True, batch_size=60)) == 0
+    assert capsys.readouterr().out.startswith("about ")
+    assert not (tmp_path / "audit").exists()
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no network": (
+        {"weights": None, "arch": None},
+        "an audit needs a trained network: --weights FILE",
+    ),
+    "weights alone": ({"arch": None}, "is no folder of transformers: say with --arch"),
+    "two networks": ({"model": "torch:nn"}, "--model and --arch name two networks"),
+    "no such file": ({"weights": Path("gone.pt")}, "gone.pt"),
+    "another network": ({"arch": "resnet18"}, "has no head of resnet18"),
+    "a name that is near": ({"arch": "small_resnets"}, "no network is called 'small_resnets'; the nearest"),
+    "no root": ({"root": None}, "the images need --root DIR"),
+    "no such root": ({"root": Path("gone")}, "--root gone: no such folder"),
+    "no such table": ({"table": Path("gone.csv")}, "--table gone.csv: no such file"),
+    "no such column": ({"label_column": "label"}, "expected 'label', found 'path', 'y', 'g', 'part', 'word'"),
+    "no such group column": ({"group_column": "h"}, "expected 'h'"),
+    "no such split": (
+        {"split_column": "part", "split": "train"},
+        "no row has the split 'train': its splits are test, val",
+    ),
+    "no function": ({"arch": None, "model": "resnet"}, "expected a function as package.module:function"),
+    "no module": ({"arch": None, "model": "no_such_module:make"}, "no_such_module cannot be imported"),
+    "no name in it": ({"arch": None, "model": "json:make"}, "json has no 'make'"),
+    "no network in it": ({"arch": None, "model": "json:JSONDecoder"}, "expected a torch module, found a JSONDecoder"),
+    "texts for images": ({"text_column": "word"}, "--text-column is for networks that read texts"),
+    "no such budget": ({"budget": "soon"}, "--budget soon: expected a time such as 90s, 10m or 1.5h, or none"),
+    "folders without classes": ({"table": None}, "has no two subfolders with images"),
+    "chance": ({}, "no better than chance"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_usage(files: Path, tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises((ValueError, OSError, ImportError)) as raised:
+        run(given(files, out=tmp_path / "audit", batch_size=60, **wrong))
+    assert said in str(raised.value)
+    assert not (tmp_path / "audit" / "report.html").exists()
+
+
+def test_missing_and_broken_images_are_all_listed(files: Path, tmp_path: Path) -> None:
+    rows = [{"path": "gone.png", "y": 0}, {"path": "broken.png", "y": 1}, {"path": "text.txt", "y": 1}]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "text.txt").write_text("no image")
+    write_table(rows, tmp_path / "t.csv")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  # the whole text is looked at
+        run(given(files, root=tmp_path, table=tmp_path / "t.csv"))
+    said = str(raised.value)
+    assert "images that are missing (1): line 2: gone.png" in said
+    assert "images that cannot be read (2): line 3: broken.png" in said
+
+
+def test_times() -> None:
+    assert (seconds_of("90s"), seconds_of("10m"), seconds_of("none")) == (90.0, 600.0, None)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of transformers with a small classifier of texts and its tokenizer."""
+    root = tmp_path_factory.mktemp("classifier")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "very", "long"]
+    (root / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(root / "vocab.txt")).save_pretrained(root)
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, id2label={0: "negative", 1: "positive"})
+    transformers.BertForSequenceClassification(config).save_pretrained(root)
+    return root
+
+
+def test_a_folder_of_transformers_and_a_table_of_texts(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = ["good", "bad", "film", "very", "long"]
+    rows = [
+        {
+            "text": " ".join(words[int(i)] for i in torch.randint(5, (int(length),), generator=generator)),
+            "mood": ("negative", "positive")[place % 2],
+        }
+        for place, length in enumerate(torch.randint(2, 12, (80,), generator=generator))
+    ]
+    write_table(rows, tmp_path / "t.csv")
+    options = Options(
+        weights=classifier,
+        table=tmp_path / "t.csv",
+        label_column="mood",
+        text_column="text",
+        out=tmp_path / "audit",
+        anyway=True,
+        batch_size=20,
+        budget="none",
+    )
+    network = network_of(options)
+    assert network.class_names == ["negative", "positive"]
+    examples = examples_of(options, network)
+    inputs, targets = next(iter(examples.batches(torch.arange(4), 4)))
+    assert inputs["input_ids"].shape == (4, 16)
+    assert targets.tolist() == [0, 1, 0, 1]
+    assert run(options) == 0
+    assert "The network is right on" in capsys.readouterr().out
+    assert "<p>" in (tmp_path / "audit" / "report.html").read_text()
+    with pytest.raises(ValueError, match="this network reads texts: pass --table FILE and --text-column NAME"):
+        run(dataclasses.replace(options, text_column=None))
+    rows[3]["mood"] = "mixed"
+    write_table(rows, tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"classes that the model does not know \(1\): line 5 \('mixed'\)"):
+        run(options)
