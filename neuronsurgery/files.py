@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import neuronsurgery.checkpoints
+import neuronsurgery.rows  # noqa: F401  # both for the kinds of edit that they add to `KINDS`
 from neuronsurgery.atomic import KEY, write_atomically
 from neuronsurgery.checks import are_groups, are_strings, is_integer
 from neuronsurgery.digests import digest

@@ -68,13 +68,23 @@ def iterate(
         yield batch if device is None else move(batch, device)
         examples += len(batch)
         now = time.monotonic()
-        if progress is not None and (now - shown > 0.5 or total == f"/{number}"):
+        if progress is not None and (now - shown > pause_between_lines() or total == f"/{number}"):
             shown = now
             elapsed = max(now - started, 1e-9)
             rate = f"{examples / elapsed:.0f}/s" + (f", {edits * number / elapsed:.0f} edits/s" if edits else "")
-            end = "\n" if total == f"/{number}" else "\r"
+            end = line_end(last=total == f"/{number}")
             sys.stderr.write(f"{progress}: batch {number}{total}, {examples} examples, {rate}{end}")
             sys.stderr.flush()
+
+
+def pause_between_lines() -> float:
+    """Seconds between two lines of progress: fewer of them in a file, where none is written over."""
+    return 0.5 if sys.stderr.isatty() else 10.0
+
+
+def line_end(*, last: bool) -> str:
+    """What ends a line of progress: on a terminal the next one is written over it."""
+    return "\r" if sys.stderr.isatty() and not last else "\n"
 
 
 def _total(loader: Loader) -> str:

@@ -29,7 +29,7 @@ from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.gradients import warn_of_unreached
 from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import named_loaders
+from neuronsurgery.loaders import line_end, named_loaders, pause_between_lines
 from neuronsurgery.losses import (
     IGNORED_TOKEN,
     are_probabilities,
@@ -402,9 +402,9 @@ def _counted(steps: int, progress: bool) -> Iterator[int]:
     shown = time.monotonic()
     for step in range(1, steps + 1):
         yield step
-        if progress and (step == steps or time.monotonic() - shown > 0.5):
+        if progress and (step == steps or time.monotonic() - shown > pause_between_lines()):
             shown = time.monotonic()
-            sys.stderr.write(f"learned mask: step {step}/{steps}" + ("\n" if step == steps else "\r"))
+            sys.stderr.write(f"learned mask: step {step}/{steps}{line_end(last=step == steps)}")
             sys.stderr.flush()
 
 

@@ -31,6 +31,7 @@ from neuronsurgery.checks import is_finite, is_integer, is_tensor, refuse, size_
 from neuronsurgery.digests import digest
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import listed
+from neuronsurgery.loaders import line_end
 from neuronsurgery.results import Table, same_fields
 from neuronsurgery.types import Fit, Group
 
@@ -241,7 +242,7 @@ def memorization_scores(
             sums[side] += mine * outcomes.double()
             squares[side] += mine * outcomes.double().square()
         if progress:
-            end = "\n" if model + 1 == models else "\r"
+            end = line_end(last=model + 1 == models)
             sys.stderr.write(f"memorization: model {model + 1}/{models}, {time.monotonic() - started:.0f} s{end}")
             sys.stderr.flush()
     means = sums / counts

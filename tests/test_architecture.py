@@ -139,16 +139,17 @@ def test_the_tests_above_can_fail() -> None:
 
 PROBE = """
 import json, sys
+import neuronsurgery
+loaded = sorted(set(sys.modules))
 import torch, einops, safetensors.torch, numpy, typing_extensions
 state = lambda: (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads())
 alone, before = set(sys.modules), state()
-import neuronsurgery
-ours, after = set(sys.modules), state()
 names = {}
 exec("from neuronsurgery import *", names)
+ours, after = set(sys.modules), state()
 import sklearn
 print(json.dumps({
-    "new": sorted({name.split(".")[0] for name in ours - alone}),
+    "loaded": loaded, "new": sorted({name.split(".")[0] for name in ours - alone}),
     "modules": sorted(ours), "costly": sorted(ours - alone - {n for n in ours if n.startswith("neuronsurgery")}),
     "unchanged": before == after, "star": sorted(set(names) - {"__builtins__"}), "seen": "sklearn" in sys.modules,
 }))
@@ -157,7 +158,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What importing the package does, in a process of its own."""
+    """What importing the package does, and then asking for every name of it, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr == ""
     found: dict[str, Any] = json.loads(done.stdout)
@@ -165,7 +166,14 @@ def imported() -> dict[str, Any]:
 
 
 @pytest.mark.xdist_group("imports")  # which are looked at once
-def test_importing_it_loads_neither_the_study_nor_anything_foreign(imported: dict[str, Any]) -> None:
+def test_importing_it_loads_nothing_before_a_name_is_asked_for(imported: dict[str, Any]) -> None:
+    packages = {name.split(".")[0] for name in imported["loaded"]}
+    assert not packages & (CORE | FOREIGN)
+    assert [name for name in imported["loaded"] if name.startswith("neuronsurgery")] == ["neuronsurgery"]
+
+
+@pytest.mark.xdist_group("imports")  # which are looked at once
+def test_using_it_loads_neither_the_study_nor_anything_foreign(imported: dict[str, Any]) -> None:
     assert set(imported["new"]) - set(sys.stdlib_module_names) == {"neuronsurgery"}
     assert not FOREIGN & {name.split(".")[0] for name in imported["modules"]}
     assert not [name for name in imported["modules"] if name.startswith("neuronsurgery.study")]
@@ -173,7 +181,7 @@ def test_importing_it_loads_neither_the_study_nor_anything_foreign(imported: dic
 
 
 @pytest.mark.xdist_group("imports")  # which are looked at once
-def test_importing_it_loads_nothing_costly_that_few_need(imported: dict[str, Any]) -> None:
+def test_using_it_loads_nothing_costly_that_few_need(imported: dict[str, Any]) -> None:
     assert not [name for name in imported["costly"] if name.split(".")[0] == "torch"]
 
 
@@ -187,13 +195,43 @@ def test_a_star_import_gives_exactly_the_api(imported: dict[str, Any]) -> None:
     assert imported["star"] == neuronsurgery.__all__ == sorted(set(neuronsurgery.__all__))
 
 
-def test_the_listing_of_the_api_holds_nothing_else() -> None:
-    docstring, *statements, last = ast.parse((PACKAGE / "__init__.py").read_text()).body
-    assert isinstance(docstring, ast.Expr) and isinstance(last, ast.Assign)
-    assert ast.literal_eval(last.value) == neuronsurgery.__all__, "one literal list"
-    assert all(isinstance(node, ast.ImportFrom) for node in statements)
-    imported = [alias.asname or alias.name for node in statements for alias in node.names]  # type: ignore[attr-defined]
-    assert sorted(imported) == neuronsurgery.__all__
+def test_the_listing_of_the_api_says_the_same_three_times() -> None:
+    """Type checkers read imports, Python reads where a name is from, and `__all__` is one literal list."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    said: dict[str, str] = {}
+    for node in typed.body:
+        assert isinstance(node, ast.ImportFrom) and node.module
+        said |= {alias.asname or alias.name: node.module for alias in node.names}
+    assert sorted(said) == neuronsurgery.__all__
+    modules = {name for name, module in said.items() if module == "neuronsurgery"}
+    assert {name: f"neuronsurgery.{home}" for name, home in neuronsurgery._HOME.items()} == {
+        name: module for name, module in said.items() if name not in modules
+    }
+    assert all(inspect.ismodule(getattr(neuronsurgery, name)) for name in modules)
+    listed = next(
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    assert ast.literal_eval(listed.value) == neuronsurgery.__all__, "one literal list"
+
+
+def test_names_that_are_asked_for_late_are_whole() -> None:
+    """In a process of its own: modules as attributes, a listing, pickles, and every kind of edit for `load_file`."""
+    probe = """
+import pickle, sys
+import neuronsurgery as ns
+assert set(ns.__all__) <= set(dir(ns)) and "torch" not in sys.modules
+ns.load_file
+kinds = set(ns.edits.KINDS)
+from neuronsurgery import *
+assert kinds == set(ns.edits.KINDS) and {"rewind", "set_rows"} <= kinds
+assert ns.graph.trust.CheckedForward and ns.surveys.survey and ns.apply is apply
+assert pickle.loads(pickle.dumps(ns.Neuron)) is ns.Neuron
+for name in ("finde", "_homes", "__wrapped__"):
+    assert not hasattr(ns, name)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and done.returncode == 0
 
 
 # --- the study is a user --------------------------------------------------------------------------------------------

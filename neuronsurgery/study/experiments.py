@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.study.progress import Count
 from neuronsurgery.study.run import Parts
 from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.types import Loader
@@ -322,13 +322,12 @@ def measure(
     changes = Parts() if kept is None else kept
     left = {name: edit for edit, name in identities.items() if name not in changes}
     done = len(identities) - len(left)
+    count = Count(len(identities), "different edits")
     for swept in sweep_in_parts(model, _by_seconds(left), loaders):
         changes.keep({name: changes_of(swept, name) for name in swept.labels})
         done += len(swept)
         if progress:
-            sys.stderr.write(f"\r{done} of {len(identities)} different edits")
-    if progress:
-        sys.stderr.write("\n" * bool(left))
+            count.at(done)
     return [{**said.to_record(), "changes": changes[identities[said.edit]]} for said in interventions]
 
 

@@ -9,6 +9,7 @@ there whole or not at all. While a run is at work in the folder, `.lock` is lock
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -17,10 +18,10 @@ import platform
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,9 @@ from torch import nn
 
 import neuronsurgery as ns
 from neuronsurgery.atomic import locked, remove_abandoned, write_atomically
-from neuronsurgery.study.training import Recipe
+from neuronsurgery.study.options import flag_of
+from neuronsurgery.study.progress import Steps
+from neuronsurgery.study.settings import EXPERIMENTS, STAGES, Settings
 
 SCHEMA: Final = 1
 ADDED_TO: Final = ("splits", "experiments", "stages")
@@ -45,9 +48,6 @@ MADE: Final = (
     "specs/*.safetensors",
     "stage-2/*/optimizer.safetensors",
     "stage-2/*/checkpoints/epoch-*.safetensors",
-    "memorization/share-*/model-*.safetensors",
-    "falsifications/*/optimizer.safetensors",
-    "falsifications/*/checkpoints/epoch-*.safetensors",
     "timings.json",
     "report.html",
     "tables/*.csv",
@@ -62,92 +62,6 @@ LOCK: Final = ".lock"
 
 REPORT_PARTS: Final = {"new", "old", LOCK}
 """What is in the folder in which a report is being made."""
-
-EXPERIMENTS: Final = ("1a", "1b", "1c", "1d", "1e", "1f", "1g", "1h")
-STAGES: Final = ("1", "2", "fragility")
-ON_REQUEST: Final = ("memorization", "falsifications")
-"""Stages that a run does only where it is asked to."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on; two runs are the same run if all but `ADDED_TO` is equal.
-
-    Attributes:
-        data: the name of the data set.
-        root: the folder of a data set that is not embedded, or None.
-        arch: the architecture.
-        weights: the file of initial weights, or None.
-        preset: "adam" or "sgd", or the data set whose own recipe it is.
-        epochs: passes over the training images.
-        seed: of data, weights and batches.
-        splits: on which splits the experiments are measured.
-        stages: which stages, of `STAGES` and `ON_REQUEST`.
-        experiments: which ones of Stage 1, "1a" to "1h".
-        draws: how many random draws are averaged.
-        control_draws: how many matched controls a p-value rests on.
-        fine_tuning_epochs: of Stage 2.
-        comparison_epochs: of the methods of Stage 2 that train from the first weights again.
-        full: whether Stage 2 has more rates and arms.
-        quick: whether this is only to see that it runs.
-        optimizer: of empirical risk minimisation, as the rest of its recipe; see `training.Recipe`.
-        learning_rate: of its first step.
-        weight_decay: of its optimiser.
-        momentum: of SGD.
-        batch_size: images per step.
-        schedule: of the learning rate.
-        held_out: the share of the training images that is held out of training, or None.
-        image_size: height and width to which images on disk are brought; None for embedded data.
-        table: the table of a folder of one's own; None for other data, as the columns are.
-        path_column: its column of paths.
-        label_column: its column of classes.
-        attribute_column: its column of attributes.
-        split_column: its column of splits.
-        device: of training; None is the CPU.
-        bf16: whether training was under autocast to bfloat16.
-        channels_last: whether images and weights were laid out channels last.
-        processes: how many shared the training.
-    """
-
-    data: str = "synthetic"
-    root: str | None = None
-    arch: str = "small_resnet"
-    weights: str | None = None
-    preset: str = "adam"
-    epochs: int = 30
-    seed: int = 0
-    splits: tuple[str, ...] = ("train",)
-    stages: tuple[str, ...] = STAGES
-    experiments: tuple[str, ...] = EXPERIMENTS
-    draws: int = 10
-    control_draws: int = 30
-    fine_tuning_epochs: int = 4
-    comparison_epochs: int = 12
-    full: bool = False
-    quick: bool = False
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    batch_size: int = 64
-    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
-    held_out: float | None = None
-    image_size: int | None = None
-    table: str | None = None
-    path_column: str | None = None
-    label_column: str | None = None
-    attribute_column: str | None = None
-    split_column: str | None = None
-    device: str | None = None
-    bf16: bool = False
-    channels_last: bool = False
-    processes: int = 1
-
-    @property
-    def recipe(self) -> Recipe:
-        """How the network is trained by empirical risk minimisation."""
-        said = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        return Recipe(**said)
 
 
 class Parts:
@@ -201,6 +115,7 @@ class RunFolder:
         path: the folder.
         settings: of the run: those asked for, and the stages, experiments and splits of earlier times.
         data: the digests of its splits, or None.
+        steps: what is told of every step that begins and ends.
 
     Args:
         path: the folder; made if it is missing.
@@ -233,18 +148,29 @@ class RunFolder:
             refuse_files(path)
         self.settings = settings
         self.data = None if data is None else dict(data)
+        self.steps = Steps()
         said |= {"settings": _plain(settings)} | ({} if data is None else {"data": dict(data)})
         _write(held, json.dumps(said, indent=1).encode())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the JSON value of an earlier time, or compute it and write it down."""
-        file = self.path / "experiments" / f"{name}.json"
+        file = self._kept_in(name)
         if not file.exists():
+            self.steps.begin(name)
             value = compute()
             _write(file, json.dumps(value).encode())
+            self.steps.end(name)
+        self.steps.end(name, worked=False)
         self._forget_parts(name)
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return _read_json(file)
+
+    def holds(self, name: str) -> bool:
+        """Whether `remember` need not compute it."""
+        return self._kept_in(name).exists()
+
+    def _kept_in(self, name: str) -> Path:
+        return self.path / "experiments" / f"{name}.json"
 
     def parts(self, whole: str, depends_on: Any) -> Parts:
         """Return what an earlier time, killed on the way, had of what `remember` is computing; deleted with its end.
@@ -337,6 +263,9 @@ def read_results(path: Path) -> dict[str, Any]:
         ValueError: if they are damaged or of another schema.
     """
     file = path / "results.json"
+    if not path.is_dir():
+        what = "is a file, not a run folder" if path.exists() else "is not there"
+        raise FileNotFoundError(f"{path} {what}: name the folder of a run, as given to `neuronsurgery study --out`")
     if not file.exists():
         raise FileNotFoundError(f"{path} has no results.json: run `neuronsurgery study --out {path}` to its end first")
     results = _read_json(file)
@@ -427,7 +356,7 @@ def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
         settings,
         splits=tuple(dict.fromkeys(splits)),
         experiments=tuple(name for name in EXPERIMENTS if name in experiments),
-        stages=tuple(name for name in (*STAGES, *ON_REQUEST) if name in stages),
+        stages=tuple(name for name in STAGES if name in stages),
     )
 
 
@@ -480,7 +409,8 @@ def refuse_files(path: Path) -> None:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    """The settings as JSON values; of options, only those that numbers depend on."""
+    said: dict[str, Any] = json.loads(json.dumps({one.name: getattr(settings, one.name) for one in fields(Settings)}))
     return said
 
 
@@ -518,16 +448,29 @@ def _writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"{file} could not be written ({error.strerror or error}): make room there or give leave to write, and "
-            f"start again to go on"
-        ) from error
+        raise OSError(f"{file} could not be written ({error.strerror or error}): {next_step(error)}") from error
+
+
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LEAVE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
+def next_step(error: OSError) -> str:
+    """Return what to do where something cannot be written, by what kept it."""
+    if error.errno in NO_ROOM:
+        return "make room there, and start again to go on"
+    if error.errno in NO_LEAVE:
+        return "give leave to write there, or choose another folder with --out"
+    if error.errno in IN_THE_WAY:
+        return "a file is where a folder should be: choose another folder with --out"
+    return "see that it can be written, and start again to go on"
 
 
 def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     settings = found["settings"]
     differing = [
-        f"{key}: this run {value!r}, the folder {settings.get(key)!r}"
+        f"{flag_of(key, Settings)}: this run {_said(value)}, the folder {_said(settings.get(key))}"
         for key, value in expected["settings"].items()
         if settings.get(key) != value and key not in ADDED_TO
     ]
@@ -545,6 +488,13 @@ def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, A
             f"{path} holds another run; {'; '.join(differing)}: {(again or alone) if elsewhere else ''}choose another "
             f"folder with --out, or delete that run with --overwrite"
         )
+
+
+def _said(value: Any) -> str:
+    """A setting as it would be written on a command line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _same_data(path: Path, data: Mapping[str, str] | None, held: Any) -> Mapping[str, str] | None:
@@ -579,9 +529,20 @@ def describe_file(path: Path) -> str:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'results.json'}")
+    if path.is_file() and _is_of_torch(path):
+        raise ValueError(
+            f"{path} was written by torch.save, and show prints JSON and safetensors: look into it with "
+            f"torch.load(path, weights_only=True); `neuronsurgery study --weights` takes it as it is"
+        )
     lines = _json_lines(path) if path.suffix == ".json" and path.is_file() else _tensor_lines(path)
     shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more"]
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in shown)
+
+
+def _is_of_torch(path: Path) -> bool:
+    """Whether a file begins as an archive or a pickle does, which are what torch writes."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"))
 
 
 def _json_lines(path: Path) -> list[str]:

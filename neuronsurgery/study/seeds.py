@@ -15,7 +15,6 @@ from typing import Any, Final
 from neuronsurgery.study.claims import judge, mean_interval
 from neuronsurgery.study.experiments import SIZES
 from neuronsurgery.study.run import LOCK, SCHEMA, delete_run, is_begun
-from neuronsurgery.study.stage_memorization import MINORITY, difference_text, images_of
 
 Results = Mapping[str, Any]
 
@@ -331,40 +330,6 @@ def _detection_differences(runs: Sequence[Sequence[Results]]) -> list[dict[str, 
     ]
 
 
-# Memorisation
-
-
-def _memorization(by_seed: Mapping[int, Results]) -> dict[str, Any]:
-    runs = list(by_seed.values())
-    differences = [run["minority_difference"] for run in runs]
-    rows = [{row["group"]: row["mean"] for row in found.get("groups", ())} for found in differences]
-    return {
-        **{key: runs[0][key] for key in ("models", "share", "epochs")},
-        "groups": _rows(
-            [run["groups"] for run in runs], ("group",), ("mean", "right_when_seen", "right_when_not_seen")
-        ),
-        "minority_difference": {
-            **_memorised(MINORITY, [found["mean"] for found in differences]),
-            "groups": [
-                {"group": name, **_memorised(images_of(name), [row.get(name) for row in rows])}
-                for name in dict.fromkeys(name for row in rows for name in row)
-            ],
-        },
-        "relation": _rows([run["relation"] for run in runs], ("cut", "group"), ("spearman",)),
-    }
-
-
-def _memorised(name: str, means: Sequence[float | None]) -> dict[str, Any]:
-    """Return by how much some images score above the rest of their class over the seeds, and what that says."""
-    given = [mean for mean in means if mean is not None]
-    lacking = len(means) - len(given)
-    if lacking:
-        reason = f"it could not be given in {lacking} of {len(means)} seeds"
-        return {"impossible": lacking, "text": difference_text(name, None, reason=reason)}
-    found = summarise(given)
-    return {**found, "impossible": 0, "text": difference_text(name, found["mean"], (found["low"], found["high"]))}
-
-
 def _rows(runs: Sequence[Sequence[Results]], names: Sequence[str], measures: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of any seed, told apart by some names: a summary of each measure that all seeds have.
 
@@ -385,6 +350,5 @@ def _rows(runs: Sequence[Sequence[Results]], names: Sequence[str], measures: Seq
 STAGES: Final[Mapping[str, Callable[[Mapping[int, Results]], dict[str, Any]]]] = {
     "stage_two": _stage_two,
     "fragility": _fragility,
-    "memorization": _memorization,
 }
 """The stages after the first that are looked at over seeds: what each seed has of one -> what they say together."""

@@ -11,7 +11,6 @@ import base64
 import functools
 import itertools
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -149,7 +148,7 @@ def inferred_places(data: Any, split: str, inferred: ns.InferredGroups) -> dict[
 # The stage
 
 
-def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> Row:
+def stage_fragility(folder: RunFolder, data: Any, trained: Trained) -> Row:
     """Return detection, audit and mitigation, as the entry "fragility" of `results.json`.
 
     For a network without residual branches, "impossible" says so; what needs no cut of them is there all the same.
@@ -159,7 +158,6 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
         data: the data set: splits, loaders and group names. Its "held-out" images, distributed as the training images
             but never trained on, are what last layers are retrained on; without them the training images are.
         trained: the trained model and its checkpoints.
-        progress: whether to write lines of progress to standard error.
     """
     edit, why = None, {}
     try:
@@ -169,8 +167,6 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained, *, progress:
     splits = [split for split in ("train", "held-out") if split in data.splits]
 
     def detected(split: str) -> Row:
-        if progress:
-            sys.stderr.write(f"fragility of the {split} images\n")
         started = time.perf_counter()
         kept = folder.parts(f"fragility-{split}", digest(trained.model.state_dict().values()))
         found = _Detection(folder.settings.draws, data, trained, edit, split, kept).run()

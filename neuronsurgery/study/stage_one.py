@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -127,8 +126,6 @@ def _measure(
     started = time.perf_counter()
     kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
     interventions = EXPERIMENTS[name](replace(subject, kept=kept))
-    if progress:
-        sys.stderr.write(f"experiment {name} on {split}: {len(interventions)} edits\n")
     records = measure(subject.model, interventions, data.loaders(split), kept=kept, progress=progress)
     if name in SPELT_OUT:
         _save_specs(folder, name, interventions)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from neuronsurgery.graph.trust import CheckedForward
-from neuronsurgery.study import data, models
+from neuronsurgery.study import data, models, program
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.stage_one import Trained
@@ -60,7 +60,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+        patch.setattr("neuronsurgery.study.program.EMBEDDED", few)
         patch.setattr(models, "small_resnet", tiny_resnet)
+        patch.setitem(program.QUICK, "control_draws", 5)  # whatever the module that asks for it first has patched
         assert main(["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(folder)]) == 0
     return folder, printed.getvalue()

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 
 import neuronsurgery as ns
-from neuronsurgery.study import cli, report  # noqa: F401  # for all that they import
+from neuronsurgery.study import cli, program, report  # noqa: F401  # for all that they import
 from study.little_study import tiny_resnet
 
 TIMEOUT = 600

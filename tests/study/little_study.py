@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuronsurgery.study import cli, models
+from neuronsurgery.study import cli, models, program
 from neuronsurgery.study.network import Block
 from neuronsurgery.study.report import write_report
 from neuronsurgery.study.run import read_results
@@ -43,8 +43,8 @@ def tiny_resnet(seed: int = 0, classes: int = 2) -> TinyResNet:
 
 def make_little() -> None:
     """Have `--quick` take few images, and `small_resnet` be tiny."""
-    cli.QUICK_COUNTS = LITTLE
-    cli.QUICK_HELD_OUT = LITTLE_HELD_OUT
+    program.QUICK_COUNTS = LITTLE
+    program.QUICK_HELD_OUT = LITTLE_HELD_OUT
     models.small_resnet = tiny_resnet
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import neuronsurgery as ns
 from neuronsurgery.study import data, models
 from neuronsurgery.study import stage_two as module
-from neuronsurgery.study.cli import _published, main
+from neuronsurgery.study.cli import main
 from neuronsurgery.study.last_layer import REFITS, Features, Tuned, dfr, extract_features, retrained
 from neuronsurgery.study.methods import (
     FINE_TUNING,
@@ -32,6 +32,7 @@ from neuronsurgery.study.methods import (
     unaugmented,
 )
 from neuronsurgery.study.models import DEFAULTS, build_model
+from neuronsurgery.study.program import _published
 from neuronsurgery.study.readers import joined_source
 from neuronsurgery.study.report.stage_two import _settings_words
 from neuronsurgery.study.run import RunFolder, Settings, made_files
@@ -434,7 +435,7 @@ def test_waterbirds_from_pre_trained_weights_have_the_authors_settings_in_both_s
     network = build_model("small_resnet", 2).model
     network(torch.randn(8, 3, 16, 16))  # batch norm has seen data, as that of pre-trained weights has
     torch.save(network.state_dict(), tmp_path / "weights.pt")
-    small = ("--arch", "small_resnet", "--image-size", "16", "--weights", str(tmp_path / "weights.pt"))
+    small = ("--arch", "small_resnet", "--size", "16", "--weights", str(tmp_path / "weights.pt"))
     command = ["study", "--data", "waterbirds", "--root", str(tmp_path / "birds"), *small, "--stages", "2"]
     command += ["--quick", "--epochs", "10", "--out", str(tmp_path / "run")]
     assert main(command) == 0

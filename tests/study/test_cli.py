@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -17,9 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 import neuronsurgery as ns
-from neuronsurgery.study import cli, data, models, stage_one
-from neuronsurgery.study.cli import _parser, _settings, main
+from neuronsurgery.study import data, experiments, models, program, readers, settings, stage_one
+from neuronsurgery.study.cli import main
 from neuronsurgery.study.network import small_resnet
+from neuronsurgery.study.options import UsageError, parse
+from neuronsurgery.study.program import make_options
+from neuronsurgery.study.settings import Options
 from neuronsurgery.study.training import RECIPES, load_checkpoint
 from study.forking import Forked
 from study.little_study import tiny_resnet
@@ -42,8 +47,8 @@ def little_data() -> Iterator[None]:
         for name, make in made.items()
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
-        patch.setitem(cli.QUICK, "control_draws", 2)
+        patch.setattr("neuronsurgery.study.program.EMBEDDED", few)
+        patch.setitem(program.QUICK, "control_draws", 2)
         yield
 
 
@@ -66,6 +71,11 @@ def few_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def copied_run(few_run: tuple[Path, str], tmp_path: Path) -> Path:
     """The folder of a finished run of `FEW`."""
     return shutil.copytree(few_run[0], tmp_path / "run")
+
+
+def asked(*words: str) -> Options:
+    """The options of a command line."""
+    return make_options(parse(Options, "study", "", words))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -107,8 +117,8 @@ def test_a_run_leaves_what_it_promises(few_run: tuple[Path, str]) -> None:
 def test_stage_two_is_as_long_as_the_run_says(
     options: tuple[str, ...], epochs: int, fine_tuning: int, comparison: int
 ) -> None:
-    settings = _settings(_parser().parse_args(["study", *options]))
-    assert (settings.epochs, settings.fine_tuning_epochs, settings.comparison_epochs) == (
+    chosen = asked(*options)
+    assert (chosen.epochs, chosen.fine_tuning_epochs, chosen.comparison_epochs) == (
         epochs,
         fine_tuning,
         comparison,
@@ -199,7 +209,7 @@ def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -
         "epoch-001.safetensors": "checkpoint after epoch 1; loss ",
         "optimizer.safetensors": "the optimiser's state after epoch 1: ",
         "results.json": "results of digits, seed 0\n  train accuracy, %: digit 0-4 on land ",
-        "run.json": 'run.json: the settings of a run\n  data "digits"; root null; ',
+        "run.json": 'run.json: the settings of a run\n  data "digits"; stages ["1"]; ',
         "1a-train.json": "1a-train.json: ",
         "timings.json": "timings.json:\n  training: ",
     }.items():
@@ -210,11 +220,11 @@ def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arch", "head", "options"),
     [
-        ("small_resnet", "head", ["--arch", "small_resnet", "--image-size", "16", "--experiments", "1a", "1b"]),
+        ("small_resnet", "head", ["--arch", "small_resnet", "--size", "16", "--experiments", "1a", "1b"]),
         pytest.param(
             "resnet18",
             "fc",
-            ["--arch", "resnet18", "--image-size", "32", "--experiments", "all"],
+            ["--arch", "resnet18", "--size", "32", "--experiments", "all"],
             marks=pytest.mark.architectures,
         ),
         # The default network, and the default size.
@@ -285,64 +295,181 @@ def test_two_processes_train_together_and_the_first_goes_on(forked: Forked, tmp_
     assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint).values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["study", "--data", "waterbirds"], "read from disk and needs --root DIR"),
-        (
-            ["study", "--table", "x.csv", "--label-column", "y", "--workers", "2", "--image-size", "64"],
-            "embedded and takes no --image-size, --workers, --table, --label-column: leave it out",
-        ),
-        (
-            ["study", "--data", "celeba", "--root", "x", "--table", "x.csv"],
-            "--table: only for --data folder, celeba has its own",
-        ),
-        (["study", "--device", "warp"], "--device warp cannot be used here ("),
-        (["study", "--device", "meta"], "--device meta cannot be used here ("),
-        (["study", "--held-out", "0.2"], "has held-out images of its own (50): use these and leave out --held-out"),
-        (["study", "--data", "folder", "--root", "nowhere"], "nowhere: no such folder"),
-        (["study", "--arch", "deit_tiny_patch16_224"], "deit_tiny_patch16_224 does not take images of 32 x 32 ("),
-        (["study", "--root", "somewhere"], "embedded and takes no --root: leave it out"),
-        (["report", "nowhere"], "nowhere has no results.json"),
-        (["show", "nowhere.safetensors"], "no file at"),
-    ],
-)
-def test_errors_are_one_line_with_the_next_step(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+WRONG_USAGE = {
+    "": "no command: neuronsurgery study|report|show, or neuronsurgery --help",
+    "stduy": "there is no command 'stduy': did you mean study?",
+    "--data digits": "there is no command '--data': the commands are study, report, show",
+    "study --expochs 3": "there is no option --expochs: did you mean --epochs?",
+    "study --experiment 1a": "there is no option --experiment: did you mean --experiments?",
+    "study --exp 1a": "there is no option --exp: did you mean --experiments?",
+    "study --image-size=64": "there is no option --image-size: did you mean --size?",
+    "study --zzz": "there is no option --zzz: neuronsurgery study --help lists them",
+    "study --memorization": "there is no option --memorization: neuronsurgery study --help lists them",
+    "study digits": "'digits' belongs to no option: neuronsurgery study --help lists them",
+    "study --data sythetic": "--data: expected one of synthetic, digits, waterbirds, celeba, folder, not 'sythetic': "
+    "did you mean synthetic?",
+    "study --experiments 1a,1A": "--experiments: expected one of 1a, 1b, 1c, 1d, 1e, 1f, 1g, 1h, all, not '1A': did "
+    "you mean 1a?",
+    "study --stages fragile": "--stages: expected one of 1, 2, fragility, all, not 'fragile': did you mean fragility?",
+    "study --split vall": "--split: expected one of train, validation, test, not 'vall': did you mean val?",
+    "study --split ,": "--split: a value is missing",
+    "study --preset adamw": "--preset: expected one of adam, sgd, not 'adamw': did you mean adam?",
+    "study --epochs": "--epochs: a value is missing",
+    "study --experiments --quick": "--experiments: a value is missing",
+    "study --quick=yes": "--quick takes no value, found 'yes': leave the value out",
+    "study --batch-size 0": "--batch-size: expected a whole number of at least 1, not '0'",
+    "study --epochs=2.5": "--epochs: expected a whole number of at least 1, not '2.5'",
+    "study --seeds=none": "--seeds: expected a whole number of at least 1, not 'none'",
+    "study --size=-8": "--size: expected a whole number of at least 1, not '-8'",
+    "study --workers=-1": "--workers: expected a whole number of at least 0, not '-1'",
+    "study --seed -1": "--seed: expected a whole number of at least 0, not '-1'",
+    "study --held-out=0.6": "--held-out: expected a share above 0 and up to 0.5, such as 0.2, not '0.6'",
+    "study --held-out=half": "--held-out: expected a share above 0 and up to 0.5, such as 0.2, not 'half'",
+    "study --mean 0.5,0.5": "--mean: expected 3 numbers, found 2",
+    "study --mean a b c": "--mean: expected a number, such as 0.2, not 'a'",
+    "study --std 0 1 1": "--std: expected a number above 0, such as 0.2, not '0'",
+    "study --data waterbirds": "--data waterbirds is read from disk and needs --root DIR",
+    "study --root somewhere": "--data synthetic is embedded and takes no --root: leave it out, or choose --data "
+    "waterbirds, celeba, folder",
+    "study --table x --label-column y --workers 2 --size 64 --mean 0,0,0": "--data synthetic is embedded and takes "
+    "no --size, --mean, --workers, --table, --label-column: leave it out, or choose --data waterbirds, celeba, folder",
+    "study --data celeba --root x --table x.csv": "--table: only for --data folder, celeba has its own: leave it out",
+    "report": "DIR is missing, see --help",
+    "report a b": "'b' belongs to no option: neuronsurgery report --help lists them",
+    "show": "FILE is missing, see --help",
+    "show --verbose x": "there is no option --verbose: neuronsurgery show --help lists them",
+}
+"""What cannot be meant, whatever files there are: status 2, before torch is imported."""
+
+
+@pytest.mark.parametrize("command", WRONG_USAGE)
+def test_wrong_usage_is_one_line_that_names_the_option(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.splitlines()) == 1
+    try:
+        status: object = main(command.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    said = capsys.readouterr()
+    assert (status, said.out, said.err) == (2, "", f"neuronsurgery: error: {WRONG_USAGE[command]}\n")
     assert not list(tmp_path.iterdir())  # no run folder
 
 
+WRONG_HERE = {
+    "study --device warp": "--device warp cannot be used here (",
+    "study --device meta": "--device meta cannot be used here (",
+    "study --held-out 0.2": "has held-out images of its own (50): use these and leave out --held-out",
+    "study --arch deit_tiny_patch16_224": "deit_tiny_patch16_224 does not take images of 32 x 32 (",
+    "study --out file": "--out file is a file: name a folder, which is made if it is missing",
+    "study --quick --out file/run": "a file is where a folder should be: choose another folder with --out",
+    "study --data folder --root nowhere": "nowhere: no such folder: name the folder that the data set is in",
+    "study --data folder --root file": "file: is a file, no folder: name the folder that the data set is in",
+    "study --data folder --root folder": "folder has no table of folder: expected metadata.csv there, found nothing: "
+    "name the folder that has it",
+    "report nowhere": "nowhere is not there: name the folder of a run, as given to `neuronsurgery study --out`",
+    "report file": "file is a file, not a run folder: name the folder of a run",
+    "report folder": "folder has no results.json: run `neuronsurgery study --out folder` to its end first",
+    "show nowhere.safetensors": "no file at",
+    "show folder": "folder is a folder: name a file in it, such as folder/results.json",
+    "show model.pt": "model.pt was written by torch.save, and show prints JSON and safetensors: look into it with "
+    "torch.load(path, weights_only=True)",
+}
+"""What the files or the machine do not allow: status 1."""
+
+
+@pytest.mark.parametrize("command", WRONG_HERE)
+def test_what_does_not_go_here_is_one_line_with_the_next_step(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pt")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command.split()) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("neuronsurgery: error: ")
+    assert WRONG_HERE[command] in said[-1]
+    assert len(said) == 1
+    assert sorted(tmp_path.rglob("*")) == before  # no run folder
+
+
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("words", "chosen"),
     [
-        ("--batch-size", "0", "expected a whole number of at least 1, not '0'"),
-        ("--epochs", "0", "expected a whole number of at least 1, not '0'"),
-        ("--epochs", "2.5", "expected a whole number of at least 1, not '2.5'"),
-        ("--seeds", "none", "expected a whole number of at least 1, not 'none'"),
-        ("--image-size", "-8", "expected a whole number of at least 1, not '-8'"),
-        ("--workers", "-1", "expected a whole number of at least 0, not '-1'"),
-        ("--seed", "-1", "expected a whole number of at least 0, not '-1'"),
-        ("--held-out", "0.6", "expected a share above 0 and up to 0.5, such as 0.2, not '0.6'"),
-        ("--held-out", "half", "expected a share above 0 and up to 0.5, such as 0.2, not 'half'"),
+        ("--experiments 1g,1a", {"experiments": ("1a", "1g")}),
+        ("--experiments 1g 1a,1g", {"experiments": ("1a", "1g")}),
+        ("--experiments=1a --experiments 1b", {"experiments": ("1a", "1b")}),
+        ("--experiments all --stages fragility,1", {"stages": ("1", "fragility")}),
+        ("--split val", {"splits": ("validation",)}),
+        ("--split test,train", {"splits": ("test", "train")}),
+        ("--split train --split test", {"splits": ("train", "test")}),
+        ("--data folder --root x --mean 0.5,0.5,0.5 --std 1 1 2", {"mean": (0.5,) * 3, "std": (1.0, 1.0, 2.0)}),
+        ("--data folder --root x --mean=-1,0,1", {"mean": (-1.0, 0.0, 1.0)}),
+        ("--data folder --root x/ --size 32", {"root": "x", "size": 32, "arch": "resnet50"}),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_by_their_option(
-    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["study", f"{option}={value}"])
-    assert caught.value.code == 2
-    assert f"argument {option}: {message}" in capsys.readouterr().err
+def test_values_are_written_with_commas_or_blanks(words: str, chosen: dict[str, Any]) -> None:
+    options = asked(*words.split())
+    assert {name: getattr(options, name) for name in chosen} == chosen
+
+
+def test_the_names_that_are_known_without_torch_are_those_that_there_are() -> None:
+    assert set(program.EMBEDDED) == set(settings.EMBEDDED)
+    assert tuple(readers.READERS) == settings.ON_DISK
+    assert tuple(RECIPES) == settings.PRESETS
+    assert tuple(readers.EXPECTED_COUNTS["waterbirds"]) == settings.SPLITS
+    assert set(settings.EXPERIMENTS) == {*experiments.EXPERIMENTS, "1b", "1h"}
+
+
+LIGHT = """
+import sys
+from neuronsurgery.study.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stopped:
+    status = stopped.code
+heavy = {"torch", "numpy", "scipy", "sklearn", "PIL", "einops"} & {name.split(".")[0] for name in sys.modules}
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("--help", 0, "commands:\n  study   train a network"),
+        ("study --help", 0, "--experiments NAME [NAME ...]"),
+        ("--version", 0, "neuronsurgery 0."),
+        ("study --sees 3", 2, "did you mean --seeds?"),
+        ("study --data waterbirds", 2, "needs --root DIR"),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(words: str, status: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, *words.split()], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr
+    assert ("usage: " in done.stdout) == ("--help" in words)
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "neuronsurgery", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("neuronsurgery 0.")
+
+
+@reads_few_run
+def test_what_was_found_and_how_far_a_run_is_are_lines(copied_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied_run / "experiments" / "1g-train.json").unlink()
+    assert main([*FEW, "--out", str(copied_run)]) == 0
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    first, left, step, *_ = said.splitlines()
+    assert first == "found in the folder, and not done again: 2 steps"
+    assert re.fullmatch(r"1 step to do, (about \d+ min|less than a minute) in all", left)
+    assert re.fullmatch(r"\[3/3\] 1g on train, (about \d+ min|less than a minute) left", step)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -373,10 +500,10 @@ def test_missing_packages_are_named_together_before_any_work(
 
 
 def test_a_preset_keeps_the_length_that_is_the_data_sets_own() -> None:
-    arguments = ["study", "--data", "celeba", "--root", "x", "--preset", "sgd", "--batch-size", "8"]
-    settings = _settings(_parser().parse_args(arguments))
-    assert settings.recipe == replace(RECIPES["sgd"], epochs=20, batch_size=8)
-    assert (settings.image_size, settings.table, settings.label_column) == (224, None, None)
+    arguments = ["--data", "celeba", "--root", "x", "--preset", "sgd", "--batch-size", "8"]
+    chosen = asked(*arguments)
+    assert chosen.recipe == replace(RECIPES["sgd"], epochs=20, batch_size=8)
+    assert (chosen.size, chosen.table, chosen.label_column) == (224, None, None)
 
 
 @pytest.mark.parametrize(
@@ -385,22 +512,24 @@ def test_a_preset_keeps_the_length_that_is_the_data_sets_own() -> None:
         ((), 224),
         (("--arch", "vit_tiny_patch16_384"), 384),
         (("--arch", "timm:test_vit"), 160),
-        (("--arch", "test_vit", "--image-size", "64"), 64),
+        (("--arch", "test_vit", "--size", "64"), 64),
     ],
 )
 def test_images_on_disk_get_the_size_that_the_network_is_made_for(options: tuple[str, ...], size: int) -> None:
-    settings = _settings(_parser().parse_args(["study", "--data", "folder", "--root", "x", *options]))
-    assert settings.image_size == size
-    assert (settings.table, settings.label_column) == ("metadata.csv", "label")
+    chosen = asked("--data", "folder", "--root", "x", *options)
+    assert chosen.size == size
+    assert (chosen.table, chosen.label_column) == ("metadata.csv", "label")
 
 
 def test_several_processes_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert _settings(_parser().parse_args(["study"])).processes == 3
+    assert asked().processes == 3
+    with pytest.raises(UsageError, match=r"--seeds is for one process: under torchrun give one --seed at a time"):
+        asked("--seeds", "2")
 
 
 def on_disk(root: Path, *options: str) -> list[str]:
-    small = ("--arch", "small_resnet", "--image-size", "16", "--stages", "1", "--experiments", "1a")
+    small = ("--arch", "small_resnet", "--size", "16", "--stages", "1", "--experiments", "1a")
     return ["study", "--quick", "--epochs", "1", "--data", "waterbirds", "--root", str(root), *small, *options]
 
 
@@ -412,7 +541,7 @@ def test_a_size_that_does_not_fit_is_refused_with_that_which_does(
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "error: vit_tiny_patch16_384 does not take images of 16 x 16 (" in said
-    assert "pass --image-size 384, for which it is made" in said
+    assert "pass --size 384, for which it is made" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -490,7 +619,7 @@ def test_another_run_in_the_folder_is_refused_unless_overwritten(
     before = (copied_run / "results.json").read_bytes()
     command = [*FEW[:-2], "1b", "--seed", "1", "--out", str(copied_run)]
     assert main(command) == 1
-    assert "holds another run; seed: this run 1, the folder 0" in capsys.readouterr().err
+    assert "holds another run; --seed: this run 1, the folder 0" in capsys.readouterr().err
     assert (copied_run / "results.json").read_bytes() == before
     assert main([*command, "--overwrite"]) == 0
     assert results_of(copied_run)["settings"]["seed"] == 1

@@ -16,12 +16,14 @@ import neuronsurgery as ns
 from neuronsurgery.study import critical_sets as module
 from neuronsurgery.study import data, models
 from neuronsurgery.study.claims import QUESTIONS, QUESTIONS_LEVEL, judge, mean_interval, render
-from neuronsurgery.study.cli import QUICK, main, summary, summary_of_seeds
+from neuronsurgery.study.cli import main
 from neuronsurgery.study.critical_sets import Case, Protocol, critical_sets
+from neuronsurgery.study.program import QUICK
 from neuronsurgery.study.report import write_report
 from neuronsurgery.study.run import Parts
 from neuronsurgery.study.seeds import combine
 from neuronsurgery.study.stage_one import Trained
+from neuronsurgery.study.summary import summary, summary_of_seeds
 from neuronsurgery.study.training import Recipe
 from study.little_study import tiny_resnet
 from study.test_readers import make_birds, write_image
@@ -72,7 +74,7 @@ def little_study(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command on few images and a tiny network."""
     made: Callable[..., data.DataSet] = data.synthetic
     few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-    monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+    monkeypatch.setattr("neuronsurgery.study.program.EMBEDDED", few)
     monkeypatch.setattr(models, "small_resnet", tiny_resnet)
 
 
@@ -210,7 +212,7 @@ def test_images_on_disk_are_searched_too(tmp_path: Path, monkeypatch: pytest.Mon
         write_image(tmp_path / "birds" / f"more-{index}.jpg", 3 * index, (50, 40))
         rows.append(f"{100 + index},more-{index}.jpg,{y},0,0,/l/lake/{100 + index}.jpg\n")
     table.write_text(table.read_text() + "".join(rows))
-    small = ("--data", "waterbirds", "--root", str(tmp_path / "birds"), "--arch", "small_resnet", "--image-size", "16")
+    small = ("--data", "waterbirds", "--root", str(tmp_path / "birds"), "--arch", "small_resnet", "--size", "16")
     assert main([*COMMAND, "--epochs", "1", *small, "--out", str(tmp_path / "run")]) == 0
     records = results_of(tmp_path / "run")["experiments"]["1h"]["train"]
     assert any("net" in record for record in records)

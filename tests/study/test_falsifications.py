@@ -1,4 +1,4 @@
-"""The falsifications: the data and networks they take, and that what they report is what it is said to be."""
+"""The program of the falsifications: its data and networks, and that its rows are what they are said to be."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import falsifications
 import numpy as np
 import pytest
 import torch
+from falsifications import CONDITIONS, Condition, fence_flags, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, falsifications
+from neuronsurgery.study import data
 from neuronsurgery.study.data import PAIR_COUNTS, SYNTHETIC_COUNTS, Split, digits, pair, synthetic, with_label_noise
-from neuronsurgery.study.falsifications import CONDITIONS, Condition, fence_flags
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import Examples, judge_scores, mitigate
@@ -506,3 +507,16 @@ def test_progress_is_written_to_standard_error(
     with pytest.raises(StoppedError):
         falsifications.falsifications(RunFolder(tmp_path / "run", Settings()), seed=0, conditions=SHORT[:1])
     assert capsys.readouterr().err == "falsification, label noise: 3 epochs\n"
+
+
+def test_what_is_printed_says_where_the_knockout_is_ahead(rows: dict[str, Any]) -> None:
+    found = [rows["label noise"], rows["plain network"]]
+    header, noise, plain, last = table(found).splitlines()
+    assert header.split()[:3] == ["condition", "seed", "knockout"]
+    auc = [row_of(found[0]["detection"]["train"]["rows"], "knockout", name)["auc"] for name in found[0]["groups"][1:3]]
+    assert " / ".join(f"{value:.3f}" for value in auc) in noise
+    assert "no branch" in plain and "refused" in plain
+    assert last.startswith("the knockout ranks every minority better than the final margin in ")
+    ahead = {"score": "knockout", "group": "rare", "auc": 0.9}, {"score": "final margin", "group": "rare", "auc": 0.8}
+    assert falsifications.is_ahead({"detection": {"train": {"rows": [*ahead]}}})
+    assert not falsifications.is_ahead({"detection": {"train": {"rows": [*ahead[1:]]}}})

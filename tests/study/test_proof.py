@@ -24,7 +24,7 @@ def run(seed: int, path: Path) -> Row:
     model = train(small_resnet(seed), dataset.train, path / "erm", seed=seed, augmentation=dataset.augmentation)
     checkpoints = {epoch: checkpoint_path(path / "erm", epoch) for epoch in checkpoint_epochs(path / "erm")}
     trained = Trained(model, checkpoints, read_trajectory(path / "erm"), studied({"head.weight", "head.bias"}))
-    return stage_fragility(RunFolder(path / "run", Settings(seed=seed, draws=1)), dataset, trained, progress=False)
+    return stage_fragility(RunFolder(path / "run", Settings(seed=seed, draws=1)), dataset, trained)
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ import neuronsurgery as ns
 from neuronsurgery.study import data
 from neuronsurgery.study.readers import (
     EXPECTED_COUNTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Framing,
     FromDisk,
     ImageData,
@@ -581,14 +583,16 @@ def test_a_table_that_is_no_text_is_refused(birds: Path) -> None:
 
 
 def test_no_folder_and_no_table(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder: pass the one that Waterbirds is in"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder: name the folder that the data set is in"):
         waterbirds(tmp_path / "nowhere")
     (tmp_path / "images").mkdir()
     with pytest.raises(
-        FileNotFoundError, match=r"CelebA not found: expected list_attr_celeba.csv or .*, found images/:"
+        FileNotFoundError, match=r"has no table of CelebA: expected list_attr_celeba.csv or .*, found images/:"
     ):
         celeba(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"chest not found: expected chest.csv there, found images/: pass"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no table of chest: expected chest.csv there, found images/: name"
+    ):
         image_folder(tmp_path, "chest.csv", name="chest")
 
 
@@ -714,6 +718,21 @@ def test_faces_are_cropped_to_178_and_resized_to_224(tmp_path: Path) -> None:
     expected = image.crop((0, 20, 178, 198)).resize((224, 224), Image.Resampling.BILINEAR)  # type: ignore[attr-defined]
     found = evaluation_transform(celeba(tmp_path).test.framing)(image)
     assert torch.equal(found, torch.Tensor(reference(expected)))
+
+
+def test_another_normalisation_is_another_digest_and_the_usual_one_is_none(birds: Path) -> None:
+    usual = waterbirds(birds)
+    same = usual.normalized(IMAGENET_MEAN, IMAGENET_STD)
+    other = usual.normalized((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert repr(usual.test.framing) == "Framing(steps=(('resize', 256), ('crop', 224)))"
+    assert same.test.digest == usual.test.digest != other.test.digest
+    assert "mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)" in repr(other.test.framing)
+    first, second = (next(iter(batches(part.test)))[0] for part in (usual, other))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.allclose((first * std + mean - 0.5) / 0.25, second, atol=1e-5)
+    once, again = (next(iter(training_source(part).epoch(4, 0, 1)))[0] for part in (usual, other))
+    assert torch.allclose((once * std + mean - 0.5) / 0.25, again, atol=1e-5)
+    assert training_source(usual).describe() != training_source(other).describe()
 
 
 def test_training_crops_are_of_the_sources_settings() -> None:

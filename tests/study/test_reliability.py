@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_comes_to_th
 ) -> None:
     made: Callable[..., data.DataSet] = data.synthetic
     few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
-    monkeypatch.setattr("neuronsurgery.study.cli.EMBEDDED", few)
+    monkeypatch.setattr("neuronsurgery.study.program.EMBEDDED", few)
     monkeypatch.setattr(models, "small_resnet", tiny_resnet)
     for name, value in (("FEWEST", 7), ("GROWTH", 1), ("SECONDS", 1e9)):  # parts of seven edits, however fast it is
         monkeypatch.setattr(experiments, name, value)

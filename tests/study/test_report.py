@@ -537,8 +537,6 @@ REPORT_MODULES = [
         "critical_sets",
         "stage_two",
         "fragility",
-        "falsifications",
-        "memorization",
         "seeds",
         "opening",
         "contents",

@@ -19,7 +19,6 @@ from neuronsurgery.study.figures import png
 from neuronsurgery.study.report import write_report
 from neuronsurgery.study.report.levels import Level, level_of, standing, wilson
 from neuronsurgery.study.seeds import combine
-from neuronsurgery.study.stage_memorization import difference_text, images_of
 from study.test_report import MadeUp, report_of
 
 RULES = {
@@ -272,148 +271,10 @@ def test_a_network_without_branches_has_one_sentence(tmp_path: Path) -> None:
     assert "Fragility could not be measured: no residual branches" in said
 
 
-# Memorisation
-
-
-def memorization(minority: float | None = 0.2, spearman: float | None = 0.1) -> dict[str, Any]:
-    """Minorities that score this far above the rest of their class, and a correlation of 20 images."""
-
-    def difference(name: str) -> dict[str, Any]:
-        if minority is None:
-            text = difference_text(name, None, reason="no class has both")
-            return {"mean": None, "low": None, "high": None, "text": text, "impossible": "no class has both"}
-        low, high = minority - 0.1, minority + 0.1
-        text = difference_text(name, minority, (low, high))
-        return {"mean": minority, "low": low, "high": high, "text": text, "models_error": 0.02, "examples_error": 0.04}
-
-    def related(cut: str, group: str, value: float | None) -> dict[str, Any]:
-        ends: dict[str, Any] = {"low": None, "high": None, "impossible": "all <the same>"}
-        ends = ends if value is None else {"low": value - 0.2, "high": value + 0.2}
-        return {"cut": cut, "group": group, "spearman": value, "count": 20, **ends}
-
-    rows = [
-        {"group": name, "mean": mean, "standard_error": 0.01, "count": 9}
-        | {"right_when_seen": 0.9, "right_when_not_seen": 0.9 - mean}
-        for name, mean in (
-            ("landbird on land", 0.0),
-            ("landbird on water", 0.3),
-            ("waterbird on land", 0.01),
-            ("waterbird on water", 0.05),
-        )
-    ]
-    alone = [
-        {"group": name, **difference(images_of(name))}
-        for name in ("landbird on water", "waterbird on land")
-        if minority is not None
-    ]
-    return {
-        "models": 40,
-        "share": 0.7,
-        "epochs": 15,
-        "groups": rows,
-        "points": [{"group": row["group"], "scores": [row["mean"], 0.5]} for row in rows],
-        "minority_difference": {**difference("minority images"), "groups": alone},
-        "relation": [
-            related("knockout", "all", spearman),
-            related("critical", "landbird on water", 0.4),
-            related("random", "all", None),
-        ],
-    }
-
-
-def memorising(**changes: Any) -> dict[str, Any]:
-    run = one_run(memorization=memorization(**changes))
-    run["settings"]["epochs"] = 30
-    return run
-
-
-def test_memorisation_is_one_more_chapter(tmp_path: Path) -> None:
-    run = memorising()
-    run["memorization"]["groups"][0]["standard_error"] = None
-    said = report_of(run, tmp_path)
-    assert "G0 landbird on land 0.00, G1 landbird on water (minority) 0.30 ± 0.01" in said
-    what = "minority images are memorised more than the rest of their class is shown: +0.200 (95 % interval +0.100 to"
-    assert f"That {what} +0.300)." in said
-    assert said.count(f"That {what.replace('minority images', 'images of waterbird on land')} +0.300).") == 1
-    assert f"all images knockout 20 0.10 [{MINUS}0.10, 0.30] no relation seen" in " ".join(said.split())
-    assert "not given: all <the same>" in said
-    assert "of 40 models" in said and "every model saw 70 % of the training images" in said
-    assert (tmp_path / "figures" / "memorization.svg").is_file()
-    assert "Memorisation" not in report_of(one_run(), tmp_path / "none")
-
-
-def test_what_is_not_shown_of_memorisation_is_named_with_a_true_minus(tmp_path: Path) -> None:
-    said = report_of(memorising(minority=0.004), tmp_path)
-    what = "That minority images are memorised more than the rest of their class is not shown"
-    assert f"{what}: +0.004 (95 % interval {MINUS}0.096 to +0.104)." in said
-    assert "interval -" not in said
-    assert f"{what}: no class has both." in report_of(memorising(minority=None), tmp_path / "none")
-    less = report_of(memorising(minority=-0.3), tmp_path / "less")
-    assert f"memorised less than the rest of their class is shown: {MINUS}0.300" in less
-
-
-def test_only_correlations_that_were_given_are_counted(tmp_path: Path) -> None:
-    said = report_of(memorising(), tmp_path)
-    counted = (
-        "Of 2 rank correlations between the score and what a cut does to an image, 1 has an interval that excludes 0"
-    )
-    assert f"{counted}; 1 more could not be given." in said
-    none = report_of(memorising(spearman=None), tmp_path / "none")
-    assert "Of 1 rank correlation between" in none and "; 2 more could not be given." in none
-
-
-def test_the_length_of_the_trainings_behind_the_scores_stands_beside_the_run_s(tmp_path: Path) -> None:
-    run = memorising()
-    said = " ".join(report_of(run, tmp_path).split())
-    assert "These models trained for 15 epochs, the run's own for 30." in said and "memorises less" in said
-    assert "right when seen, % right when not seen, % right in the run's own model, %" in said
-    accuracy = run["accuracy"]["train"][1]
-    assert re.search(rf"0\.300 0\.010 90\.0 60\.0 {100 * accuracy:.1f} \[[^]]*\] 9 ", said)
-    run["settings"]["epochs"] = 15
-    same = report_of(run, tmp_path / "same")
-    assert "These models trained for 15 epochs, as the run's own did." in same and "memorises less" not in same
-    for row in run["memorization"]["groups"]:  # of an earlier version
-        del row["right_when_seen"], row["right_when_not_seen"]
-    assert f"0.300 0.010 {DASH} {DASH}" in " ".join(report_of(run, tmp_path / "earlier").split())
-
-
 def test_the_setting_has_no_row_of_neurons_where_none_were_studied(tmp_path: Path) -> None:
-    assert "studied layer" not in report_of(memorising(), tmp_path)
-    run = {**memorising(), "layers": [{"name": "conv", "neurons": 7}], "neurons": 7}
+    assert "studied layer" not in report_of(one_run(), tmp_path)
+    run = {**one_run(), "layers": [{"name": "conv", "neurons": 7}], "neurons": 7}
     assert "7 in 1 studied layer" in report_of(run, tmp_path / "studied")
-
-
-# Falsifications
-
-
-def falsified(condition: str, knockout: float, worst: float | None) -> dict[str, Any]:
-    rows = [
-        {"score": score, "needs": "", "group": group, "auc": auc, "average_precision": 0.5, "count": 9, "of": 99}
-        for score, auc in (("knockout", knockout), ("final margin", 0.8))
-        for group in ("landbird on water", "waterbird on land")
-    ]
-    flagged = [{"score": "knockout", "fragile": [1, 2, 3, 4], "wrong_labels": 7, "refused": worst is None}]
-    said = {"name": "inferred by knockout"} | ({} if worst is None else {"worst": worst})
-    return {
-        "condition": condition,
-        "text": "what is done",
-        "seed": 0,
-        "detection": {"train": {"rows": rows, "flagged": flagged}},
-        "mitigation": [said],
-    }
-
-
-def test_falsifications_say_where_the_knockout_fails(tmp_path: Path) -> None:
-    found = [falsified("as is", 0.99, 0.8), falsified("hard", 0.7, None)]
-    plain = falsified("plain", 0.5, None)
-    plain["detection"]["train"]["rows"] = plain["detection"]["train"]["rows"][2:]
-    said = report_of(one_run(falsifications=[*found, plain]), tmp_path)
-    assert "Of 3 conditions, the knockout ranks" in said
-    assert "better than the final margin does in 1: as is." in said
-    assert "1/2/3/4 and 7 wrong labels (too few: refused)" in said
-    assert "no residual branch" in said
-    assert "inferred by knockout 80.0" in said and "inferred by knockout refused" in said
-    assert (tmp_path / "tables" / "falsifications.csv").is_file()
 
 
 # Several seeds

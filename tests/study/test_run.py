@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -55,12 +56,12 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_a_run_may_be_added_to_but_not_changed(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", Settings(experiments=("1a",), splits=("train",)))
-    RunFolder(tmp_path / "run", Settings(experiments=("1g",), splits=("test",), stages=("memorization", "2")))
+    RunFolder(tmp_path / "run", Settings(experiments=("1g",), splits=("test",), stages=("2",)))
     folder = RunFolder(tmp_path / "run", Settings(experiments=("1c",), stages=("fragility",)))
     # All that it ever was asked for, in the order of the study: nothing that it has falls out of its results.
     assert folder.settings.experiments == ("1a", "1c", "1g")
     assert folder.settings.splits == ("train", "test")
-    assert folder.settings.stages == ("1", "2", "fragility", "memorization")
+    assert folder.settings.stages == ("1", "2", "fragility")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["splits"] == ["train", "test"]
     with pytest.raises(ValueError, match=r"holds another run; draws: this run 3, the folder 10: choose another folder"):
         RunFolder(tmp_path / "run", Settings(draws=3))
@@ -121,8 +122,6 @@ MADE = (
     "experiments/1a-train.json",
     "experiments/.1b-train.json.4f_",
     "stage-2/jtt-t-1/checkpoints/epoch-003.safetensors",
-    "memorization/share-0.7-epochs-3/model-00001.safetensors",
-    "falsifications/noise-seed-0/optimizer.safetensors",
     "gradients-test.safetensors",
     "specs/1a-000.safetensors",
     "report.html",
@@ -247,8 +246,21 @@ def test_a_split_that_lacks_a_group_keeps_the_others(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named_with_the_next_step(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, Settings())
     (tmp_path / "experiments").write_text("in the way")
-    with pytest.raises(OSError, match=r"experiments/value\.json could not be written \(.*: make room .* start again"):
+    with pytest.raises(OSError, match=r"experiments/value\.json could not be written \(.*: a file is where a .*--out"):
         folder.remember("value", lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.ENOSPC, "make room there, and start again to go on"),
+        (errno.EACCES, "give leave to write there, or choose another folder with --out"),
+        (errno.ENOTDIR, "a file is where a folder should be: choose another folder with --out"),
+        (errno.EIO, "see that it can be written, and start again to go on"),
+    ],
+)
+def test_the_next_step_goes_by_what_kept_a_file_from_being_written(number: int, step: str) -> None:
+    assert run.next_step(OSError(number, "why")) == step
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"text"'])

@@ -281,7 +281,7 @@ def fragile(
     """The fragility stage, its folder and its results, which left the trained model as it was."""
     folder = RunFolder(tmp_path_factory.mktemp("fragile") / "run", Settings(quick=True, draws=3))
     before = snapshot(trained.model)
-    results = stage_fragility(folder, dataset, trained, progress=False)
+    results = stage_fragility(folder, dataset, trained)
     assert_unchanged(before, trained.model)
     return folder, results
 
@@ -291,7 +291,7 @@ def test_fragility_stage_leaves_every_number_and_is_taken_up(
 ) -> None:
     folder, results = fragile
     assert json.loads(json.dumps(results)) == results
-    assert stage_fragility(folder, dataset, trained, progress=False) == results
+    assert stage_fragility(folder, dataset, trained) == results
     assert results["edit"] == ["block.conv2.weight"]
     scores = {row["score"] for row in results["detection"]["train"]}
     assert {"knockout", "final margin", "margin after epoch 1", "critical neurons"} <= scores
@@ -302,7 +302,7 @@ def test_fragility_stage_leaves_every_number_and_is_taken_up(
 def test_a_network_without_skips_says_so_instead(dataset: data.DataSet, trained: Trained, tmp_path: Path) -> None:
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2)).eval()
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
-    results = stage_fragility(folder, dataset, Trained(plain, {}, [], studied(())), progress=False)
+    results = stage_fragility(folder, dataset, Trained(plain, {}, [], studied(())))
     assert "no residual branch" in results["impossible"]
     assert results["edit"] == []
     assert "final margin" in {row["score"] for row in results["detection"]["train"]}

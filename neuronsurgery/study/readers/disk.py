@@ -157,6 +157,14 @@ class ImageData:
         """The test images."""
         return self.splits["test"]
 
+    def normalized(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageData:
+        """The same images with their red, green and blue less `mean` and divided by `std`."""
+        splits = {
+            name: replace(split, framing=replace(split.framing, mean=tuple(mean), std=tuple(std)))
+            for name, split in self.splits.items()
+        }
+        return replace(self, splits=MappingProxyType(splits))
+
     def loaders(self, split: str, size: int = 64) -> dict[str, ImageBatches]:
         """One loader per group of a split, by group name; groups without images are left out."""
         part = self.splits[split]
@@ -245,8 +253,12 @@ class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
     ) -> None:
         self.split = split
         self.key = None if augmentation is None else ("augmentation", seed, epoch)
-        chosen = evaluation_transform(split.framing) if augmentation is None else training_transform(augmentation)
-        self.transform = chosen
+        framing = split.framing
+        self.transform = (
+            evaluation_transform(framing)
+            if augmentation is None
+            else training_transform(augmentation, framing.mean, framing.std)
+        )
 
     def __len__(self) -> int:
         return len(self.split)

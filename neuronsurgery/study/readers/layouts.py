@@ -245,7 +245,8 @@ def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str])
     """The first table of those names in `root`, or else in the folders below it that match the patterns."""
     root = Path(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: no such folder: pass the one that {what} is in")
+        said = "is a file, no folder" if os.path.lexists(root) else "no such folder"
+        raise FileNotFoundError(f"{root}: {said}: name the folder that the data set is in")
     try:
         with os.scandir(root) as entries:
             inside = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
@@ -258,8 +259,8 @@ def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str])
                 return folder / name
     places = f"there or in {', '.join(below)}" if below else "there"
     raise FileNotFoundError(
-        f"{root}: {what} not found: expected {' or '.join(names)} {places}, found {first_of(inside) or 'nothing'}: "
-        f"pass the folder that has it"
+        f"{root} has no table of {what}: expected {' or '.join(names)} {places}, found "
+        f"{first_of(inside) or 'nothing'}: name the folder that has it"
     )
 
 

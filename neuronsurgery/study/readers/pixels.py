@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,16 +15,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, repr=False)
 class Framing:
-    """How an image is brought to its size for evaluation; ImageNet's normalisation follows.
+    """How an image is brought to its size for evaluation, and then normalised.
 
     Attributes:
         steps: from first to last, ("resize", s): both sides to s pixels, the aspect not kept; or ("crop", s): the
             s x s pixels in the middle.
+        mean: what is taken from red, green and blue in [0, 1]; by default ImageNet's.
+        std: what they are then divided by, the same.
     """
 
     steps: tuple[tuple[Literal["resize", "crop"], int], ...]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __repr__(self) -> str:
+        # What images are framed by is part of their digest; ImageNet's normalisation goes without saying there.
+        usual = (self.mean, self.std) == (IMAGENET_MEAN, IMAGENET_STD)
+        return f"Framing(steps={self.steps!r}{'' if usual else f', mean={self.mean!r}, std={self.std!r}'})"
 
     @property
     def size(self) -> int:
@@ -34,7 +47,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """How a training image varies from epoch to epoch: a random part of it, resized; ImageNet's normalisation follows.
+    """How a training image varies from epoch to epoch: a random part of it, resized; then normalised as framings are.
 
     Attributes:
         size: height and width of the result.
@@ -49,27 +62,25 @@ class RandomCrop:
     flip: bool = True
 
 
-IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
-IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-
-
 def evaluation_transform(framing: Framing) -> Callable[[Image], Tensor]:
-    """A function from a PIL image to float32 (3, size, size): framed, then normalised as for ImageNet."""
+    """A function from a PIL image to float32 (3, size, size): framed, then normalised."""
     v2 = torchvision_transforms()
     table = {"resize": lambda size: v2.Resize((size, size)), "crop": v2.CenterCrop}
-    return _compose([table[step](size) for step, size in framing.steps])
+    return _compose([table[step](size) for step, size in framing.steps], framing.mean, framing.std)
 
 
-def training_transform(crop: RandomCrop) -> Callable[[Image], Tensor]:
+def training_transform(
+    crop: RandomCrop, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Callable[[Image], Tensor]:
     """A function from a PIL image to float32 (3, size, size), normalised, that draws from torch's global state."""
     v2 = torchvision_transforms()
     steps = [v2.RandomResizedCrop((crop.size, crop.size), scale=crop.scale, ratio=crop.ratio)]
-    return _compose(steps + [v2.RandomHorizontalFlip()] * crop.flip)
+    return _compose(steps + [v2.RandomHorizontalFlip()] * crop.flip, mean, std)
 
 
-def _compose(steps: list[Any]) -> Callable[[Image], Tensor]:
+def _compose(steps: list[Any], mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Tensor]:
     v2 = torchvision_transforms()
-    ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     # The plain tensor: torchvision's subclass of Tensor would go with the batch into the caller's model.
     composed: Callable[[Image], Tensor] = v2.Compose([*steps, *ends, v2.ToPureTensor()])
     return composed

@@ -140,7 +140,7 @@ def _place_columns(path: Path, columns: Sequence[str], aliases: Mapping[str, Seq
         wrong.append(f"columns missing ({len(missing)}): expected {', '.join(missing)}, found {found}")
     if wrong:
         raise ValueError(
-            f"{path}: {'; '.join(wrong)}: name the columns as expected, each of them otherwise, or pass the names that "
-            f"they have to image_folder"
+            f"{path}: {'; '.join(wrong)}: name the columns as expected, each of them otherwise, or, of a folder of "
+            f"your own, say what they are called (--data folder with --label-column and so on, or image_folder)"
         )
     return {key: columns.index(name) for key, name in chosen.items() if name is not None}

@@ -13,10 +13,8 @@ from typing import Final
 from neuronsurgery.study.report.controls import controls
 from neuronsurgery.study.report.critical_sets import critical_sets, critical_sets_over_seeds
 from neuronsurgery.study.report.effects import Groups
-from neuronsurgery.study.report.falsifications import falsifications
 from neuronsurgery.study.report.fragility import fragility
 from neuronsurgery.study.report.layers import rewinding, within_layers
-from neuronsurgery.study.report.memorization import memorization
 from neuronsurgery.study.report.ranks import ranks
 from neuronsurgery.study.report.section import Chapter, Entry, Results, Section
 from neuronsurgery.study.report.seeds import accuracies, claims
@@ -76,8 +74,6 @@ CONTENTS: Final[tuple[Entry, ...]] = (
     *STAGE_ONE,
     Entry("2", "Stage 2: mitigation without group labels", stage_two, "2"),
     Entry("fragility", "Fragility: who is memorised, found without group labels", fragility, "fragility"),
-    Entry("memorization", "Memorisation of training images", memorization),
-    Entry("falsifications", "Where the knockout should fail", falsifications),
 )
 """Every entry of the report of a run, in the order of the page."""
 
@@ -85,7 +81,7 @@ OVER_SEEDS: Final[tuple[Entry, ...]] = (
     Entry("accuracy", "Accuracy of the trained models", accuracies),
     Entry("claims", "What the paper claims of Stage 1", claims, "1"),
     Entry("1h", f"1h {CRITICAL_SETS}", critical_sets_over_seeds, "1"),
-    *CONTENTS[len(STAGE_ONE) : -1],
+    *CONTENTS[len(STAGE_ONE) :],
 )
 """Every entry of the report of several seeds."""
 

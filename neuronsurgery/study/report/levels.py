@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +59,12 @@ def level_of(found: Found, count: int | None = None) -> Level:
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share of `count` examples."""
+    from scipy.stats import binomtest
+
     if not count:
         return share, share
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    ends = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def by_group(run: Mapping[str, Any], groups: Groups, split: str, found: Sequence[Found]) -> dict[str, Level]:

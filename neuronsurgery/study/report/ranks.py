@@ -44,13 +44,10 @@ def ranks(run: Mapping[str, Any], groups: Groups, split: str) -> Section:
 
 def _piled(record: Mapping[str, Any]) -> tuple[int, float]:
     """Return how many of a record's neurons lie in the last two bins, and the binomial p of as many or more."""
+    from scipy.special import bdtrc
+
     n, above = record["neurons"], sum(record["histogram"][-2:])
-    tail = (
-        sum(math.comb(n, hits) * 0.1**hits * 0.9 ** (n - hits) for hits in range(above, n + 1)) if n <= 1000 else None
-    )
-    if tail is None:
-        tail = 0.5 * math.erfc((above - 0.5 - 0.1 * n) / math.sqrt(2 * 0.09 * n))
-    return above, min(1.0, tail)
+    return above, float(bdtrc(above - 1, n, 0.1)) if above else 1.0
 
 
 def _pile_words(records: Sequence[Mapping[str, Any]], chosen_by: str) -> str:

@@ -3,16 +3,24 @@
 The knockout of the last residual stage was chosen on one data set and one network. Each `Condition` takes away one
 thing that it may owe its success to: the augmentation, right labels, a shallow network, skip connections, a shortcut
 that is simpler than the class. Whatever comes out is reported; group labels and wrong labels are used to judge only.
+
+    python benchmarks/falsifications.py                     # seed 0, all conditions: about an hour of one core
+    python benchmarks/falsifications.py --seeds 5 --out runs/falsifications
+    python benchmarks/falsifications.py --only "label noise" --quick       # few images and epochs: does it run
+
+What is done is kept in the folder, and a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -24,16 +32,17 @@ import neuronsurgery as ns
 from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
-from neuronsurgery.study.run import Parts, RunFolder
+from neuronsurgery.study.run import Parts, RunFolder, at_work
+from neuronsurgery.study.settings import Settings
 from neuronsurgery.study.stage_fragility import ROUNDING, SEED, Asked, Examples, Row, ask, judge_scores, mitigate
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import (
     RECIPES,
+    EpochReport,
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
     digest,
-    print_progress,
     read_trajectory,
     train,
 )
@@ -99,7 +108,7 @@ CONDITIONS: Final = (
 def falsifications(
     folder: RunFolder, *, seed: int, conditions: Sequence[Condition] = CONDITIONS, progress: bool = True
 ) -> list[Row]:
-    """Return what became of detection and mitigation under each condition, as the entry "falsifications" of results.
+    """Return what became of detection and mitigation under each condition.
 
     Networks are trained in `falsifications/` of the folder.
 
@@ -189,10 +198,14 @@ def _train(folder: RunFolder, condition: Condition, data: DataSet, seed: int, pr
         recipe=condition.recipe,
         seed=seed,
         augmentation=data.augmentation if condition.augmented else None,
-        progress=print_progress if progress else None,
+        progress=_print_epoch if progress else None,
     )
     checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
     return Trained(model, checkpoints, read_trajectory(path), studied(("head.weight", "head.bias")))
+
+
+def _print_epoch(report: EpochReport) -> None:
+    sys.stderr.write(f"{report}\n")
 
 
 def _knockouts(model: nn.Module, data: DataSet) -> tuple[dict[str, ns.Edit], str | None]:
@@ -325,3 +338,78 @@ class _Case:
             for layer in (before, last)
         }
         return {f"{last} zeroed": _zeroed(layout, last)}, redrawn
+
+
+# What is printed
+
+SHOWN: Final = ("knockout", "final margin", "margin after epoch 2")
+RETRAINED: Final = ("ERM", "class-balanced", "inferred by knockout", "true groups", "DFR")
+FEW: Final[Mapping[str, Counts]] = {
+    "train": (60, 10, 8, 30),
+    "held-out": (24, 6, 5, 12),
+    "validation": (6,) * 4,
+    "test": (8,) * 4,
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the conditions as a table: AUC of each score for each minority, the flags, the worst groups retrained.
+
+    Args:
+        rows: what `falsifications` returns.
+    """
+    header = ["condition", "seed", *SHOWN, "flagged", *RETRAINED]
+    cells = [header, *([row["condition"], str(row["seed"]), *_cells(row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    ahead = [row["condition"] for row in rows if is_ahead(row)]
+    said = f"the knockout ranks every minority better than the final margin in {len(ahead)} of {len(rows)}"
+    return "\n".join([*lines, f"{said}: {', '.join(ahead) or 'none'}"])
+
+
+def is_ahead(row: Row) -> bool:
+    """Whether the knockout ranks every minority above the rest of its class better than the final margin does."""
+    auc = {(found["score"], found["group"]): found["auc"] for found in row["detection"]["train"]["rows"]}
+    knocked = {group: value for (score, group), value in auc.items() if score == "knockout"}
+    return bool(knocked) and all(value > auc["final margin", group] for group, value in knocked.items())
+
+
+def _cells(row: Row) -> list[str]:
+    found = row["detection"]["train"]
+    scores = [
+        " / ".join(f"{one['auc']:.3f}" for one in found["rows"] if one["score"] == score) or "no branch"
+        for score in SHOWN
+    ]
+    flags = next((one for one in found["flagged"] if one["score"] == "knockout"), None)
+    said = "-" if flags is None else "/".join(map(str, flags["fragile"])) + f" + {flags['wrong_labels']} wrong"
+    worst = {one["name"]: one.get("worst") for one in row["mitigation"] or ()}
+    retrained = ["refused" if worst.get(name) is None else f"{100 * worst[name]:.1f}" for name in RETRAINED]
+    return [*scores, said + " (too few)" * bool(flags and flags["refused"]), *retrained]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/falsifications"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", choices=[condition.name for condition in CONDITIONS], nargs="+")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    chosen = [condition for condition in CONDITIONS if options.only is None or condition.name in options.only]
+    if options.quick:
+        chosen = [
+            replace(one, recipe=replace(one.recipe, epochs=3), counts=None if one.data is pair else FEW)
+            for one in chosen
+        ]
+    rows = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        path = options.out / f"seed-{seed}"
+        with at_work(path):
+            rows += falsifications(
+                RunFolder(path, Settings(seed=seed, quick=options.quick)), seed=seed, conditions=chosen
+            )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

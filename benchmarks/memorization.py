@@ -1,37 +1,46 @@
-"""The stage that asks who is memorised by the definition of the word: many trainings, each on a part of the images.
+"""Who is memorised by the definition of the word: many trainings, each on a part of the images.
 
 The score of an image is how much more often models that saw it get it right than models that did not. Three questions
 are put to it: do minority images score higher than the rest of their class; are they the ones that lose most when the
 critical neurons of their group are zeroed in the run's own model; and do those agree with the knockout of `fragility`,
 which needs no second training. Each answer has an interval, and one that does not tell says so.
 
+    python benchmarks/memorization.py                                # seed 0: 40 trainings, about an hour of one core
+    python benchmarks/memorization.py --data digits --epochs 30 --out runs/memorization-digits
+    python benchmarks/memorization.py --quick                        # few images and epochs: does it run
+
+What is done is kept in the folder, and a run that was killed goes on where it was.
+
 Source: Feldman and Zhang, "What neural networks memorize and why", 2020.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 import neuronsurgery as ns
 from neuronsurgery.memorization import kept_outcomes
 from neuronsurgery.study import readers
 from neuronsurgery.study.claims import student_quantile
-from neuronsurgery.study.data import Doubles, Integers, raw_bits
-from neuronsurgery.study.experiments import DRAW_SEED, SIZES
+from neuronsurgery.study.data import Integers, digits, raw_bits, synthetic
+from neuronsurgery.study.experiments import DRAW_SEED, SIZES, studied
 from neuronsurgery.study.figures import signed
 from neuronsurgery.study.models import DEFAULTS, build_model
-from neuronsurgery.study.run import RunFolder, Settings
+from neuronsurgery.study.run import RunFolder, at_work
+from neuronsurgery.study.settings import Settings
 from neuronsurgery.study.stage_fragility import SHOWN, Examples, knockout
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import RECIPES, EpochReport, Hardware, Recipe, checkpoint_path, digest, train
@@ -51,7 +60,7 @@ OWN: Final = "critical neurons of the own group"
 RANDOM: Final = "random neurons"
 
 
-def stage_memorization(
+def memorization(
     folder: RunFolder,
     data: Any,
     trained: Trained,
@@ -63,7 +72,7 @@ def stage_memorization(
     hardware: Hardware | None = None,
     progress: bool = True,
 ) -> Row:
-    """Return who of the training images is memorised, as the entry "memorization" of `results.json`.
+    """Return who of the training images is memorised.
 
     Its keys: "models", "share", "epochs"; "groups", of each the mean score and the two shares of right answers that it
     is the difference of; "minority_difference", by how much the minority of a class scores above the rest of it,
@@ -429,35 +438,91 @@ def rank_correlation(scores: Tensor, effect: Tensor, seed: int) -> Row:
         "spearman", "low", "high" and "count"; None and the reason, as "impossible", if a value is the same for all.
     """
     count = len(scores)
-    constant = [name for name, values in (("score", scores), ("effect", effect)) if _dense_ranks(values).max() < 1]
+    both = {"score": scores.numpy(), "effect": effect.numpy()}
+    constant = [name for name, values in both.items() if np.ptp(values) == 0]
     if constant:
         reason = f"the {' and the '.join(constant)} {'is' if len(constant) == 1 else 'are'} the same for all images"
         return {"spearman": None, "low": None, "high": None, "count": count, "impossible": reason}
-    levels = _dense_ranks(scores), _dense_ranks(effect)
-    drawn = [_spearman(*levels, times) for times in _resamples(count, seed)]
-    low, high = np.quantile(np.nan_to_num(drawn, nan=0.0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return {"spearman": _spearman(*levels, np.ones(count)), "low": low, "high": high, "count": count}
+    x, y = both.values()
+    drawn = [_spearman(x[chosen], y[chosen]) for chosen in _resamples(count, seed)]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return {"spearman": _spearman(x, y), "low": low, "high": high, "count": count}
 
 
-def _resamples(count: int, seed: int) -> Iterator[Doubles]:
-    """Yield how often each of `count` images is drawn, float64 (count,), for each resample."""
+def _resamples(count: int, seed: int) -> Iterator[Integers]:
+    """Yield which of `count` images are drawn, int64 (count,), for each resample."""
     for number in range(RESAMPLES):
-        drawn = raw_bits(count, "memorization, resample", seed, number) % np.uint64(count)
-        yield np.bincount(drawn.astype(np.int64), minlength=count).astype(np.float64)
+        yield (raw_bits(count, "memorization, resample", seed, number) % np.uint64(count)).astype(np.int64)
 
 
-def _dense_ranks(values: Tensor) -> Integers:
-    """Return 0 for the images of the smallest value, 1 for those of the next one, and so on: int64 (N,)."""
-    return np.unique(values.numpy(), return_inverse=True)[1].astype(np.int64)
+def _spearman(x: Any, y: Any) -> float:
+    """Return Spearman's correlation; 0 where one side has no spread."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(stats.spearmanr(x, y).statistic)
 
 
-def _spearman(first: Integers, second: Integers, times: Doubles) -> float:
-    """Return Spearman's correlation where each image is there so many times; NaN where one side has no spread."""
-    deviations = []
-    for levels in (first, second):
-        per_level = np.bincount(levels, times)
-        ranks = (per_level.cumsum() - (per_level - 1) / 2)[levels]  # of a tie, their mean
-        deviations.append(ranks - (times @ ranks) / times.sum())
-    x, y = deviations
-    spread = math.sqrt((times @ (x * x)) * (times @ (y * y)))
-    return float(times @ (x * y)) / spread if spread else math.nan
+# What is printed
+
+
+def table(found: Row, own: Sequence[float]) -> str:
+    """Return what came out as text: scores by group, the minorities, and what goes with the score.
+
+    Args:
+        found: what `memorization` returns.
+        own: the accuracy of the run's own model, per group.
+    """
+    lines = [f"{found['models']} models on {100 * found['share']:g} % of the images, {found['epochs']} epochs each", ""]
+    lines += [f"{'group':24}  mean score  standard error  right when seen  when not  own model  images"]
+    for row, accuracy in zip(found["groups"], own, strict=True):
+        error = "-" if row["standard_error"] is None else f"{row['standard_error']:.3f}"
+        shares = f"{100 * row['right_when_seen']:15.1f}  {100 * row['right_when_not_seen']:8.1f}  {100 * accuracy:9.1f}"
+        lines.append(f"{row['group']:24}  {signed(row['mean'], 3):>10}  {error:>14}  {shares}  {row['count']:6}")
+    difference = found["minority_difference"]
+    said = [difference["text"], *(row["text"] for row in difference.get("groups", ()))]
+    lines += ["", *(f"{text[0].upper()}{text[1:]}." for text in said), "", "Spearman's correlation of the score with"]
+    lines += [f"  {row['cut']}, {row['group']}: {_correlation(row)}" for row in found["relation"]]
+    return "\n".join(lines)
+
+
+def _correlation(row: Row) -> str:
+    if row["spearman"] is None:
+        return str(row["impossible"])
+    ends = f"[{signed(row['low'], 2)}, {signed(row['high'], 2)}]"
+    return f"{signed(row['spearman'], 2)} {ends} over {row['count']} images"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="default: runs/memorization-DATA-seed-N")
+    parser.add_argument("--data", choices=["synthetic", "digits"], default="synthetic")
+    parser.add_argument("--preset", choices=list(RECIPES), default="adam")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", type=int, default=MODELS)
+    parser.add_argument("--epochs", type=int, help="of each model; default: half of the run's")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    few = {"train": (60, 12, 8, 30), "validation": (4,) * 4, "test": (4,) * 4} if options.quick else None
+    dataset = {"synthetic": synthetic, "digits": digits}[options.data](options.seed, counts=few)
+    recipe = replace(RECIPES[options.preset], epochs=4 if options.quick else 30)
+    settings = Settings(
+        data=options.data, preset=options.preset, seed=options.seed, quick=options.quick, **vars(recipe)
+    )
+    path = options.out or Path("runs") / f"memorization-{options.data}-seed-{options.seed}"
+    with at_work(path):
+        folder = RunFolder(path, settings)
+        trained = _trained(folder, dataset)
+        found = memorization(folder, dataset, trained, models=options.models, epochs=options.epochs, recipe=recipe)
+    print(table(found, list(ns.evaluate(trained.model, dataset.loaders("train")).values)))
+
+
+def _trained(folder: RunFolder, dataset: Any) -> Trained:
+    """Return the network of a run, as `neuronsurgery study` trains it."""
+    built = build_model(folder.settings.arch, 2, None, folder.settings.seed)
+    source, recipe = readers.training_source(dataset), folder.settings.recipe
+    model = train(built.model, source, folder.path, recipe=recipe, seed=folder.settings.seed)
+    return Trained(model, {}, [], studied(built.head))
+
+
+if __name__ == "__main__":
+    main()

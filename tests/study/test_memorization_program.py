@@ -1,38 +1,35 @@
-"""The memorization stage: what its models are, what it says of minorities, and how sure of it it is."""
+"""The program of memorization: what its models are, what it says of minorities, and how sure of it it is."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import memorization as module
 import numpy as np
 import pytest
 import torch
+from memorization import Ensemble, contrast, make_fit, rank_correlation, table
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.memorization import MemorizationScores
 from neuronsurgery.study import data, models
-from neuronsurgery.study import stage_memorization as module
 from neuronsurgery.study.data import permutation, uniforms
 from neuronsurgery.study.experiments import DRAW_SEED, studied
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import Examples
-from neuronsurgery.study.stage_memorization import (
-    Ensemble,
-    contrast,
-    make_fit,
-    rank_correlation,
-    stage_memorization,
-)
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Recipe, train
 from study.little_study import tiny_resnet
@@ -69,7 +66,7 @@ def trained(dataset: data.DataSet, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def stage(path: Path, dataset: Any, trained: Trained, **options: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {"models": MODELS, "share": SHARE, "recipe": RECIPE, "progress": False, **options}
-    return stage_memorization(RunFolder(path, SETTINGS), dataset, trained, **chosen)
+    return module.memorization(RunFolder(path, SETTINGS), dataset, trained, **chosen)
 
 
 @pytest.fixture
@@ -415,8 +412,7 @@ def test_spearman_and_its_interval_are_scipys(seed: int) -> None:
     said = rank_correlation(torch.from_numpy(x), torch.from_numpy(y), seed)
     assert said["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     resampled = []
-    for times in module._resamples(30, seed):
-        chosen = np.repeat(np.arange(30), times.astype(int))
+    for chosen in module._resamples(30, seed):
         resampled.append(stats.spearmanr(x[chosen], y[chosen]).statistic)
     assert [said["low"], said["high"]] == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
     assert len({tuple(times) for times in module._resamples(30, seed)}) == 50
@@ -441,3 +437,28 @@ def test_resamples_without_spread_count_as_no_relation() -> None:
     x, y = torch.arange(30).double(), torch.zeros(30).double()
     y[29] = 1
     assert rank_correlation(x, y, 0)["low"] == 0
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_has_every_group_and_relation(tmp_path: Path, dataset: data.DataSet, trained: Trained) -> None:
+    row = stage(tmp_path / "run", dataset, trained)
+    printed = table(row, [0.25, 0.5, 0.75, 1.0])
+    assert printed.startswith(f"{MODELS} models on 50 % of the images, 1 epochs each\n")
+    for group in row["groups"]:
+        assert re.search(rf"\n{group['group']} .* (25|50|75|100)\.0 +{group['count']}\n", printed)
+    text = row["minority_difference"]["text"]
+    assert f"\n{text[0].upper()}{text[1:]}.\n" in printed
+    assert all(f"  {one['cut']}, {one['group']}: " in printed for one in row["relation"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["memorization", "falsifications"])
+def test_the_programs_run(program: str, tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / f"{program}.py"
+    only = ["--only", "label noise"] if program == "falsifications" else ["--models", "16"]
+    command = [sys.executable, str(file), "--quick", "--out", str(tmp_path / "run"), *only]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert {"memorization": "Spearman's correlation", "falsifications": "ranks every minority"}[program] in done.stdout

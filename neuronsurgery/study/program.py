@@ -1,0 +1,414 @@
+"""What `neuronsurgery study` does: the settings that are asked for made whole, data and network, and every stage."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from neuronsurgery.study import data
+from neuronsurgery.study.experiments import studied
+from neuronsurgery.study.methods import FINE_TUNING
+from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
+from neuronsurgery.study.options import UsageError
+from neuronsurgery.study.progress import TRAINING, Steps, steps_of
+from neuronsurgery.study.readers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    READERS,
+    Loading,
+    batches,
+    describe_counts,
+    digests,
+    joined_source,
+    training_source,
+)
+from neuronsurgery.study.report import write_report
+from neuronsurgery.study.run import (
+    RunFolder,
+    at_work,
+    describe_run,
+    read_results,
+    refuse_files,
+    refuse_missing_groups,
+    write_results,
+)
+from neuronsurgery.study.seeds import combine, delete_other_seeds, refuse_other_files
+from neuronsurgery.study.settings import COLUMNS, EXPERIMENTS, STAGES, Options, Settings
+from neuronsurgery.study.stage_fragility import stage_fragility
+from neuronsurgery.study.stage_one import Trained, stage_one
+from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, make_arms, stage_two
+from neuronsurgery.study.summary import summary, summary_of_seeds
+from neuronsurgery.study.training import (
+    RECIPES,
+    EpochReport,
+    Hardware,
+    Recipe,
+    checkpoint_epochs,
+    checkpoint_path,
+    distributed,
+    read_trajectory,
+    train,
+)
+
+EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
+QUICK = {
+    "epochs": 5,
+    "draws": 2,
+    "control_draws": 5,
+    "fine_tuning_epochs": 1,
+    "comparison_epochs": 2,
+    "quick": True,
+}
+QUICK_COUNTS = {"train": (350, 24, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
+QUICK_HELD_OUT = {"held-out": (175, 12, 4, 53)}
+
+TIMED: Final = 16
+"""Images in the pass that is timed before anything is trained."""
+
+
+def study(given: Mapping[str, Any]) -> int:
+    """Run what is asked for, write its results and its report, and return the exit status.
+
+    Args:
+        given: the options that stand on the command line, by the fields of `Options`.
+    """
+    started = time.perf_counter()
+    options = make_options(given)
+    _refuse_missing_packages(options)
+    _refuse_missing_device(options.device)
+    path = options.out or _usual_folder(options)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"--out {path} is a file: name a folder, which is made if it is missing")
+    with contextlib.ExitStack() as held:
+        finished = _run_seeds(options, path, held) if options.seeds > 1 else _run_one(options, path, held)
+        if finished is None:
+            return 0  # another process of torchrun: the first one goes on alone
+        print(finished)
+        print(report(path))
+    print(f"{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def report(path: Path) -> Path:
+    """Make the report of a run folder again, and return the page."""
+    return write_report(read_results(path), path)
+
+
+def _usual_folder(options: Options) -> Path:
+    name = options.data + ("-quick" if options.quick else "")
+    last = f"s-{options.seed}-{options.seed + options.seeds - 1}" if options.seeds > 1 else f"-{options.seed}"
+    return Path("runs") / f"{name}-seed{last}"
+
+
+def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str | None:
+    """Return the tables of one run; None on all processes but the first."""
+    results = _run(options, path, held)
+    return None if results is None else summary(results)
+
+
+def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
+    """Return the tables of several seeds, each of which is a run of its own."""
+    seeds = range(options.seed, options.seed + options.seeds)
+    refuse_other_files(path, None if options.overwrite else seeds)
+    finished = {}
+    for place, seed in enumerate(seeds, start=1):
+        sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
+        results = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
+        assert results is not None, "several seeds are of one process"
+        finished[seed] = results
+    write_results(path, together := combine(finished))
+    return summary_of_seeds(together)
+
+
+def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> dict[str, Any] | None:
+    """Return the results of one run, which is taken up where its folder has it; None on all processes but the first.
+
+    Under `torchrun` the processes share the training by empirical risk minimisation, and the first one keeps other runs
+    out of the folder, until `held` is closed. Of several seeds, `first` is the first one.
+    """
+    dataset = _dataset(options, verify=first in (None, options.seed))
+    refuse_missing_groups(dataset, options)
+    built = build_model(options.arch, len(set(dataset.train.targets.tolist())), options.weights, options.seed)
+    per_step = _refuse_misfit(built.model, dataset, options)
+    with distributed(options.device) as rank:
+        if rank == 0:
+            folder = _taken_up(options, path, digests(dataset), held, first)
+            print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
+            folder.steps = _steps(folder, dataset, built, per_step)
+        if dist.is_initialized():
+            dist.barrier()
+        if rank > 0:
+            folder = RunFolder(path, options)
+        trained = _train(folder, dataset, built)
+    if rank > 0:
+        return None
+    results = _surgery(folder, dataset, built, trained)
+    if first is not None:
+        report(path)
+    return results
+
+
+def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
+    """Return the steps of a run, after it was said what of them is left to do and how long that may take."""
+    settings = folder.settings
+    nothing = Trained(built.model, {}, [], studied(built.head))
+    arms = {
+        f"stage-2-{arm.slug}": (
+            arm.name,
+            settings.comparison_epochs if arm.family == "comparison" else 2.0 * settings.fine_tuning_epochs,
+        )
+        for arm in make_arms(_setting(settings, dataset, nothing, built))
+    }
+    steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
+    steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
+    trained = max(checkpoint_epochs(folder.path), default=0)
+    found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
+    steps.announce(found, 0 if trained >= settings.epochs else trained)
+    return steps
+
+
+def _taken_up(
+    options: Options, path: Path, data: Mapping[str, str], held: contextlib.ExitStack, first: int | None
+) -> RunFolder:
+    """Return the folder of a run, held until `held` is closed; of several seeds the folder above it is, too."""
+    if not (path / "run.json").exists():
+        refuse_files(path)  # before there is a file of ours
+    if options.seed == first:
+        held.enter_context(at_work(path.parent))
+        if options.overwrite:
+            delete_other_seeds(path.parent, range(first, first + options.seeds))
+    held.enter_context(at_work(path))
+    folder = RunFolder(path, options, overwrite=options.overwrite, data=data)
+    folder.remove_abandoned()
+    return folder
+
+
+def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> dict[str, Any]:
+    """Return the results of every stage, written down after each."""
+    settings = folder.settings
+    results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
+    setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
+    stages: dict[str, Callable[[], dict[str, Any]]] = {
+        "1": lambda: stage_one(folder, dataset, trained),
+        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
+        "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
+    }
+    for name, stage in stages.items():
+        if name in settings.stages:
+            results |= stage()
+            if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
+                results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
+            write_results(folder.path, results)
+    return results
+
+
+def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
+    _refuse_missing_checkpoints(folder.path)
+    started = time.perf_counter()
+
+    def say(report: EpochReport) -> None:
+        folder.steps.epoch(report, report.epoch, report.epochs, report.seconds)
+
+    model = train(
+        built.model,
+        training_source(dataset),
+        folder.path,
+        recipe=folder.settings.recipe,
+        seed=folder.settings.seed,
+        hardware=_hardware(folder.settings),
+        progress=say,
+    )
+    folder.steps.end(TRAINING, worked=False)  # later steps are timed by one another
+    folder.note_seconds("training", time.perf_counter() - started)
+    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
+    return Trained(model, checkpoints, read_trajectory(folder.path), studied(built.head))
+
+
+def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
+    return Setting(
+        trained=trained,
+        source=training_source(dataset),
+        recipe=settings.recipe,
+        seed=settings.seed,
+        groups=tuple(dataset.train.counts),
+        pretrained=built.pretrained,
+        fine_tuning_epochs=settings.fine_tuning_epochs,
+        comparison_epochs=settings.comparison_epochs,
+        rates=MORE_RATES if settings.full else RATES,
+        joined=joined_source(dataset) if settings.full else None,
+        full=settings.full,
+        **_published(settings, built),
+    )
+
+
+def _published(settings: Settings, built: Built) -> dict[str, Any]:
+    """Return the settings that methods were published with for this data set; recipes are for pre-trained weights."""
+    defaults = DEFAULTS[settings.data]
+    return {
+        "comparisons": defaults.comparisons if built.pretrained else {},
+        "contrast_temperature": defaults.contrast_temperature,
+        "strengths": defaults.strengths,
+    }
+
+
+def _hardware(settings: Settings) -> Hardware:
+    return Hardware(settings.device, settings.bf16, settings.channels_last)
+
+
+def _dataset(options: Options, verify: bool) -> Any:
+    """Return the data set; of images on disk, the first process decodes all of them if they are to be verified."""
+    if options.data in EMBEDDED:
+        held_out = QUICK_HELD_OUT if options.data == "synthetic" else {}
+        counts = QUICK_COUNTS | held_out if options.quick else None
+        dataset: Any = EMBEDDED[options.data](options.seed, counts=counts)
+    else:
+        chosen = {name: getattr(options, f"{name}_column") for name in COLUMNS} | {"table": options.table}
+        dataset = READERS[options.data](
+            options.root,
+            size=options.size,
+            loading=Loading(options.workers, options.pin_memory),
+            verify=verify and not options.no_verify and int(os.environ.get("RANK", "0")) == 0,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        dataset = dataset.normalized(options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD)
+        print(describe_counts(dataset))
+    return dataset if options.held_out is None else data.hold_out(dataset, options.held_out, options.seed)
+
+
+# What is asked for
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`.
+
+    Args:
+        given: the options that stand on the command line, by the fields of `Options`.
+
+    Raises:
+        UsageError: if several seeds are asked of several processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if given.get("seeds", 1) > 1 and processes > 1:
+        raise UsageError("--seeds is for one process: under torchrun give one --seed at a time")
+    name = given.get("data", "synthetic")
+    recipe, arch = _recipe(given), given.get("arch", DEFAULTS[name].arch)
+    chosen: dict[str, Any] = {**vars(recipe), "arch": arch, "preset": "adam" if name in EMBEDDED else name}
+    chosen |= _lengths(given, recipe.epochs) | {"processes": processes}
+    if name not in EMBEDDED and "size" not in given:
+        chosen["size"] = input_size(arch)
+    if name == "folder":
+        chosen |= {"table": "metadata.csv", **{f"{column}_column": column for column in COLUMNS}}
+    return Options(**{**chosen, **given, **_ordered(given)})
+
+
+def _ordered(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiments and stages that are asked for, in the order of the study."""
+    every: dict[str, tuple[str, ...]] = {"experiments": EXPERIMENTS, "stages": STAGES}
+    return {
+        name: names if "all" in given[name] else tuple(each for each in names if each in given[name])
+        for name, names in every.items()
+        if name in given
+    }
+
+
+def _lengths(given: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """The settings that say how long a run takes."""
+    lengths: dict[str, Any] = {"comparison_epochs": max(1, 2 * epochs // 5)}
+    if given.get("full"):
+        lengths = {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": epochs}
+    return lengths | (QUICK if given.get("quick") else {})
+
+
+def _recipe(given: Mapping[str, Any]) -> Recipe:
+    """The recipe of the preset, at the length that is the data set's own, or what was asked for instead."""
+    own = DEFAULTS[given.get("data", "synthetic")].recipe
+    recipe = replace(RECIPES[given["preset"]], epochs=own.epochs) if "preset" in given else own
+    return replace(recipe, **{name: given[name] for name in ("epochs", "batch_size") if name in given})
+
+
+# What is found before any work
+
+
+def _refuse_missing_packages(settings: Settings) -> None:
+    """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
+    learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
+    needed = {"scipy": "scipy"} | ({"sklearn": "scikit-learn"} if learned else {})
+    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
+    needed |= {"PIL": "Pillow"} if settings.data not in EMBEDDED or "fragility" in settings.stages else {}
+    missing = []
+    for module, package in needed.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{package} ({error})")
+    if missing:
+        raise ImportError(
+            f"--data {settings.data} with the stages {', '.join(settings.stages)} needs packages that are not "
+            f"installed, {', '.join(missing)}: pip install 'neuronsurgery[study]'"
+        )
+
+
+def _refuse_missing_device(device: str | None) -> None:
+    """Raise a ValueError if nothing can be computed on a device."""
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # the former where torch was built without the device
+        said = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({said}): leave it out to use the CPU") from error
+
+
+def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
+    """Return about how many seconds a step of training takes, from a pass forward on a copy of the network, or 0.
+
+    Raises:
+        ValueError: if the network does not take the images of the data set.
+    """
+    few = dataset.train.subset(torch.arange(min(2, len(dataset.train))))
+    if settings.data not in EMBEDDED:
+        few = replace(few, loading=Loading())  # without workers, which take longer to start than two images
+    images, _, _ = next(iter(batches(few, 2)))
+    network, many = copy.deepcopy(model).eval(), images[:1].expand(TIMED, *images.shape[1:])
+    try:
+        with torch.no_grad():
+            network(images)
+            seconds = min(_seconds(network, many) for _ in range(3))  # the first one is slow
+    except Exception as error:  # whatever a network says to images of the wrong size: timm asserts
+        size, made_for = images.shape[-1], input_size(settings.arch)
+        on_disk = settings.data not in EMBEDDED and size != made_for
+        step = f"pass --size {made_for}, for which it is made" if on_disk else "choose another one with --arch"
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{settings.arch} does not take images of {size} x {size} ({said}): {step}") from error
+    passes = 3 * settings.batch_size / TIMED  # a step goes back, too, which takes about twice as long
+    return 0.0 if settings.device else passes * seconds  # it was timed on the CPU
+
+
+def _seconds(network: nn.Module, images: torch.Tensor) -> float:
+    """How long a pass forward takes."""
+    started = time.perf_counter()
+    network(images)
+    return time.perf_counter() - started
+
+
+def _refuse_missing_checkpoints(path: Path) -> None:
+    """Raise a FileNotFoundError if checkpoints were taken out of the middle of a training."""
+    held = checkpoint_epochs(path)
+    missing = sorted(set(range(max(held, default=0))) - set(held))
+    if missing:
+        raise FileNotFoundError(
+            f"{path}: the checkpoints of epochs {', '.join(map(str, missing))} are missing, the first of them "
+            f"{checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
+        )
