@@ -1,4 +1,4 @@
-"""The command line: `neuronsurgery study`, `neuronsurgery report`, `neuronsurgery show`.
+"""The command line: `neuronsurgery study`, `audit`, `report`, `show`.
 
 A command is an entry of `COMMANDS`; what it runs is imported when it is run, since that brings torch.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.study.options import PROGRAM, UsageError, fail, near, option, parse
-from neuronsurgery.study.settings import Options, refuse_contradictions
+from neuronsurgery.study.settings import AuditOptions, Options, refuse_contradictions, refuse_contradictory_audit
 
 Given = Mapping[str, Any]
 """The options that stand on a command line, by the fields of their dataclass."""
@@ -38,6 +38,13 @@ def _study(given: Given) -> int:
     from neuronsurgery.study.program import study
 
     return study(given)
+
+
+def _audit(given: Given) -> int:
+    refuse_contradictory_audit(given)
+    from neuronsurgery.study.audit.command import run
+
+    return run(AuditOptions(**given))
 
 
 def _report(given: Given) -> int:
@@ -80,6 +87,14 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
         "beside them. Stage 2: fine-tune against the pruned twin, beside its controls and other methods. Fragility: "
         "who is memorised, without group labels. A run that was killed goes on where it was.",
+    ),
+    "audit": Command(
+        AuditOptions,
+        "look at a trained network: whom it remembers, and which few neurons carry its worst group",
+        _audit,
+        "Nothing is trained, and no group labels are needed. Leaves one page with the accuracy of every class and "
+        "group, the most fragile examples of each class, and a set of neurons that was searched on one half of the "
+        "examples and judged on the other. An audit that was stopped goes on where it was.",
     ),
     "report": Command(Report, "make the report of a run folder again", _report),
     "show": Command(
@@ -147,7 +162,7 @@ def _version() -> str:
 
 
 def _how_to_go_on(name: str, given: Given) -> str:
-    if name != "study":
+    if name not in ("study", "audit"):
         return "start it again"
     return f"the same command{', without --overwrite,' if given.get('overwrite') else ''} goes on from here"
 

@@ -8,6 +8,8 @@ the others.
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +32,8 @@ COLUMNS: Final = ("path", "label", "attribute", "split")
 DISK: Final = "images on disk"
 NETWORK: Final = "network"
 HARDWARE: Final = "hardware"
+EXAMPLES: Final = "examples"
+OF_A_TABLE: Final = ("label_column", "path_column", "group_column", "split_column", "split")
 
 
 def _share(text: str) -> float:
@@ -62,7 +66,7 @@ def _path_text(text: str) -> str:
 
 def _channels(help: str, imagenet: str, **how: Any) -> Any:
     said = {"otherwise": f"ImageNet's, {imagenet}", "several": True, "count": 3, "metavar": "R G B", "group": DISK}
-    return option(None, help, **said, **how)
+    return option(None, help, **{**said, **how})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +258,147 @@ class Options(Settings):
     workers: int = option(0, "processes that decode images", values=whole(0), metavar="N", otherwise="0", group=DISK)
     pin_memory: bool = option(False, "for a faster way to the device", group=DISK)
     no_verify: bool = option(False, "do not decode every image before training starts", group=DISK)
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a time such as 90s, 10m or 1.5h; infinity for "none".
+
+    Example:
+        >>> _seconds("1.5h")
+        5400.0
+    """
+    if text.lower() == "none":
+        return math.inf
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip().lower())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1.5h, or none, not {text!r}")
+    return float(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[found[2]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """What `neuronsurgery audit` is asked for.
+
+    Attributes:
+        weights: a file of weights, or a folder of transformers.
+        arch: a network of torchvision or timm.
+        model: "package.module:function" that makes the network.
+        early: weights of the same network after its first epochs.
+        root: the folder of the images.
+        table: a CSV file of paths (or texts) and classes; None: one subfolder of `root` per class.
+        label_column: of the classes.
+        path_column: of the images' paths.
+        text_column: of the texts, for a network that reads texts.
+        group_column: of the groups, or of an attribute; None where nobody knows them.
+        split_column: of the splits.
+        split: which one to take; None takes all rows.
+        size: height and width that the network is given; None: what it is made for.
+        mean: that pixels are normalised with, by channel; None: ImageNet's.
+        std: the same.
+        budget: seconds to keep to; infinity for no limit.
+        plan: only say what it will cost.
+        out: the folder of the report.
+        batch_size: None: the one that goes fastest.
+        workers: processes that decode images.
+        anyway: go on where the network is no better than chance.
+        seed: of the halves, the parts and the controls.
+    """
+
+    weights: Path | None = option(
+        None,
+        "the trained weights: safetensors, a torch state dict, or a folder of transformers",
+        values=Path,
+        metavar="FILE",
+        group=NETWORK,
+    )
+    arch: str | None = option(None, "any name of torchvision or timm", metavar="NAME", group=NETWORK)
+    model: str | None = option(
+        None, "a function that makes the network, package.module:function", metavar="NAME", group=NETWORK
+    )
+    early: Path | None = option(
+        None,
+        "its weights after the first epochs, to rank the examples by what it had wrong then",
+        values=Path,
+        metavar="FILE",
+        group=NETWORK,
+    )
+    root: Path | None = option(
+        None,
+        "the folder of the images, with one subfolder per class or a table",
+        values=Path,
+        metavar="DIR",
+        group=EXAMPLES,
+    )
+    table: Path | None = option(None, "a CSV file of paths or texts", values=Path, metavar="FILE", group=EXAMPLES)
+    label_column: str = option("label", "the column of classes", metavar="NAME", otherwise="label", group=EXAMPLES)
+    path_column: str = option("path", "the column of paths", metavar="NAME", otherwise="path", group=EXAMPLES)
+    text_column: str | None = option(None, "the column of texts", metavar="NAME", group=EXAMPLES)
+    group_column: str | None = option(
+        None,
+        "the column of groups, or of an attribute",
+        metavar="NAME",
+        otherwise="none, groups are inferred",
+        group=EXAMPLES,
+    )
+    split_column: str = option("split", "the column of splits", metavar="NAME", otherwise="split", group=EXAMPLES)
+    split: str | None = option(
+        None, "take the rows of this split", metavar="NAME", otherwise="all rows", group=EXAMPLES
+    )
+    size: int | None = option(
+        None,
+        "height and width that the network is given",
+        values=whole(1),
+        metavar="N",
+        otherwise="what timm says of the network, else 224",
+        group=EXAMPLES,
+    )
+    mean: tuple[float, ...] | None = _channels(
+        "taken from red, green and blue in [0, 1]", "0.485,0.456,0.406", values=_number, group=EXAMPLES
+    )
+    std: tuple[float, ...] | None = _channels(
+        "what they are then divided by", "0.229,0.224,0.225", values=_positive, group=EXAMPLES
+    )
+    budget: float = option(
+        1800.0,
+        "keep to this time: 90s, 10m, 1.5h, or none for no limit",
+        values=_seconds,
+        metavar="TIME",
+        otherwise="30m",
+    )
+    plan: bool = option(False, "say what it will cost, and do nothing")
+    out: Path = option(Path("audit"), "the folder of the report", values=Path, metavar="DIR", otherwise="audit")
+    batch_size: int | None = option(
+        None, "examples in a batch", values=whole(1), metavar="N", otherwise="the size that goes fastest"
+    )
+    workers: int = option(0, "processes that decode images", values=whole(0), metavar="N", otherwise="0")
+    anyway: bool = option(False, "go on where the network is no better than chance")
+    seed: int = option(0, "of the halves, the parts and the controls", values=whole(0), metavar="N", otherwise="0")
+
+
+def refuse_contradictory_audit(given: Mapping[str, Any]) -> None:
+    """Raise a UsageError if options of an audit miss or contradict each other, whatever the files are like.
+
+    Args:
+        given: the options of `AuditOptions` that stand on the command line, by field.
+    """
+    if "model" in given and "arch" in given:
+        raise UsageError("--model and --arch name two networks: leave one out")
+    if "model" not in given and "weights" not in given:
+        raise UsageError(
+            "an audit needs a trained network: --weights FILE with --arch NAME, or --model package:function"
+        )
+    if "model" in given and not re.fullmatch(r"[^:]+:[^:]+", given["model"]):
+        raise UsageError(
+            f"--model {given['model']}: expected a function as package.module:function, such as my_package:make_network"
+        )
+    if "text_column" in given and "table" not in given:
+        raise UsageError("--text-column is a column of a table: pass --table FILE")
+    if "text_column" not in given and "root" not in given:
+        raise UsageError("the images need --root DIR: a folder with one subfolder per class, or what --table is of")
+    if "table" not in given:
+        found = [f"--{name.replace('_', '-')}" for name in OF_A_TABLE if name in given]
+        if found:
+            raise UsageError(f"{', '.join(found)}: of a table, and there is none: pass --table FILE, or leave it out")
 
 
 def refuse_contradictions(given: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import nn
 import neuronsurgery as ns
 from neuronsurgery.study import data, models
 from neuronsurgery.study.audit import Audit, Loaded, audit, plan
-from neuronsurgery.study.audit.command import Options, examples_of, network_of, run, seconds_of
+from neuronsurgery.study.audit.command import examples_of, network_of, run
+from neuronsurgery.study.cli import main
+from neuronsurgery.study.settings import AuditOptions
 from neuronsurgery.study.training import Recipe, train
 from study.little_study import tiny_resnet
 
@@ -197,10 +200,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def given(files: Path, **more: Any) -> Options:
+def given(files: Path, **more: Any) -> AuditOptions:
     chosen: dict[str, Any] = {"weights": files / "my.pt", "arch": "small_resnet", "root": files / "images", "size": 32}
     chosen |= {"table": files / "m.csv", "label_column": "y"}
-    return Options(**chosen | more)
+    return AuditOptions(**chosen | more)
 
 
 def test_examples_of_a_table_and_of_folders(files: Path) -> None:
@@ -225,7 +228,7 @@ def test_examples_of_a_table_and_of_folders(files: Path) -> None:
 def test_the_command_writes_a_page_a_table_and_the_edits(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = given(files, out=tmp_path / "audit", anyway=True, group_column="g", batch_size=60, budget="none")
+    options = given(files, out=tmp_path / "audit", anyway=True, group_column="g", batch_size=60, budget=math.inf)
     assert run(options) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("The network is right on")
@@ -259,11 +262,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "an audit needs a trained network: --weights FILE",
     ),
     "weights alone": ({"arch": None}, "is no folder of transformers: say with --arch"),
-    "two networks": ({"model": "torch:nn"}, "--model and --arch name two networks"),
     "no such file": ({"weights": Path("gone.pt")}, "gone.pt"),
     "another network": ({"arch": "resnet18"}, "has no head of resnet18"),
     "a name that is near": ({"arch": "small_resnets"}, "no network is called 'small_resnets'; the nearest"),
-    "no root": ({"root": None}, "the images need --root DIR"),
     "no such root": ({"root": Path("gone")}, "--root gone: no such folder"),
     "no such table": ({"table": Path("gone.csv")}, "--table gone.csv: no such file"),
     "no such column": ({"label_column": "label"}, "expected 'label', found 'path', 'y', 'g', 'part', 'word'"),
@@ -272,12 +273,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"split_column": "part", "split": "train"},
         "no row has the split 'train': its splits are test, val",
     ),
-    "no function": ({"arch": None, "model": "resnet"}, "expected a function as package.module:function"),
     "no module": ({"arch": None, "model": "no_such_module:make"}, "no_such_module cannot be imported"),
     "no name in it": ({"arch": None, "model": "json:make"}, "json has no 'make'"),
     "no network in it": ({"arch": None, "model": "json:JSONDecoder"}, "expected a torch module, found a JSONDecoder"),
     "texts for images": ({"text_column": "word"}, "--text-column is for networks that read texts"),
-    "no such budget": ({"budget": "soon"}, "--budget soon: expected a time such as 90s, 10m or 1.5h, or none"),
     "folders without classes": ({"table": None}, "has no two subfolders with images"),
     "chance": ({}, "no better than chance"),
 }
@@ -303,8 +302,29 @@ def test_missing_and_broken_images_are_all_listed(files: Path, tmp_path: Path) -
     assert "images that cannot be read (2): line 3: broken.png" in said
 
 
-def test_times() -> None:
-    assert (seconds_of("90s"), seconds_of("10m"), seconds_of("none")) == (90.0, 600.0, None)
+USAGE: dict[str, str] = {
+    "": "an audit needs a trained network: --weights FILE with --arch NAME, or --model package:function",
+    "--model a:b --arch resnet18": "--model and --arch name two networks: leave one out",
+    "--model resnet --root x": "--model resnet: expected a function as package.module:function, such as "
+    "my_package:make_network",
+    "--weights x": "the images need --root DIR: a folder with one subfolder per class, or what --table is of",
+    "--weights x --text-column t": "--text-column is a column of a table: pass --table FILE",
+    "--weights x --root x --split a": "--split: of a table, and there is none: pass --table FILE, or leave it out",
+    "--weights x --budget soon": "--budget: expected a time such as 90s, 10m or 1.5h, or none, not 'soon'",
+    "--weights x --budget 0m": "--budget: expected a time such as 90s, 10m or 1.5h, or none, not '0m'",
+    "--wieghts x": "there is no option --wieghts: did you mean --weights?",
+    "--weights x --size 0": "--size: expected a whole number of at least 1, not '0'",
+}
+
+
+@pytest.mark.parametrize("words", USAGE)
+def test_what_cannot_be_meant_is_said_at_once(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["audit", *words.split()])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    assert status == 2
+    assert capsys.readouterr().err == f"neuronsurgery: error: {USAGE[words]}\n"
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -337,7 +357,7 @@ def test_a_folder_of_transformers_and_a_table_of_texts(
         for place, length in enumerate(torch.randint(2, 12, (80,), generator=generator))
     ]
     write_table(rows, tmp_path / "t.csv")
-    options = Options(
+    options = AuditOptions(
         weights=classifier,
         table=tmp_path / "t.csv",
         label_column="mood",
@@ -345,7 +365,7 @@ def test_a_folder_of_transformers_and_a_table_of_texts(
         out=tmp_path / "audit",
         anyway=True,
         batch_size=20,
-        budget="none",
+        budget=math.inf,
     )
     network = network_of(options)
     assert network.class_names == ["negative", "positive"]
@@ -357,7 +377,7 @@ def test_a_folder_of_transformers_and_a_table_of_texts(
     assert "The network is right on" in capsys.readouterr().out
     assert "<p>" in (tmp_path / "audit" / "report.html").read_text()
     with pytest.raises(ValueError, match="this network reads texts: pass --table FILE and --text-column NAME"):
-        run(dataclasses.replace(options, text_column=None))
+        run(dataclasses.replace(options, text_column=None, root=tmp_path))
     rows[3]["mood"] = "mixed"
     write_table(rows, tmp_path / "t.csv")
     with pytest.raises(ValueError, match=r"classes that the model does not know \(1\): line 5 \('mixed'\)"):

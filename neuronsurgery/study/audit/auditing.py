@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +56,8 @@ def audit(
 
     - **Accuracy** of every class, and of every group where groups are known, with Wilson's interval.
     - **Who is fragile**: the last residual branches are cut, and the examples of a class whose margin falls out of its
-      others' (Tukey's fence) are flagged. Without such branches, the margins of `early` or else of the network as it is
-      take that place, which the answer says.
+      others' (Tukey's fence) are flagged. Where `early` is given its margins take that place, and without such branches
+      those of the network as it is, which the answer says.
     - **A critical set**: the group of lowest accuracy (of at least 20 examples; among inferred groups a fragile one) is
       searched for at most k neurons on one half of its examples and judged on the other half.
 
@@ -65,7 +66,7 @@ def audit(
         images: `ImageFiles` or `Texts`, or any re-iterable of batches (inputs, targets) or (inputs, targets, groups).
         class_names: of class 0, 1, ..., for a loader.
         group_names: of group 0, 1, ..., for a loader.
-        early: the same network after the first epochs, to name those that it had wrong then.
+        early: the same network after its first epochs, to rank the examples by what it had wrong then.
         budget: seconds to keep to: where all examples take longer, a part is looked at, and the answers say which.
         k: how many neurons at most.
         predict: the model's output -> logits.
@@ -163,7 +164,7 @@ class _Auditing:
             if len(kept):
                 self._tell(f"{len(kept)} parts are there from before")
             base, cut = self._margins(places, costs, kept)
-            found = Fragile.of(self.examples, places, base, cut, self.edit is not None)
+            found = Fragile.of(self.examples, places, base, cut, self._ranks_by())
             return self._answered(found, self._critical(found, plan, costs, kept), plan)
 
     def _tell(self, what: str) -> None:
@@ -185,10 +186,12 @@ class _Auditing:
     @functools.cached_property
     def planned(self) -> tuple[Plan, Costs]:
         """What will be done, and the costs that say so."""
+        started = time.perf_counter()
         self._refuse()
         costs = measure(self.model, self.examples, self.edit, self.how, self.batch)
         count = len(self.examples.targets)
-        left = math.inf if self.budget is None else 0.8 * self.budget  # what is measured is not what it will be
+        spent = time.perf_counter() - started
+        left = math.inf if self.budget is None else 0.8 * self.budget - spent  # what is measured is not what will be
         scored = count
         while scored > FIRST and costs.fragile(scored) > left / 2:
             scored = int(scored * 0.9)
@@ -246,10 +249,10 @@ class _Auditing:
         return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     def _margins(self, places: Tensor, costs: Costs, kept: Parts) -> tuple[Tensor, Tensor | None]:
-        """Return the margins of the network as it is, and under the cut (or of the early one), float64 (N,)."""
+        """Return the margins of the network as it is, and those that rank, if there are others, float64 (N,)."""
         size = max(costs.batch, int(SECONDS / max(costs.load + costs.forward + costs.knockout, 1e-9)))
         names = {f"margins of {start} to {start + size}": part for start, part in _chunks(places, size)}
-        edits = {} if self.edit is None else {"knockout": self.edit}
+        edits = {} if self.edit is None or self.early is not None else {"knockout": self.edit}
         few = next(iter(self.examples.batches(places[:2], 2)))
         shared: Any = None
         for number, (name, part) in enumerate(names.items()):
@@ -259,7 +262,7 @@ class _Auditing:
             loader = list(self.examples.batches(part, costs.batch))
             swept = ns.sweep(shared, edits, loader, metric=ns.margin, **self.how)
             values = [swept.values().tolist(), swept.values("knockout").tolist() if edits else None]
-            if not edits and self.early is not None:
+            if self.early is not None:
                 values[1] = ns.sweep(self.early, {}, loader, metric=ns.margin, **self.how).values().tolist()
             kept.keep({name: values})
             self._tell(f"{number + 1} of {len(names)} parts of the examples cut")
@@ -268,6 +271,13 @@ class _Auditing:
         if cut[0] is None:
             return first, None
         return first, torch.tensor(list(itertools.chain(*cut)), dtype=torch.float64)
+
+    def _ranks_by(self) -> str:
+        """Return what the examples are ranked by, in words."""
+        if self.early is not None:
+            return "margins of the early network"
+        cut = "margins under a cut of the last residual branches"
+        return "margins of the network as it is" if self.edit is None else cut
 
     # Which neurons
 

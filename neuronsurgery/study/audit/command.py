@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from neuronsurgery.study.audit.auditing import audit, plan
@@ -17,71 +15,17 @@ from neuronsurgery.study.models import input_size
 from neuronsurgery.study.readers import Loading
 from neuronsurgery.study.readers.layouts import middle
 from neuronsurgery.study.readers.pixels import Framing
-
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `neuronsurgery audit` is asked for; the names are those of its options.
-
-    Attributes:
-        weights: a file of weights, or a folder of transformers.
-        arch: a network of torchvision or timm.
-        model: "package.module:function" that makes the network.
-        root: the folder of the images.
-        table: a CSV file of paths (or texts) and classes; None: one subfolder of `root` per class.
-        label_column: of the classes.
-        path_column: of the images' paths.
-        text_column: of the texts, for a network that reads texts.
-        group_column: of the groups, or of an attribute; None where nobody knows them.
-        split_column: of the splits.
-        split: which one to take; None takes all rows.
-        early: weights of the same network after its first epochs.
-        size: height and width that the network is given; None: what it is made for.
-        mean: that pixels are normalised with, by channel; None: ImageNet's.
-        std: the same.
-        budget: a time such as "10m" to keep to, or "none".
-        plan: only say what it will cost.
-        out: the folder of the report.
-        batch_size: None: the one that goes fastest.
-        workers: processes that decode images.
-        anyway: go on where the network is no better than chance.
-        seed: of the halves, the parts and the controls.
-    """
-
-    weights: Path | None = None
-    arch: str | None = None
-    model: str | None = None
-    root: Path | None = None
-    table: Path | None = None
-    label_column: str = "label"
-    path_column: str = "path"
-    text_column: str | None = None
-    group_column: str | None = None
-    split_column: str = "split"
-    split: str | None = None
-    early: Path | None = None
-    size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    budget: str = "30m"
-    plan: bool = False
-    out: Path = Path("audit")
-    batch_size: int | None = None
-    workers: int = 0
-    anyway: bool = False
-    seed: int = 0
+from neuronsurgery.study.settings import AuditOptions
 
 
-def run(options: Options) -> int:
+def run(options: AuditOptions) -> int:
     """Print the plan, or make the report and print its answers; return the exit status, 0.
 
     Raises:
         ValueError: if options miss or contradict each other, or what they name does not fit; before any long work.
         OSError: if a file is missing or cannot be read or written.
     """
-    budget = seconds_of(options.budget)
+    budget = None if math.isinf(options.budget) else options.budget
     network = network_of(options)
     examples = examples_of(options, network)
     if options.plan:
@@ -106,33 +50,13 @@ def run(options: Options) -> int:
     return 0
 
 
-def seconds_of(text: str) -> float | None:
-    """Return the seconds of a time such as 90s, 10m or 1.5h; None for "none".
-
-    Raises:
-        ValueError: if it is no such time.
-
-    Example:
-        >>> seconds_of("1.5h")
-        5400.0
-    """
-    if text.lower() == "none":
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip().lower())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"--budget {text}: expected a time such as 90s, 10m or 1.5h, or none")
-    return float(found[1]) * UNITS[found[2]]
-
-
-def network_of(options: Options) -> Network:
+def network_of(options: AuditOptions) -> Network:
     """Return the network that the options name.
 
     Raises:
-        ValueError: if they name none or several, or its weights do not fit.
+        ValueError: if its weights do not fit, or nothing says which network they are of.
         OSError: if a file is missing.
     """
-    if options.model is not None and options.arch is not None:
-        raise ValueError("--model and --arch name two networks: leave one out")
     if options.model is not None:
         return from_function(options.model, options.weights)
     if options.weights is None:
@@ -149,7 +73,7 @@ def network_of(options: Options) -> Network:
     )
 
 
-def examples_of(options: Options, network: Network) -> Examples:
+def examples_of(options: AuditOptions, network: Network) -> Examples:
     """Return the examples that the options name, checked.
 
     Raises:
@@ -163,8 +87,7 @@ def examples_of(options: Options, network: Network) -> Examples:
         return replace(texts, encode=network.encode.fitted(texts.texts))
     if options.text_column is not None:
         raise ValueError("--text-column is for networks that read texts: this one takes images, leave it out")
-    if options.root is None:
-        raise ValueError("the images need --root DIR: a folder with one subfolder per class, or what --table is of")
+    assert options.root is not None  # or the command line was refused
     if not options.root.is_dir():
         raise FileNotFoundError(f"--root {options.root}: no such folder")
     loading, framing = Loading(options.workers), framing_of(options)
@@ -173,7 +96,7 @@ def examples_of(options: Options, network: Network) -> Examples:
     return from_table(options.root, _table(options, options.path_column), framing, loading, network.class_names)
 
 
-def framing_of(options: Options) -> Framing:
+def framing_of(options: AuditOptions) -> Framing:
     """Return how images are brought to size: both sides resized where a size is given, the middle of it else."""
     normal: dict[str, Any] = {
         name: value for name, value in (("mean", options.mean), ("std", options.std)) if value is not None
@@ -183,7 +106,7 @@ def framing_of(options: Options) -> Framing:
     return replace(middle(input_size(options.arch or "resnet50")), **normal)
 
 
-def _table(options: Options, path: str) -> Table:
+def _table(options: AuditOptions, path: str) -> Table:
     assert options.table is not None
     file = options.table
     if not file.is_file() and options.root is not None and (options.root / file).is_file():
@@ -192,19 +115,3 @@ def _table(options: Options, path: str) -> Table:
         raise FileNotFoundError(f"--table {options.table}: no such file")
     split = None if options.split is None else (options.split_column, options.split)
     return Table(file, options.label_column, path, options.group_column, split)
-
-
-def numbers_of(values: Sequence[str]) -> tuple[float, ...]:
-    """Return three numbers given as "a b c" or "a,b,c".
-
-    Raises:
-        ValueError: if they are not three numbers.
-    """
-    parts = [part for value in values for part in value.split(",") if part]
-    try:
-        numbers = tuple(float(part) for part in parts)
-    except ValueError:
-        numbers = ()
-    if len(numbers) != 3:
-        raise ValueError(f"expected three numbers, such as 0.5,0.5,0.5, not {' '.join(values)}")
-    return numbers

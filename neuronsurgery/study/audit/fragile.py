@@ -32,13 +32,10 @@ class Fragile:
     caveats: tuple[str, ...]
 
     @classmethod
-    def of(cls, examples: Examples, places: Tensor, base: Tensor, cut: Tensor | None, branches: bool) -> Fragile:
-        """Return it, from the margins of the network as it is and under the cut."""
-        by = "margins under a cut of the last residual branches"
-        if not branches:
-            by = "margins of the early network" if cut is not None else "margins of the network as it is"
+    def of(cls, examples: Examples, places: Tensor, base: Tensor, other: Tensor | None, by: str) -> Fragile:
+        """Return it, from the margins of the network as it is, and others that rank the examples, if there are any."""
         targets = examples.targets[places]
-        scores = -(base if cut is None else cut)
+        scores = -(base if other is None else other)
         flags, few = torch.zeros(len(places), dtype=torch.bool), []
         for target in sorted(set(targets.tolist())):
             own = (targets == target).nonzero().flatten()
@@ -49,7 +46,7 @@ class Fragile:
             except ValueError:
                 few.append(name_of(examples.class_names, target))
         caveats = [f"In {', '.join(few)} fewer than three stand out, or are left: none is flagged."] if few else []
-        if not branches:
+        if other is None:
             caveats.append(f"The network has no residual branches to cut: {by} say who is fragile, which is weaker.")
         return cls(examples, places, base, scores, flags, by, tuple(caveats))
 
