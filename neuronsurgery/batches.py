@@ -159,6 +159,8 @@ def group_names(groups: Any) -> tuple[Group, ...]:
         groups = groups.tolist()
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(f"groups are one integer or string per example, not a {type(groups).__name__}")
+    if set(map(type, groups)) <= {int, str}:  # as they nearly always are, and there may be many
+        return tuple(groups)
     names: tuple[Any, ...] = tuple(g.item() if isinstance(g, Tensor | np.generic) else g for g in groups)
     wrong = sorted({type(name).__name__ for name in names if not isinstance(name, int | str) or isinstance(name, bool)})
     if wrong:
@@ -374,15 +376,13 @@ class Examples:
         return Batch(args, kwargs, self.targets, self.groups, self.indices)
 
     def take(self, indices: Sequence[int]) -> Examples:
-        """Return some of the examples.
-
-        A contiguous range is a view; anything else is copied, so that a loader may reuse its memory.
-        """
+        """Return some of the examples: a range as a view; else copies, so that a loader may reuse its memory."""
+        index = None if isinstance(indices, range) else torch.tensor(indices, device="cpu")
 
         def pick(tensor: Tensor) -> Tensor:
-            if isinstance(indices, range):
-                return tensor[indices.start : indices.stop]
-            return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+            if index is None:
+                return tensor[indices.start : indices.stop]  # type: ignore[attr-defined]  # a range
+            return tensor.index_select(0, index.to(tensor.device))
 
         pairs = zip(self.leaves, self.per_example, strict=True)
         leaves = tuple(pick(leaf) if flag else leaf for leaf, flag in pairs)

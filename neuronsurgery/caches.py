@@ -175,6 +175,8 @@ class Attributes:
         for cell, content in self._cells:
             cell.cell_contents = content
         for buffers, before in self._buffers:
+            if not buffers:
+                continue
             # Made in a forward pass, or computed from a parameter: the graph of that is gone after one backward pass.
             made = [name for name in buffers if before.get(name) is None and buffers[name] is not None]
             if made or any(buffer is not None and buffer.requires_grad for buffer in buffers.values()):

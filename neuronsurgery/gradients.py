@@ -1,7 +1,7 @@
 """Group gradients and their norms: how much the mean loss over a group depends on each neuron.
 
-The model runs through `torch.func.functional_call` on a copy in evaluation mode, with the scored parameters as the only
-leaves, and `torch.autograd.grad` differentiates: the same numbers as `torch.func.grad`, which holds more at once.
+A copy of the model runs in evaluation mode, with the scored parameters as the only leaves, and `torch.autograd.grad`
+differentiates: the same numbers as `torch.func.grad`, which holds more at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Installed, differentiable, differentiable_rnns
 from neuronsurgery.discovery import given_layout
-from neuronsurgery.distributed import add_up, agreed, exchange
+from neuronsurgery.distributed import agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
@@ -30,15 +29,13 @@ from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrou
 from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
+from neuronsurgery.sums import GroupSum
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import KERNELS, restoring
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
 
 MEMORY_WARNING = 4e9
 """Bytes of sums of gradients above which a mixed stream warns."""
-
-Sums: TypeAlias = dict[str, Tensor]
-"""For each scored layer the sum of its gradients over the examples of a group, in float32 or wider."""
 
 Members: TypeAlias = Mapping[Group, Sequence[int] | None]
 """The positions of each group's examples in a batch; None for all."""
@@ -55,7 +52,7 @@ class _Objective:
         runner: the model, as a copy to run.
         layout: the scored layers.
         leaves: the scored tensors by the layers' names, sharing the model's memory; only these get a gradient.
-        parameters: all of the model's tensors, the leaves among them, by every place in `Within` that holds them.
+        installed: all of the model's tensors, the leaves among them, for every place in the copy that holds them.
         loss: (logits, targets) -> one loss per example; None is the default.
         predict: the model's output -> logits; None is the default.
         held: the scored parameters that plain attributes hold, too, and where.
@@ -64,7 +61,7 @@ class _Objective:
     runner: Runner
     layout: Layout
     leaves: Mapping[str, Tensor]
-    parameters: Mapping[str, Tensor]
+    installed: Installed
     loss: Loss | None
     predict: Predict | None
     held: Mapping[str, str]
@@ -102,23 +99,15 @@ def _objective(
     first_names = surveyed.first_names(leaves)
     tensors = {name: differentiable(parameter) for name, parameter in runner.parameters.items()}
     tensors |= {first_names[name]: leaf for name, leaf in leaves.items()}
-    parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
     elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
     held = {name: at for name, at in elsewhere.items() if name in first_names.values()}
-    return _Objective(runner, layout, leaves, parameters, loss, predict, held)
-
-
-def _zeros(objective: _Objective) -> Sums:
-    return {
-        name: torch.zeros_like(leaf, dtype=wide_dtype(leaf), requires_grad=False)
-        for name, leaf in objective.leaves.items()
-    }
+    return _Objective(runner, layout, leaves, Installed(runner, tensors), loss, predict, held)
 
 
 # Gradients of a batch
 
 
-def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups: Members, seen: _Seen) -> None:
+def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, groups: Members, seen: _Seen) -> None:
     """Add to the sums of each group the gradients of the summed loss over its examples in a batch.
 
     Args:
@@ -130,16 +119,14 @@ def _add(sums: Mapping[Group, Sums], objective: _Objective, batch: Batch, groups
     """
     batch = move(batch, objective.runner.device)
     with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
-        within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
+        objective.installed.put()
         try:
-            found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
+            found = _gradients(objective, batch, groups, seen)
         finally:
             objective.runner.attributes.restore()  # the graph of what was kept is gone
     for group, (count, gradients) in found.items():
-        for (name, total), gradient in zip(sums[group].items(), gradients, strict=True):
-            if gradient is not None:
-                seen.reached.add(name)
-                total.add_(gradient, alpha=count)
+        sums[group].add(count, gradients)
+        seen.reached.update(n for n, gradient in zip(objective.leaves, gradients, strict=True) if gradient is not None)
 
 
 def _gradients(
@@ -286,11 +273,8 @@ def group_grad_norms(
     streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums if regroup else _whole_sums
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
-    for group, sums, count in streams(objective, loaders, seen, unpack, progress, process_group):
-        if count == 0:
-            raise ValueError(f"group {group!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
-        rows[group] = norms(sums, objective.layout) / count
-        counts[group] = count
+    for group, row, count in streams(objective, loaders, seen, unpack, progress, process_group):
+        rows[group], counts[group] = row, count
         refuse_non_finite(rows[group], objective.layout, f"the gradients of group {group!r} are")
     reached = set().union(*exchange(process_group, None, seen.reached))
     if seen.probabilities:
@@ -311,24 +295,20 @@ def _mapped_sums(
     unpack: Unpack | None,
     progress: bool,
     process_group: dist.ProcessGroup | None,
-) -> Iterator[tuple[Group, Sums, int]]:
-    """Yield one group at a time, so that one copy of the gradients is enough."""
+) -> Iterator[tuple[Group, Tensor, int]]:
+    """Yield the norms of one group at a time, so that one copy of the gradients is enough."""
     names = list(dict.fromkeys(name for share in exchange(process_group, None, list(loaders)) for name in share))
     if not names:
         raise ValueError("the mapping of loaders is empty: give at least one group")
-    sums = _zeros(objective)
     for name in names:
-        count, error = 0, None
-        for total in sums.values():
-            total.zero_()
+        total, error = GroupSum(objective.leaves.values()), None
         label = f"gradients of {name}" if progress else None
         try:
             for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label, grouped=False):
-                _add({name: sums}, objective, batch, {name: None}, seen)
-                count += len(batch)
+                _add({name: total}, objective, batch, {name: None}, seen)
         except Exception as raised:
             error = raised
-        yield name, sums, _reduce(process_group, error, sums, count)
+        yield _row(objective, name, total, process_group, error)
 
 
 def _mixed_sums(
@@ -338,8 +318,8 @@ def _mixed_sums(
     unpack: Unpack | None,
     progress: bool,
     process_group: dist.ProcessGroup | None,
-) -> Iterator[tuple[Group, Sums, int]]:
-    """Yield the groups of one mixed stream, after it has run through."""
+) -> Iterator[tuple[Group, Tensor, int]]:
+    """Yield the norms of the groups of one mixed stream, after it has run through."""
     seen.regrouped = True
     batches = regrouped(iterate(loader, unpack=unpack, progress="gradients" if progress else None))
     return _sums_of(objective, (({group: None}, batch) for group, batch in batches), seen, process_group)
@@ -352,8 +332,8 @@ def _whole_sums(
     unpack: Unpack | None,
     progress: bool,
     process_group: dist.ProcessGroup | None,
-) -> Iterator[tuple[Group, Sums, int]]:
-    """Yield the groups of one mixed stream, after it has run through, each batch as it came."""
+) -> Iterator[tuple[Group, Tensor, int]]:
+    """Yield the norms of the groups of one mixed stream, after it has run through, each batch as it came."""
     groups = iterate_groups(loader, unpack=unpack, progress="gradients" if progress else None)
     return _sums_of(objective, ((group_members(names), batch) for names, batch in groups), seen, process_group)
 
@@ -363,17 +343,15 @@ def _sums_of(
     batches: Iterable[tuple[Members, Batch]],
     seen: _Seen,
     process_group: dist.ProcessGroup | None,
-) -> Iterator[tuple[Group, Sums, int]]:
-    sums: dict[Group, Sums] = {}
-    counts: dict[Group, int] = {}
+) -> Iterator[tuple[Group, Tensor, int]]:
+    sums: dict[Group, GroupSum] = {}
     error = None
     try:
         for groups, batch in batches:
-            for group, members in groups.items():
+            for group in groups:
                 if group not in sums:
-                    sums[group], counts[group] = _zeros(objective), 0
-                    _warn_of_memory(sums)
-                counts[group] += len(batch) if members is None else len(members)
+                    sums[group] = GroupSum(objective.leaves.values())
+                    _warn_of_memory(objective, len(sums))
             _add(sums, objective, batch, groups, seen)
     except Exception as raised:
         error = raised
@@ -381,25 +359,32 @@ def _sums_of(
     if not present:
         raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
     for group in present:
-        total = sums.pop(group) if group in sums else _zeros(objective)
-        yield group, total, _reduce(process_group, None, total, counts.get(group, 0))
+        total = sums.pop(group) if group in sums else GroupSum(objective.leaves.values())
+        yield _row(objective, group, total, process_group, None)
 
 
-def _reduce(process_group: dist.ProcessGroup | None, error: Exception | None, sums: Sums, count: int) -> int:
-    """Sum the gradients over the ranks, in place, and return the summed count."""
-    counts: list[int] = exchange(process_group, error, count)
-    add_up(process_group, sums.values())
-    return sum(counts)
+def _row(
+    objective: _Objective,
+    group: Group,
+    total: GroupSum,
+    process_group: dist.ProcessGroup | None,
+    error: Exception | None,
+) -> tuple[Group, Tensor, int]:
+    """Return a group, its norms and the number of its examples, over all ranks."""
+    count = total.over(process_group, error)
+    if count == 0:
+        raise ValueError(f"group {group!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
+    return group, total.mean_norms(objective.layout, count), count
 
 
 # Warnings
 
 
-def _warn_of_memory(sums: Mapping[Group, Sums]) -> None:
-    one = sum(total.numel() * total.element_size() for total in next(iter(sums.values())).values())
-    if one * len(sums) > MEMORY_WARNING >= one * (len(sums) - 1):
+def _warn_of_memory(objective: _Objective, groups: int) -> None:
+    one = sum(leaf.numel() * wide_dtype(leaf).itemsize for leaf in objective.leaves.values())
+    if one * groups > MEMORY_WARNING >= one * (groups - 1):
         warn(
-            f"a mixed stream holds one copy of the scored gradients per group, so far {len(sums)} of "
+            f"a mixed stream holds one copy of the scored gradients per group, so far {groups} of "
             f"{one / 1e9:.2g} GB: a mapping group -> loader needs one copy in all"
         )
 

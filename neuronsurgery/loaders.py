@@ -199,7 +199,7 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
     A full batch is as large as the largest of the stream. Where the shapes vary, at most as many examples wait as with
     one shape: then the ones that have waited longest run as they are.
     """
-    waiting: dict[tuple[Group, Any], Examples] = {}
+    waiting: dict[tuple[Group, Any], _Waiting] = {}
     groups: set[Group] = set()
     full = 0
     for batch in refuse_partly_grouped(batches):
@@ -220,18 +220,38 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
         for group, indices in members.items():
             whole = len(members) == 1 and len(batch) == full and (group, shape) not in waiting
             part = examples if whole else examples.take(indices)  # what waits is a copy: a loader may reuse its memory
-            if (group, shape) in waiting:
-                part = join([waiting.pop((group, shape)), part])
-            while len(part) >= full:
-                yield group, part.take(range(full)).batch()
-                part = part.take(range(full, len(part)))
-            if len(part):
-                waiting[group, shape] = part
-        while sum(map(len, waiting.values())) > len(groups) * full:
+            together = waiting.pop((group, shape), _Waiting()).with_more(part)
+            if together.count >= full:
+                part = together.examples()
+                while len(part) >= full:
+                    yield group, part.take(range(full)).batch()
+                    part = part.take(range(full, len(part)))
+                together = _Waiting()
+                if len(part):
+                    together.with_more(part.take(list(range(len(part)))))  # a copy, not a view of all that ran
+            if together.count:
+                waiting[group, shape] = together
+        while sum(part.count for part in waiting.values()) > len(groups) * full:
             oldest = next(iter(waiting))
-            yield oldest[0], waiting.pop(oldest).batch()
-    for (group, _), part in waiting.items():
-        yield group, part.batch()
+            yield oldest[0], waiting.pop(oldest).examples().batch()
+    for (group, _), left in waiting.items():
+        yield group, left.examples().batch()
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """Examples that wait to be run, in parts that are joined only then: joined at every part, they would be copied."""
+
+    parts: list[Examples] = dataclasses.field(default_factory=list)
+    count: int = 0
+
+    def with_more(self, part: Examples) -> _Waiting:
+        self.parts.append(part)
+        self.count += len(part)
+        return self
+
+    def examples(self) -> Examples:
+        return join(self.parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

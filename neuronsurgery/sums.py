@@ -1,0 +1,80 @@
+"""The sum of a group's gradients over batches, and over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neuronsurgery.distributed import add_up, exchange
+from neuronsurgery.layouts import Layout
+from neuronsurgery.precision import wide_dtype, widened
+from neuronsurgery.scores import norms
+
+
+class GroupSum:
+    """The gradients of a group, summed over its examples in float32 or wider.
+
+    Those of the first batch are kept as they came, of the mean loss: they need no zeros to be added to, and where
+    there is no second batch nothing is computed at all.
+
+    Args:
+        leaves: what is differentiated.
+
+    Attributes:
+        count: the number of examples so far.
+    """
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        self.count = 0
+        self._leaves = list(leaves)
+        self._totals: list[Tensor | None] = [None] * len(self._leaves)
+        self._of_mean = False
+
+    def add(self, count: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add the gradients of the mean loss over some examples; None is zero."""
+        if self.count == 0:
+            self._totals, self._of_mean = [None if g is None else _as_total(g) for g in gradients], True
+        else:
+            self._sum_up()
+            for place, gradient in enumerate(gradients):
+                if gradient is not None and self._totals[place] is None:
+                    self._totals[place] = self._zeros(place)
+            pairs = [(t, g) for t, g in zip(self._totals, gradients, strict=True) if t is not None and g is not None]
+            if pairs:
+                torch._foreach_add_([t for t, _ in pairs], [g for _, g in pairs], alpha=count)
+        self.count += count
+
+    def _sum_up(self) -> None:
+        """Have what was kept as it came be a sum, in memory of its own."""
+        if self._of_mean:
+            for place, total in enumerate(self._totals):
+                self._totals[place] = None if total is None else self._zeros(place).add_(total, alpha=self.count)
+            self._of_mean = False
+
+    def _zeros(self, place: int) -> Tensor:
+        leaf = self._leaves[place]
+        return torch.zeros_like(leaf, dtype=wide_dtype(leaf), requires_grad=False)
+
+    def over(self, process_group: dist.ProcessGroup | None, error: Exception | None) -> int:
+        """Sum over the ranks, in place, and return the summed count; or raise if one rank has an error."""
+        counts: list[int] = exchange(process_group, error, self.count)
+        if process_group is not None:
+            self._sum_up()
+            totals = [self._zeros(place) if total is None else total for place, total in enumerate(self._totals)]
+            add_up(process_group, totals)
+            self._totals[:] = totals
+        return sum(counts)
+
+    def mean_norms(self, layout: Layout, count: int) -> Tensor:
+        """Return the norms of the gradients of the mean loss over all examples, `count` by `over`."""
+        named = dict(zip((layer.parameter for layer in layout), self._totals, strict=True))
+        return norms(named, layout) / (1 if self._of_mean else count)
+
+
+def _as_total(gradient: Tensor) -> Tensor:
+    """Return a gradient dense and in float32 or wider; not a part of a larger tensor, which it would keep."""
+    own = widened(gradient.to_dense())
+    return own.clone() if own.untyped_storage().nbytes() > own.numel() * own.element_size() else own
