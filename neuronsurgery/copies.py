@@ -141,10 +141,15 @@ def _clone(buffer: Tensor) -> Tensor:
     return buffer if buffer.is_meta else buffer.detach().clone()
 
 
+_PLAIN = (bool, int, float, str)
+
+
 def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
     """Return the copy of an attribute; one that is compiled is bound to the original, and the copy runs uncompiled."""
     if key == "_compiled_call_impl":
         return None
+    if value is None or type(value) in _PLAIN:  # as most are: nothing to find in them
+        return value
     hooks = key.endswith("_hooks") and isinstance(value, dict)
     new = rebound_hooks(value, memo) if hooks else rebound(value, memo)
     if new is not value and not hooks:
