@@ -31,7 +31,7 @@ MOST_AXES = 32
 """More than anybody has, and less than what torch can compute with."""
 
 SHORT, LONG = 1e-12, 1e18
-"""Between these the norm of a row is that of its entries as they are: the squares that vanish add up to nothing."""
+"""Between these no square of an entry overflows, and those that vanish in float32 add up to nothing."""
 
 Axes = tuple[tuple[int, int], ...]
 """For each axis its size and its stride in the parameter, were that contiguous: together they say what is cut."""
@@ -222,24 +222,29 @@ class Layer:
             index = index // size
         return tuple(reversed(places))
 
-    def norms(self, tensor: Tensor) -> Tensor:
+    def lengths(self, tensor: Tensor) -> Tensor:
         """Return the Euclidean norm of each neuron's slice of a tensor, shape (count,), in float32 or wider.
 
-        Rows that are very short or very long are scaled by their largest entry first: gradients of a confident model
-        are so small that their squares vanish in float32, and with them the ranking.
+        Squares that vanish or overflow are lost: lengths outside of `SHORT` and `LONG` are to be had of `safe_lengths`.
         """
-        tensor = widened(tensor)
-        slices = self.slices(tensor)
+        slices = self.slices(widened(tensor))
         row = tuple(range(len(self._cut.neuron_shape), slices.dim()))
         if self._cut.rows_first:  # contiguous rows are summed fastest as such
             slices, row = slices.reshape(self.count, -1), (1,)
-        if not row:
-            return slices.abs().reshape(-1)
-        lengths: Tensor = torch.linalg.vector_norm(slices, dim=row).reshape(-1)
-        careful = (~((lengths > SHORT) & (lengths < LONG))).nonzero().flatten()  # so written, NaN is among them
-        if len(careful):
-            lengths[careful] = _scaled_norms(self.take(tensor, careful).reshape(len(careful), -1))
-        return lengths
+        lengths: Tensor = torch.linalg.vector_norm(slices, dim=row) if row else slices.abs()
+        return lengths.reshape(-1)
+
+    def safe_lengths(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """Return the norms of some neurons' slices, shape (k,), whatever their size, in float32 or wider.
+
+        Rows are scaled by their largest entry first: gradients of a confident model are so small that their squares
+        vanish in float32, and with them the ranking.
+        """
+        rows = widened(self.take(tensor, index)).reshape(len(index), -1)
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        safe = torch.where(largest > 0, largest, torch.ones_like(largest))
+        lengths: Tensor = torch.linalg.vector_norm(rows / safe, dim=1, keepdim=True)
+        return (lengths * safe).flatten()
 
     def mask(self, indices: Sequence[int]) -> Tensor:
         """Return the paper's binary mask: True at `indices`, bool, broadcastable to the parameter."""
@@ -253,14 +258,6 @@ class Layer:
     def covered(self, mask: Tensor) -> Tensor:
         """Return which neurons have only entries that a mask of the parameter's shape marks, bool, shape (count,)."""
         return self.slices(mask).reshape(self.count, -1).all(1)
-
-
-def _scaled_norms(rows: Tensor) -> Tensor:
-    """Return the norm of each row; no square vanishes or overflows that counts."""
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    safe = torch.where(largest > 0, largest, torch.ones_like(largest))
-    lengths: Tensor = torch.linalg.vector_norm(rows / safe, dim=1, keepdim=True)
-    return (lengths * safe).flatten()
 
 
 def _unfit_fields(layer: Layer) -> list[str]:

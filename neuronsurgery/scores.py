@@ -20,7 +20,7 @@ from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import GRADIENTS, LAYOUT, SCORES, checked, counted, listed
-from neuronsurgery.layers import Layer
+from neuronsurgery.layers import LONG, SHORT, Layer
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.results import ByName, same_fields
@@ -146,10 +146,16 @@ class Scores(ByName[Group, "Scores"]):
 def norms(tensors: Mapping[str, Tensor | None], layout: Layout) -> Tensor:
     """Return the norm of every neuron of a layout, float32, shape (M,), on the CPU; 0 where a tensor is None."""
     values = torch.zeros(layout.count, dtype=torch.float32, device="cpu")
-    for layer, start in layout.starts.items():
-        tensor = tensors[layer.parameter]
-        if tensor is not None:
-            values[start : start + layer.count] = layer.norms(tensor.detach()).float().cpu()
+    given = [
+        (layer, at, t.detach()) for layer, at in layout.starts.items() if (t := tensors[layer.parameter]) is not None
+    ]
+    for layer, start, tensor in given:
+        values[start : start + layer.count] = layer.lengths(tensor)
+    outside = ~((values > SHORT) & (values < LONG))  # so written, NaN is outside
+    for layer, start, tensor in given if outside.any() else ():
+        index = outside[start : start + layer.count].nonzero().flatten()
+        if len(index):
+            values[start + index] = layer.safe_lengths(tensor, index.to(tensor.device)).float().cpu()
     return values
 
 
