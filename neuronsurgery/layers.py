@@ -222,11 +222,16 @@ class Layer:
             index = index // size
         return tuple(reversed(places))
 
-    def lengths(self, tensor: Tensor) -> Tensor:
-        """Return the Euclidean norm of each neuron's slice of a tensor, shape (count,), in float32 or wider.
+    def norms(self, tensor: Tensor) -> Tensor:
+        """Return the Euclidean norm of each neuron's slice of a tensor, shape (count,), in float32 or wider."""
+        lengths = self.lengths(tensor)
+        index = doubtful(lengths).nonzero().flatten()
+        if len(index):
+            lengths[index] = self.safe_lengths(tensor, index)
+        return lengths
 
-        Squares that vanish or overflow are lost: lengths outside of `SHORT` and `LONG` are to be had of `safe_lengths`.
-        """
+    def lengths(self, tensor: Tensor) -> Tensor:
+        """Return what `norms` does, in less time, but for squares that vanish or overflow: see `doubtful`."""
         slices = self.slices(widened(tensor))
         row = tuple(range(len(self._cut.neuron_shape), slices.dim()))
         if self._cut.rows_first:  # contiguous rows are summed fastest as such
@@ -258,6 +263,11 @@ class Layer:
     def covered(self, mask: Tensor) -> Tensor:
         """Return which neurons have only entries that a mask of the parameter's shape marks, bool, shape (count,)."""
         return self.slices(mask).reshape(self.count, -1).all(1)
+
+
+def doubtful(lengths: Tensor) -> Tensor:
+    """Return which lengths are so small or large, or NaN, that they are to be had of `Layer.safe_lengths`."""
+    return ~((lengths > SHORT) & (lengths < LONG))  # so written, NaN is among them
 
 
 def _unfit_fields(layer: Layer) -> list[str]:

@@ -20,7 +20,7 @@ from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import GRADIENTS, LAYOUT, SCORES, checked, counted, listed
-from neuronsurgery.layers import LONG, SHORT, Layer
+from neuronsurgery.layers import Layer, doubtful
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.results import ByName, same_fields
@@ -29,7 +29,7 @@ from neuronsurgery.types import Group, Per, Where
 from neuronsurgery.wrappers import same_names
 
 WORTH_NARROWING = 10_000
-"""Of fewer neurons, sorting all of them is faster than finding those that need sorting."""
+"""Of fewer neurons, sorting all of them is faster than finding the least of the largest."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,7 +151,7 @@ def norms(tensors: Mapping[str, Tensor | None], layout: Layout) -> Tensor:
     ]
     for layer, start, tensor in given:
         values[start : start + layer.count] = layer.lengths(tensor)
-    outside = ~((values > SHORT) & (values < LONG))  # so written, NaN is outside
+    outside = doubtful(values)  # of all layers at once: looked at one by one, small layers take longer
     for layer, start, tensor in given if outside.any() else ():
         index = outside[start : start + layer.count].nonzero().flatten()
         if len(index):
@@ -341,23 +341,28 @@ def _largest(scores: Scores, share: Callable[[int], int], per: Per) -> Neurons:
             f"kind: choose per='layer', or score one kind at a time"
         )
     spans = [(start, layer.count) for layer, start in layout.starts.items()] if per == "layer" else [(0, layout.count)]
-    chosen = [
+    chosen = (
         start + _first_largest(row[start : start + count], min(share(count), count))
         for row in scores.values
         for start, count in spans
         if count
-    ]
-    return layout.neurons(torch.cat(chosen).tolist() if chosen else ())
+    )
+    marked = torch.zeros(layout.count, dtype=torch.bool, device="cpu")
+    for indices in chosen:
+        marked[indices.cpu()] = True
+    return layout.neurons(marked.nonzero().flatten().tolist())
 
 
 def _first_largest(values: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest values, ties to the lower index, of which torch.topk alone says nothing."""
+    """Return the indices of the k largest values, in any order, ties to the lower index, NaN being the largest."""
     if len(values) < WORTH_NARROWING:
         return values.sort(descending=True, stable=True).indices[:k]
-    least = values.topk(k).values[-1]
-    candidates = (~(values < least)).nonzero().flatten()  # so written, NaN is among them, as it is the largest to topk
-    order = values[candidates].sort(descending=True, stable=True).indices
-    return candidates[order[:k]]
+    place = len(values) - k
+    least = np.partition(values.detach().cpu().numpy(), place)[place]  # NaN comes last
+    tied = values.isnan() if np.isnan(least) else values == float(least)
+    larger = values.new_zeros(len(values), dtype=torch.bool) if np.isnan(least) else ~(values <= float(least))
+    above = larger.nonzero().flatten()
+    return torch.cat([above, tied.nonzero().flatten()[: k - len(above)]])
 
 
 def sample(population: Layout | Neurons, k: int, *, seed: int = 0, exclude: Neurons | None = None) -> Neurons:
