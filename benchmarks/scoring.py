@@ -1,9 +1,10 @@
 """What does it cost to score every neuron for every group?
 
 The floor is one plain forward and backward pass over the same examples in the same batch size: no way of getting these
-gradients from autograd can do with less. Beside it stand the naive ways: one pass over the data per group, and
-per-example gradients (`vmap(grad)`). All answers are asserted equal in the run; times are medians of interleaved
-repeats, and only their ratios mean anything on another machine.
+gradients from autograd can do with less. Beside it stand the same pass over batches of one group each, and the naive
+ways: one pass over the data per group, one backward pass per group, and per-example gradients (`vmap(grad)`). All
+answers are asserted equal in the run; times are medians of interleaved repeats, in processor seconds, and only their
+ratios mean anything on another machine.
 
     python benchmarks/scoring.py              # a table of ratios
     python benchmarks/scoring.py --memory     # peak memory of two ways to differentiate, each in a process of its own
@@ -12,6 +13,8 @@ repeats, and only their ratios mean anything on another machine.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 import resource
@@ -20,16 +23,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import transformers
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import neuronsurgery as ns
+from neuronsurgery.loaders import iterate, regrouped
 from neuronsurgery.scores import norms
+from neuronsurgery.study.network import small_resnet
 
 Data = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -42,10 +49,36 @@ def deit_tiny() -> nn.Module:
     return timm.create_model("deit_tiny_patch16_224", num_classes=2, img_size=112)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    # name: model, image size, batch size
-    "ResNet-18, 64x64, batch 128": (resnet18, 64, 128),
-    "DeiT-tiny, 112x112, batch 64": (deit_tiny, 112, 64),
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=1000, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is scored, and what beside `group_grad_norms` is measured on it."""
+
+    build: Callable[[], nn.Module]
+    size: int  # of an image; of a sentence, in tokens, where negative
+    batch: int
+    batches: int
+    groups: int = 4
+    peers: tuple[str, ...] = ()
+
+
+JOBS = {
+    "ResNet-18 64x64, 8 batches of 64": Job(resnet18, 64, 64, 8, peers=("one pass per group",)),
+    "ResNet-18 64x64, 2 batches of 32": Job(
+        resnet18, 64, 32, 2, peers=("one pass per group", "one backward pass per group", "vmap(grad), chunks of 16")
+    ),
+    "DeiT-tiny 112x112, 2 batches of 64": Job(deit_tiny, 112, 64, 2, peers=("one pass per group",)),
+    "BERT of 4 layers, 64 tokens, 4 batches of 64": Job(bert, -64, 64, 4),
+    "the study's network 32x32, 8 batches of 250": Job(small_resnet, 32, 250, 8, peers=("one pass per group",)),
+    "the same, 100 groups": Job(small_resnet, 32, 250, 8, groups=100),
+    "the same, 1000 groups": Job(small_resnet, 32, 250, 8, groups=1000),
+    "ResNet-18 64x64, 8 batches of 128, 100 groups": Job(resnet18, 64, 128, 8, groups=100),
 }
 
 
@@ -55,7 +88,9 @@ def make_data(size: int, batch: int, batches: int, groups: int, seed: int = 0) -
     weights = torch.tensor([0.5, 0.25, 0.15, 0.1]) if groups == 4 else torch.ones(groups)
     return [
         (
-            torch.randn(batch, 3, size, size, generator=generator),
+            torch.randn(batch, 3, size, size, generator=generator)
+            if size > 0
+            else torch.randint(0, 1000, (batch, -size), generator=generator),
             torch.randint(0, 2, (batch,), generator=generator),
             torch.multinomial(weights, batch, replacement=True, generator=generator),
         )
@@ -63,11 +98,16 @@ def make_data(size: int, batch: int, batches: int, groups: int, seed: int = 0) -
     ]
 
 
+def logits_of(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
 def plain_pass(model: nn.Module, data: Data) -> None:
     """The floor: one forward and backward pass, no groups."""
     parameters = list(model.parameters())
     for images, targets, _ in data:
-        torch.autograd.grad(F.cross_entropy(model(images), targets), parameters)
+        torch.autograd.grad(F.cross_entropy(logits_of(model(images)), targets), parameters, allow_unused=True)
 
 
 def library(model: nn.Module, data: Data) -> Tensor:
@@ -93,6 +133,16 @@ def pass_per_group(model: nn.Module, data: Data) -> Tensor:
         means = {layer.parameter: total / count for layer, total in zip(layout, sums, strict=True)}
         rows.append(norms(means, layout))
     return torch.stack(rows)
+
+
+def regrouped_passes(model: nn.Module, data: Data) -> None:
+    """The floor once batches are of one group each: as `plain_pass`, on the batches that the library runs."""
+    plain_pass(model, [(b.args[0], b.targets, b.targets) for _, b in regrouped(iterate(data))])
+
+
+def backward_per_group(model: nn.Module, data: Data) -> Tensor:
+    """One forward pass over each batch as it comes, and one backward pass through all of it for each group in it."""
+    return ns.group_grad_norms(model, data, regroup=False).values
 
 
 def per_example(model: nn.Module, data: Data) -> Tensor:
@@ -121,8 +171,15 @@ def per_example(model: nn.Module, data: Data) -> Tensor:
     )
 
 
-def measure(ways: dict[str, Callable[[], Tensor | None]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each way, measured in turn; a first round warms up and compares the answers."""
+PEERS: dict[str, Callable[[nn.Module, Data], Tensor]] = {
+    "one pass per group": pass_per_group,
+    "one backward pass per group": backward_per_group,
+    "vmap(grad), chunks of 16": per_example,
+}
+
+
+def measure(ways: dict[str, Callable[[], Tensor | None]], repeats: int) -> dict[str, list[float]]:
+    """Return the processor seconds of each way, measured in turn; a first round warms up and compares the answers."""
     answers = {name: way() for name, way in ways.items()}
     computed = {name: answer for name, answer in answers.items() if answer is not None}
     reference = next(iter(computed.values()))
@@ -132,66 +189,41 @@ def measure(ways: dict[str, Callable[[], Tensor | None]], repeats: int) -> dict[
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             way()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(time.process_time() - started)
+    return times
 
 
-def table(repeats: int, batches: int) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; median of {repeats}\n")
-    for name, (build, size, batch) in CASES.items():
+def table(repeats: int, wanted: str) -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; median of {repeats}")
+    print("Opacus and TorchJD: no rows, since they are not in the extra [bench]\n")
+    for name, job in JOBS.items():
+        if wanted not in name:
+            continue
         torch.manual_seed(0)
-        model = build().eval()
-        data = make_data(size, batch, batches, groups=4)
-        many = make_data(size, batch, batches, groups=100)
-        ragged = [
-            (F.interpolate(images, scale_factor=1 - 0.25 * (i % 2)), targets, groups)
-            for i, (images, targets, groups) in enumerate(data)
-        ]
-        arms: dict[str, Callable[[], Tensor | None]] = {
-            "plain forward + backward (the floor)": lambda m=model, d=data: plain_pass(m, d),
-            "group_grad_norms, 4 groups mixed": lambda m=model, d=data: library(m, d),
-            "one pass per group": lambda m=model, d=data: pass_per_group(m, d),
+        model = job.build().eval()
+        data = make_data(job.size, job.batch, job.batches, job.groups)
+        ways: dict[str, Callable[[nn.Module, Data], Tensor | None]] = {
+            "plain forward + backward (the floor)": plain_pass,
+            "the same on the regrouped batches": regrouped_passes,
+            "group_grad_norms": library,
+            **{peer: PEERS[peer] for peer in job.peers},
         }
-        show(name, measure(arms, repeats), batches * batch)
-        few = [tuple(tensor[:32] for tensor in data[0])]  # so few, since per-example gradients are so slow here
-        slow: dict[str, Callable[[], Tensor | None]] = {
-            "plain forward + backward (the floor)": lambda m=model, d=few: plain_pass(m, d),
-            "group_grad_norms, 4 groups mixed": lambda m=model, d=few: library(m, d),
-            "vmap(grad), chunks of 16": lambda m=model, d=few: per_example(m, d),
-        }
-        show(f"{name}, one batch of 32", measure(slow, 1), 32)
-        show(
-            f"{name}, 100 groups",
-            measure(
-                {
-                    "plain forward + backward (the floor)": lambda m=model, d=many: plain_pass(m, d),
-                    "group_grad_norms, 100 groups mixed": lambda m=model, d=many: library(m, d),
-                },
-                repeats,
-            ),
-            batches * batch,
+        show(name, measure({way: functools.partial(run, model, data) for way, run in ways.items()}, repeats))
+
+
+def show(name: str, seconds: dict[str, list[float]]) -> None:
+    floors = next(iter(seconds.values()))
+    print(name)
+    for way, values in seconds.items():
+        ratios = sorted(value / floor for value, floor in zip(values, floors, strict=True))
+        ratio = statistics.median(values) / statistics.median(floors)
+        print(
+            f"  {way:38s} {statistics.median(values):7.2f} s   {ratio:5.2f} of the floor"
+            f"   ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            flush=True,
         )
-        if size == 64:  # a transformer takes one size
-            show(
-                f"{name}, ragged (every other batch at 3/4 of the size)",
-                measure(
-                    {
-                        "plain forward + backward (the floor)": lambda m=model, d=ragged: plain_pass(m, d),
-                        "group_grad_norms, 4 groups mixed": lambda m=model, d=ragged: library(m, d),
-                    },
-                    repeats,
-                ),
-                batches * batch,
-            )
-
-
-def show(name: str, seconds: dict[str, float], examples: int) -> None:
-    floor = next(iter(seconds.values()))
-    print(f"{name}: {examples} examples")
-    for way, value in seconds.items():
-        print(f"  {way:40s} {value:7.2f} s   {value / floor:5.2f} of the floor")
     print()
 
 
@@ -226,9 +258,9 @@ def differentiate(way: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--job", default="", help="a part of the name of the jobs to measure")
     parser.add_argument("--memory", action="store_true", help="compare the peak memory of two ways to differentiate")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,7 +271,7 @@ def main() -> None:
         for way in ("autograd.grad", "torch.func.grad"):
             subprocess.run([sys.executable, __file__, "--way", way, "--threads", str(options.threads)], check=True)
     else:
-        table(options.repeats, options.batches)
+        table(options.repeats, options.job)
 
 
 if __name__ == "__main__":
