@@ -25,7 +25,7 @@ from neuronsurgery.errors import EXHAUSTED, inline, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
-from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrouped
+from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrouped_to_the_last
 from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
@@ -321,8 +321,8 @@ def _mixed_sums(
 ) -> Iterator[tuple[Group, Tensor, int]]:
     """Yield the norms of the groups of one mixed stream, after it has run through."""
     seen.regrouped = True
-    batches = regrouped(iterate(loader, unpack=unpack, progress="gradients" if progress else None))
-    return _sums_of(objective, (({group: None}, batch) for group, batch in batches), seen, process_group)
+    batches = regrouped_to_the_last(iterate(loader, unpack=unpack, progress="gradients" if progress else None))
+    return _sums_of(objective, (({group: None}, batch, last) for group, batch, last in batches), seen, process_group)
 
 
 def _whole_sums(
@@ -335,30 +335,41 @@ def _whole_sums(
 ) -> Iterator[tuple[Group, Tensor, int]]:
     """Yield the norms of the groups of one mixed stream, after it has run through, each batch as it came."""
     groups = iterate_groups(loader, unpack=unpack, progress="gradients" if progress else None)
-    return _sums_of(objective, ((group_members(names), batch) for names, batch in groups), seen, process_group)
+    return _sums_of(objective, ((group_members(names), batch, False) for names, batch in groups), seen, process_group)
 
 
 def _sums_of(
     objective: _Objective,
-    batches: Iterable[tuple[Members, Batch]],
+    batches: Iterable[tuple[Members, Batch, bool]],
     seen: _Seen,
     process_group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[Group, Tensor, int]]:
+    """Yield the norms of the groups of a stream, after it has run through.
+
+    A group is done with at its last batch, where that is known: most groups are small, and the sums of all would be
+    held at once. Several processes have to sum up first, in one order.
+    """
     sums: dict[Group, GroupSum] = {}
+    done: dict[Group, tuple[Group, Tensor, int]] = {}
     error = None
     try:
-        for groups, batch in batches:
+        for groups, batch, last in batches:
             for group in groups:
                 if group not in sums:
                     sums[group] = GroupSum(objective.leaves.values())
                     _warn_of_memory(objective, len(sums))
             _add(sums, objective, batch, groups, seen)
+            if last and process_group is None:
+                done |= {group: _row(objective, group, sums.pop(group), None, None) for group in groups}
     except Exception as raised:
         error = raised
-    present = ordered_groups(group for share in exchange(process_group, error, list(sums)) for group in share)
+    present = ordered_groups(group for share in exchange(process_group, error, [*sums, *done]) for group in share)
     if not present:
         raise ValueError(f"the loader yielded no batch. {EXHAUSTED}")
     for group in present:
+        if group in done:
+            yield done.pop(group)
+            continue
         total = sums.pop(group) if group in sums else GroupSum(objective.leaves.values())
         yield _row(objective, group, total, process_group, None)
 

@@ -194,7 +194,14 @@ def _warn_of_names(groups: int, examples: int) -> bool:
 
 
 def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
-    """Yield (group, batch of that group alone), examples joined with others of the same shapes into full batches.
+    """Yield (group, batch of that group alone): see `regrouped_to_the_last`."""
+    return ((group, batch) for group, batch, _ in regrouped_to_the_last(batches))
+
+
+def regrouped_to_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch, bool]]:
+    """Yield (group, batch of that group alone, whether its last), examples joined into full batches by their shapes.
+
+    Of a group whose last examples fill a batch it is not known that this is the last.
 
     A full batch is as large as the largest of the stream. Where the shapes vary, at most as many examples wait as with
     one shape: then the ones that have waited longest run as they are.
@@ -213,7 +220,7 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
                 f"regroup=False, with which each batch runs as it comes, or give a mapping group -> loader"
             )
         if whole_only:
-            yield next(iter(members)), batch
+            yield next(iter(members)), batch, False
             continue
         shape = signature(batch)
         examples = Examples.of(batch)
@@ -224,7 +231,7 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
             if together.count >= full:
                 part = together.examples()
                 while len(part) >= full:
-                    yield group, part.take(range(full)).batch()
+                    yield group, part.take(range(full)).batch(), False
                     part = part.take(range(full, len(part)))
                 together = _Waiting()
                 if len(part):
@@ -233,9 +240,10 @@ def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
                 waiting[group, shape] = together
         while sum(part.count for part in waiting.values()) > len(groups) * full:
             oldest = next(iter(waiting))
-            yield oldest[0], waiting.pop(oldest).examples().batch()
-    for (group, _), left in waiting.items():
-        yield group, left.examples().batch()
+            yield oldest[0], waiting.pop(oldest).examples().batch(), False
+    last = dict(waiting.keys())
+    for group, shape in list(waiting):
+        yield group, waiting.pop((group, shape)).examples().batch(), shape == last[group]
 
 
 @dataclasses.dataclass
