@@ -301,7 +301,8 @@ def test_where_and_extra_choose_and_leave_the_numbers() -> None:
     torch.testing.assert_close(some, {"2.weight": every["2.weight"]})
 
 
-def test_a_mapping_needs_one_copy_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def copies_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which the number of groups whose gradients are held is added at every batch."""
     alive: weakref.WeakSet[GroupSum] = weakref.WeakSet()
     at_once = []
 
@@ -312,6 +313,18 @@ def test_a_mapping_needs_one_copy_of_the_gradients(monkeypatch: pytest.MonkeyPat
             super().add(count, gradients)
 
     monkeypatch.setattr(gradients, "GroupSum", Counted)
+    return at_once
+
+
+def test_groups_that_fill_no_batch_are_done_with_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = copies_at_once(monkeypatch)
+    images, labels = torch.randn(12, 3), torch.randint(2, (12,))
+    ns.group_grad_norms(nn.Linear(3, 2), [(images, labels, torch.arange(12) % 4)])
+    assert at_once == [1, 1, 1, 1]
+
+
+def test_a_mapping_needs_one_copy_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = copies_at_once(monkeypatch)
     model, examples = simple(groups=4)
     mapped = ns.group_grad_norms(model, by_group(examples, 2))
     assert max(at_once) == 1
