@@ -347,7 +347,7 @@ class _Auditing:
             self.note,
             f"{count} examples, {len(self.examples.class_names)} classes"
             + (f", {len(self.examples.group_names)} groups" if self.examples.group_names else ", no groups given"),
-            f"{plan}".replace("\n ", ""),
+            *(line.strip() for line in str(plan).splitlines()),
             f"neuronsurgery {version('neuronsurgery')}, torch {torch.__version__}, seed {self.seed}",
         )
         return Audit(
