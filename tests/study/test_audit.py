@@ -129,7 +129,8 @@ def test_an_audit_that_was_stopped_goes_on(
     monkeypatch.setattr(ns, "find_critical", stopped)
     with pytest.raises(KeyboardInterrupt):
         audit(model, loaded(birds), batch=40, out=tmp_path)
-    assert len(list((tmp_path / "parts").glob("*.json"))) == -(-len(birds.train) // 40)
+    assert len(list((tmp_path / "parts").glob("*.json"))) == 1 + -(-len(birds.train) // 40)  # and the plan
+    monkeypatch.setattr(auditing, "measure", stopped)
     monkeypatch.setattr(ns, "find_critical", real)
     once = audit(model, loaded(birds), batch=40, out=tmp_path)
     assert once.table == found.table
@@ -229,7 +230,8 @@ def test_examples_of_a_table_and_of_folders(files: Path) -> None:
 def test_the_command_writes_a_page_a_table_and_the_edits(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = given(files, out=tmp_path / "audit", anyway=True, group_column="g", batch_size=60, budget=math.inf)
+    part = {"split_column": "part", "split": "test", "group_column": "g"}
+    options = given(files, out=tmp_path / "audit", anyway=True, batch_size=60, budget=math.inf, **part)
     assert run(options) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("The network is right on")
@@ -240,7 +242,7 @@ def test_the_command_writes_a_page_a_table_and_the_edits(
     with (tmp_path / "audit" / "fragile.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["path", "class", "score", "flag"]
-    assert len(rows) == 240
+    assert len(rows) == 120
     knockout = ns.load_file(tmp_path / "audit" / "edits" / "knockout.safetensors")
     assert {layer.parameter for layer in knockout.neurons.by_layer()} == {  # type: ignore[union-attr]
         "block3.conv2.weight",
