@@ -235,17 +235,15 @@ class _Unit:
 
     def _chosen(self, axis: int, groups: int = 1) -> list[int] | None:
         """Return the channels that the neurons are along an axis of the weight, None if one of them is none."""
-        channels: list[int] = []
-        for index in self._indices:
-            ones = torch.ones((1, *self._layer.row_shape))
-            cut = self._layer.put(torch.zeros(self._layer.shape), torch.tensor([index]), ones) > 0
-            if axis == 1 and groups > 1:  # whose channels are counted through the groups
-                cut = cut.reshape(groups, -1, *cut.shape[1:]).transpose(1, 2).flatten(0, 1)
-            whole = _whole(cut, 0 if groups > 1 else axis)
-            if whole is None:
-                return None
-            channels += whole
-        return channels
+        every = torch.arange(self._layer.count)
+        numbers = every.double().reshape(-1, *[1] * len(self._layer.row_shape)).expand(-1, *self._layer.row_shape)
+        labels = self._layer.put(torch.full(self._layer.shape, -1.0, dtype=torch.float64), every, numbers)
+        if axis == 1 and groups > 1:  # whose channels are counted through the groups
+            labels = labels.reshape(groups, -1, *labels.shape[1:]).transpose(1, 2).flatten(0, 1)
+        labels = labels.movedim(0 if groups > 1 else axis, 0).flatten(1)
+        chosen = torch.isin(labels, torch.tensor(self._indices, dtype=torch.float64))
+        whole = chosen.all(1) & (labels == labels[:, :1]).all(1)
+        return whole.nonzero().flatten().tolist() if bool((whole == chosen.any(1)).all()) else None
 
     def _mark(self, node: fx.Node, channels: Iterable[int], axis: int) -> None:
         mine = torch.zeros_like(self._walk.value(node), dtype=torch.bool)

@@ -449,3 +449,18 @@ def test_heads_of_an_attention_that_is_written_with_einsum(way: str) -> None:
 def test_attention_whose_heads_are_not_seen_is_listed(way: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"no head is found in Sequential:\n  {reason}"):
         ns.find_units(attending(way), VECTORS, "head")
+
+
+@tier
+def test_all_heads_of_a_branch_are_the_branch_and_one_is_less() -> None:
+    model = vit()
+    heads, units = (ns.find_units(model, PICTURES, kind) for kind in ("head", "unit"))  # type: ignore[arg-type]
+    rows = ns.find_layout(model)
+    branches = ns.residual_branches(model, PICTURES)
+    assert {branch.layer for branch in branches} == {layer.parameter for layer in (*heads, *units)}
+    for branch in branches:
+        layout = heads if branch.layer in heads else units
+        cut = logits(ns.apply(ns.zero_out(ns.select(rows, {branch.layer: ...})), model), PICTURES)
+        assert torch.equal(logits(ns.apply(ns.zero_out(ns.select(layout, {branch.layer: ...})), model), PICTURES), cut)
+        one = logits(ns.apply(ns.zero_out(ns.select(layout, {branch.layer: [0]})), model), PICTURES)
+        assert not torch.equal(one, cut)

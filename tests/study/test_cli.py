@@ -296,9 +296,9 @@ def test_two_processes_train_together_and_the_first_goes_on(forked: Forked, tmp_
 
 
 WRONG_USAGE = {
-    "": "no command: neuronsurgery study|report|show, or neuronsurgery --help",
+    "": "no command: neuronsurgery study|audit|report|show, or neuronsurgery --help",
     "stduy": "there is no command 'stduy': did you mean study?",
-    "--data digits": "there is no command '--data': the commands are study, report, show",
+    "--data digits": "there is no command '--data': the commands are study, audit, report, show",
     "study --expochs 3": "there is no option --expochs: did you mean --epochs?",
     "study --experiment 1a": "there is no option --experiment: did you mean --experiments?",
     "study --exp 1a": "there is no option --exp: did you mean --experiments?",

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -156,16 +156,23 @@ class _Auditing:
         with contextlib.ExitStack() as held:
             if self.out is not None:
                 held.enter_context(at_work(self.out))
-            self._tell("a few batches, to see what it will cost")
-            plan, costs = self.planned
+            kept = Parts() if self.out is None else Parts(self.out / "parts", self._key())
+            plan, costs = self._begun(kept)
             self._tell(str(plan))
-            kept = Parts() if self.out is None else Parts(self.out / "parts", self._key(plan))
             places = self._places(plan.scored)
-            if len(kept):
-                self._tell(f"{len(kept)} parts are there from before")
             base, cut = self._margins(places, costs, kept)
             found = Fragile.of(self.examples, places, base, cut, self._ranks_by())
             return self._answered(found, self._critical(found, plan, costs, kept), plan)
+
+    def _begun(self, kept: Parts) -> tuple[Plan, Costs]:
+        """Return the plan and the costs: those that an audit began with that was stopped, or new ones."""
+        if "plan" in kept:
+            self._tell(f"{len(kept)} parts are there from before, the first of them the plan")
+        else:
+            self._tell("a few batches, to see what it will cost")
+            plan, costs = self.planned
+            kept.keep({"plan": {"plan": asdict(plan), "costs": asdict(costs)}})
+        return Plan(**kept["plan"]["plan"]), Costs(**kept["plan"]["costs"])
 
     def _tell(self, what: str) -> None:
         if self.progress:
@@ -242,10 +249,11 @@ class _Auditing:
         order = torch.randperm(len(self.examples.targets), generator=torch.Generator().manual_seed(self.seed))
         return order[:count].sort().values
 
-    def _key(self, plan: Plan) -> str:
+    def _key(self) -> str:
         """What the parts depend on."""
         early = "" if self.early is None else digest(self.early.state_dict().values())
-        said = (digest(self.model.state_dict().values()), early, self.examples.digest, plan.scored, self.k, self.seed)
+        own = digest(self.model.state_dict().values())
+        said = (own, early, self.examples.digest, self.budget, self.batch, self.k, self.seed)
         return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     def _margins(self, places: Tensor, costs: Costs, kept: Parts) -> tuple[Tensor, Tensor | None]:
@@ -347,7 +355,7 @@ class _Auditing:
             self.note,
             f"{count} examples, {len(self.examples.class_names)} classes"
             + (f", {len(self.examples.group_names)} groups" if self.examples.group_names else ", no groups given"),
-            f"{plan}".replace("\n ", ""),
+            *(line.strip() for line in str(plan).splitlines()),
             f"neuronsurgery {version('neuronsurgery')}, torch {torch.__version__}, seed {self.seed}",
         )
         return Audit(

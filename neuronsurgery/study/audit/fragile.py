@@ -48,6 +48,11 @@ class Fragile:
         caveats = [f"In {', '.join(few)} fewer than three stand out, or are left: none is flagged."] if few else []
         if other is None:
             caveats.append(f"The network has no residual branches to cut: {by} say who is fragile, which is weaker.")
+        elif "cut" in by:
+            caveats.append(
+                "A cut of the last branches found the rare groups of a small residual network, and none of a "
+                "ResNet-18's: the weights of an early epoch rank more safely (--early)."
+            )
         return cls(examples, places, base, scores, flags, by, tuple(caveats))
 
     @functools.cached_property
