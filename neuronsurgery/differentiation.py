@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,33 +40,3 @@ def differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any
     if on_gpu and any(isinstance(module, nn.RNNBase) for module in runner.model.modules()):
         return without_cudnn()
     return contextlib.nullcontext()
-
-
-class Installed:
-    """Tensors in the place of the parameters of a copy that nobody else runs; cheaper than `functional_call` per pass.
-
-    They are never taken out again: the backward pass needs them, too, where activation checkpointing runs parts of the
-    model anew, and the copy goes when it has been differentiated.
-
-    Args:
-        runner: the copy.
-        tensors: by the names of the runner's parameters.
-    """
-
-    def __init__(self, runner: Runner, tensors: Mapping[str, Tensor]) -> None:
-        self._places = [
-            (_registry(runner.model, path), path.rpartition(".")[2], tensor)
-            for name, tensor in tensors.items()
-            for path in runner.places[name]
-        ]
-
-    def put(self) -> None:
-        """Put them in, before each pass: a forward may have put something else there."""
-        for registry, attribute, tensor in self._places:
-            registry[attribute] = tensor
-
-
-def _registry(model: nn.Module, path: str) -> dict[str, Any]:
-    registry: dict[str, Any] = model.get_submodule(path.rpartition(".")[0])._parameters
-    assert path.rpartition(".")[2] in registry, f"{path} is no parameter"
-    return registry

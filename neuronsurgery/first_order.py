@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Examples, Unpack, group_members, inseparable, ordered_groups
 from neuronsurgery.copies import Runner
-from neuronsurgery.differentiation import Installed, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
 from neuronsurgery.distributed import exchange
 from neuronsurgery.errors import EXHAUSTED, checked, checked_function
 from neuronsurgery.evaluation import METRIC
@@ -198,10 +199,10 @@ class _Pass:
         wanted = {self._names[layer] for layer in leaves}
         every = self._runner.parameters.items()
         self._tensors = {name: differentiable(tensor).requires_grad_(name in wanted) for name, tensor in every}
+        given = {f"model.{at}": tensor for name, tensor in self._tensors.items() for at in self._runner.places[name]}
         with torch.enable_grad(), differentiable_rnns(self._runner), KERNELS.steady():
-            Installed(self._runner, self._tensors).put()
             try:
-                return function(*args)
+                return functional_call(Within(self._runner.model), given, (function, *args), tie_weights=False)
             finally:
                 self._runner.attributes.restore()  # the graph of what was kept is gone
 

@@ -1,7 +1,7 @@
 """Group gradients and their norms: how much the mean loss over a group depends on each neuron.
 
-A copy of the model runs in evaluation mode, with the scored parameters as the only leaves, and `torch.autograd.grad`
-differentiates: the same numbers as `torch.func.grad`, which holds more at once.
+The model runs through `torch.func.functional_call` on a copy in evaluation mode, with the scored parameters as the only
+leaves, and `torch.autograd.grad` differentiates: the same numbers as `torch.func.grad`, which holds more at once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Installed, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
@@ -52,7 +53,7 @@ class _Objective:
         runner: the model, as a copy to run.
         layout: the scored layers.
         leaves: the scored tensors by the layers' names, sharing the model's memory; only these get a gradient.
-        installed: all of the model's tensors, the leaves among them, for every place in the copy that holds them.
+        parameters: all of the model's tensors, the leaves among them, by every place in `Within` that holds them.
         loss: (logits, targets) -> one loss per example; None is the default.
         predict: the model's output -> logits; None is the default.
         held: the scored parameters that plain attributes hold, too, and where.
@@ -61,7 +62,7 @@ class _Objective:
     runner: Runner
     layout: Layout
     leaves: Mapping[str, Tensor]
-    installed: Installed
+    parameters: Mapping[str, Tensor]
     loss: Loss | None
     predict: Predict | None
     held: Mapping[str, str]
@@ -99,9 +100,10 @@ def _objective(
     first_names = surveyed.first_names(leaves)
     tensors = {name: differentiable(parameter) for name, parameter in runner.parameters.items()}
     tensors |= {first_names[name]: leaf for name, leaf in leaves.items()}
+    parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
     elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
     held = {name: at for name, at in elsewhere.items() if name in first_names.values()}
-    return _Objective(runner, layout, leaves, Installed(runner, tensors), loss, predict, held)
+    return _Objective(runner, layout, leaves, parameters, loss, predict, held)
 
 
 # Gradients of a batch
@@ -119,9 +121,9 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
     """
     batch = move(batch, objective.runner.device)
     with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
-        objective.installed.put()
+        within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
-            found = _gradients(objective, batch, groups, seen)
+            found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
         finally:
             objective.runner.attributes.restore()  # the graph of what was kept is gone
     for group, (count, gradients) in found.items():
