@@ -25,7 +25,7 @@ ORDER = [
     *("paired", "objects", "parametrized", "guards", "rebinding", "sources", "habits", "caches", "wrappers"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
-    *("gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
+    *("sums", "gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
     *("evaluation", "graph", "experts", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
@@ -349,9 +349,9 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_every_value_is_frozen() -> None:
-    """What a caller holds never changes under him: any dataclass of the core but a running tally."""
+    """What a caller holds never changes under him: any dataclass of the core but running tallies."""
     modules = [importlib.import_module(f"neuronsurgery.{path.stem}") for path in PACKAGE.glob("[a-z]*.py")]
     classes = {value for module in modules for value in vars(module).values() if dataclasses.is_dataclass(value)}
     assert len(classes) > 20
     open_ = {value.__qualname__ for value in classes if not value.__dataclass_params__.frozen}  # type: ignore[union-attr]
-    assert open_ == {"_Seen"}
+    assert open_ == {"_Seen", "_Waiting"}

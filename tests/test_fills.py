@@ -446,7 +446,8 @@ def test_sets_of_neurons_equal_one_by_one(case: Case, log: Log) -> None:
         edits[f"{i}"] = ns.zero_out(one)
         edits[f"{i} and the last two"] = ns.zero_out(one | single[-1] | single[-2])
     assert_equal_one_by_one(model, edits, data)
-    assert log.filled
+    recurrent = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in model.modules())
+    assert log.filled or recurrent  # whose rows are not outputs
 
 
 def test_the_mean_of_one_and_the_norm_of_another(log: Log) -> None:
