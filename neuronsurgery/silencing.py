@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from neuronsurgery.batches import Examples, Unpack, by_key, inseparable, move, unpack_batch
+from neuronsurgery.batches import Unpack, by_key
 from neuronsurgery.copies import Runner, make_runner
 from neuronsurgery.discovery import layout_of, refuse_unfit
 from neuronsurgery.edits import ZeroOut, zero_out
-from neuronsurgery.errors import checked_function, listed
+from neuronsurgery.errors import listed
 from neuronsurgery.experts import expert_layers
-from neuronsurgery.forward import default_predict
-from neuronsurgery.graph.export import captured
 from neuronsurgery.graph.operators import (
     CONVOLUTIONS,
     ELEMENTWISE,
@@ -44,7 +42,7 @@ from neuronsurgery.neurons import Neuron, Neurons, checked_neurons
 from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.switches import KERNELS, restoring
 from neuronsurgery.types import Predict
-from neuronsurgery.units import FEW
+from neuronsurgery.units import walk
 
 
 @restoring
@@ -106,16 +104,12 @@ def silence(
     found, left = _experts(neurons, surveyed, runner, every)
     reasons: dict[str, str] = {}
     if left:
-        given = move(unpack_batch(batch, by_key(unpack, group_key)), runner.device)
-        if not inseparable(given):
-            given = Examples.of(given).take(range(min(FEW, len(given)))).batch()
-        graph = captured(runner, given, checked_function(predict, "predict") or default_predict)
-        walk = Walk(graph, given)
+        graph = walk(runner, batch, predict, by_key(unpack, group_key))
         entries = Neurons({layer: indices for layer, indices in left.items() if len(layer.shape) == 1})
         for layer, indices in left.items():
             if len(layer.shape) > 1:
                 name = surveyed.first_names([layer.parameter])[layer.parameter]
-                unit = _Unit(walk, every, name, layer, indices)
+                unit = _Unit(graph, every, name, layer, indices)
                 found |= unit.neurons
                 reasons |= {str(Neuron(layer, index)): unit.reason for index in indices if unit.reason}
         reasons |= {

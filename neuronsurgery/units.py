@@ -104,11 +104,7 @@ def find_units(
     if kind in ("expert unit", "expert"):
         layers, reasons = expert_layers(surveyed, runner, kind)
     else:
-        given = move(unpack_batch(batch, by_key(unpack, group_key)), runner.device)
-        if not inseparable(given):
-            given = Examples.of(given).take(range(min(FEW, len(given)))).batch()
-        graph = captured(runner, given, checked_function(predict, "predict") or default_predict)
-        layers, reasons = _Units(Walk(graph, given), surveyed, runner).of(kind)
+        layers, reasons = _Units(walk(runner, batch, predict, by_key(unpack, group_key)), surveyed, runner).of(kind)
     if not layers:
         looked = (
             f":\n{listed((f'{name}: {why}' for name, why in reasons.items()), len(reasons))}\n" if reasons else ". "
@@ -127,6 +123,18 @@ READ_BY_OTHERS = "its input is read by others, too"
 IN_EXPERTS = "its units are of the kind 'expert unit'"
 SEVERAL = "it is used several times"
 FED_BACK = "its units are read by the recurrent layer, too: silence() makes them nothing by their rows"
+
+
+def walk(runner: Runner, batch: Any, predict: Predict | None, unpack: Unpack | None) -> Walk:
+    """Return the captured graph of a model, run on a few examples of a batch as a loader yields it.
+
+    Raises:
+        CaptureError: if the forward pass cannot be captured; says why.
+    """
+    given = move(unpack_batch(batch, unpack), runner.device)
+    if not inseparable(given):
+        given = Examples.of(given).take(range(min(FEW, len(given)))).batch()
+    return Walk(captured(runner, given, checked_function(predict, "predict") or default_predict), given)
 
 
 class _Units:

@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from architectures import SMALL
 from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,16 +24,6 @@ from neuronsurgery.switches import without_mha_fastpath
 IDS = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 ZEROS = torch.zeros(3, dtype=torch.int64)
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 def build(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from neuronsurgery.graph.operators import ACTIVATIONS, CONVOLUTIONS, argument, operator_name
+from neuronsurgery.graph.operators import ACTIVATIONS, CONVOLUTIONS, argument, convolution_form, operator_name
 from neuronsurgery.graph.replay import Graph, Instruction, as_parameter, execute
 from neuronsurgery.graph.writes import OnCopy
 from neuronsurgery.plans import Edited
@@ -104,8 +104,7 @@ def _roles(graph: Graph, node: fx.Node) -> _Roles | None:
     if name in ("mm", "matmul") and _dims(graph, second) == 2:
         return _Roles(first, second, None, (1, 1), -1)
     if name in CONVOLUTIONS:
-        turned = "transpose" in name or bool(name == "convolution" and node.args[6])
-        groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
+        turned, groups = convolution_form(node)
         return _Roles(first, second, third, (1, groups) if turned else (0, 1), 1 - _dims(graph, second))
     if name == "batch_norm" and argument(node, 5, "training") is False:
         return _Roles(first, second, third, (0, 1), 1 - _dims(graph, first))

@@ -71,6 +71,13 @@ def operator_name(node: fx.Node) -> str:
     return (name[1] if len(name) > 1 else name[0]).removesuffix("_")
 
 
+def convolution_form(node: fx.Node) -> tuple[bool, int]:
+    """Return whether a convolution is transposed, and its groups."""
+    name = operator_name(node)
+    turned = "transpose" in name or bool(name == "convolution" and node.args[6])
+    return turned, int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
+
+
 def argument(node: fx.Node, position: int, name: str) -> Any:
     """Return an argument of a node's operator, given by position or by name; None where it is left out."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)

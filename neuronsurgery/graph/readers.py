@@ -19,7 +19,7 @@ from neuronsurgery.graph.operators import (
     POOLS,
     RESHAPES,
     SHAPES,
-    argument,
+    convolution_form,
     operator_name,
 )
 from neuronsurgery.graph.replay import Graph
@@ -102,8 +102,7 @@ class Walk:
             return None
         dims = self.graph.originals[parameter].dim()
         if name in CONVOLUTIONS:
-            turned = "transpose" in name or bool(name == "convolution" and node.args[6])
-            groups = int(argument(node, 8 if name == "convolution" else 6, "groups") or 1)
+            turned, groups = convolution_form(node)
             return None if transposed else Reader(node, first, parameter, 0 if turned else 1, 1 - dims, groups)
         if dims != 2:
             return None

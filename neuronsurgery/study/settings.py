@@ -64,6 +64,12 @@ def _path_text(text: str) -> str:
     return str(Path(text))
 
 
+def _size(group: str) -> Any:
+    said = "height and width that the network is given"
+    otherwise = "what timm says of the network, else 224"
+    return option(None, said, values=whole(1), metavar="N", otherwise=otherwise, group=group)
+
+
 def _channels(help: str, imagenet: str, **how: Any) -> Any:
     said = {"otherwise": f"ImageNet's, {imagenet}", "several": True, "count": 3, "metavar": "R G B", "group": DISK}
     return option(None, help, **{**said, **how})
@@ -190,14 +196,7 @@ class Settings:
         group=NETWORK,
     )
     root: str | None = option(None, "the folder of the data set", values=_path_text, metavar="DIR", group=DISK)
-    size: int | None = option(
-        None,
-        "height and width that the network is given",
-        values=whole(1),
-        metavar="N",
-        otherwise="what timm says of the network, else 224",
-        group=DISK,
-    )
+    size: int | None = _size(DISK)
     mean: tuple[float, ...] | None = _channels(
         "taken from red, green and blue in [0, 1]", "0.485,0.456,0.406", values=_number
     )
@@ -344,14 +343,7 @@ class AuditOptions:
     split: str | None = option(
         None, "take the rows of this split", metavar="NAME", otherwise="all rows", group=EXAMPLES
     )
-    size: int | None = option(
-        None,
-        "height and width that the network is given",
-        values=whole(1),
-        metavar="N",
-        otherwise="what timm says of the network, else 224",
-        group=EXAMPLES,
-    )
+    size: int | None = _size(EXAMPLES)
     mean: tuple[float, ...] | None = _channels(
         "taken from red, green and blue in [0, 1]", "0.485,0.456,0.406", values=_number, group=EXAMPLES
     )

@@ -61,16 +61,21 @@ class Fragile:
         return self.examples.targets[self.places]
 
     @functools.cached_property
+    def classes(self) -> dict[str, Tensor]:
+        """By class which of the examples are of it, bool (N,)."""
+        present = sorted(set(self.targets.tolist()))
+        return {name_of(self.examples.class_names, target): self.targets == target for target in present}
+
+    @functools.cached_property
     def cells(self) -> dict[str, Tensor]:
         """By group, given or else class x fragile, which of the examples are in it, bool (N,)."""
         if self.examples.groups is not None:
             own = self.examples.groups[self.places]
             return {name: own == group for group, name in enumerate(self.examples.group_names) if (own == group).any()}
         cells = {}
-        for target in sorted(set(self.targets.tolist())):
-            name = name_of(self.examples.class_names, target)
+        for name, own in self.classes.items():
             for fragile, said in ((False, "others"), (True, "fragile")):
-                cells[f"{name}, {said}"] = (self.targets == target) & (self.flags == fragile)
+                cells[f"{name}, {said}"] = own & (self.flags == fragile)
         return {name: cell for name, cell in cells.items() if cell.any()}
 
     def worst(self) -> tuple[str | None, Any]:
@@ -100,27 +105,21 @@ class Fragile:
 
     def sentence(self) -> str:
         """Return how many stand out, in words."""
-        parts = []
-        for target in sorted(set(self.targets.tolist())):
-            own = self.targets == target
-            parts.append(
-                f"{int(self.flags[own].sum())} of {int(own.sum())} {name_of(self.examples.class_names, target)}"
-            )
+        counts = {name: (int(self.flags[own].sum()), int(own.sum())) for name, own in self.classes.items()}
+        parts = [f"{flagged} of {count} {name}" for name, (flagged, count) in counts.items()]
         return f"Fragile are {', '.join(parts)}, by {self.by}."
 
     def accuracies(self) -> list[Row]:
         """Return a row for each class and each group."""
-        classes = {name_of(self.examples.class_names, t): self.targets == t for t in sorted(set(self.targets.tolist()))}
         return [
             row_of("accuracy", kind, name, "accuracy", _share(self.base[cell] > 0), n=int(cell.sum()))
-            for kind, cells in (("classes", classes), ("groups", self.cells))
+            for kind, cells in (("classes", self.classes), ("groups", self.cells))
             for name, cell in cells.items()
         ]
 
     def flagged(self) -> list[Row]:
         """Return a row for each class and each given group: the share that is flagged."""
-        cells = {name_of(self.examples.class_names, t): self.targets == t for t in sorted(set(self.targets.tolist()))}
-        rows = [("classes", name, cell) for name, cell in cells.items()]
+        rows = [("classes", name, cell) for name, cell in self.classes.items()]
         if self.examples.groups is not None:
             rows += [("groups", name, cell) for name, cell in self.cells.items()]
         return [
