@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
+from neuronsurgery.gathering import GATHERED, Gathered, cast_as, gather_in, plain_class, policy_of
 from neuronsurgery.guards import Guard
 from neuronsurgery.habits import given_to, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
@@ -34,10 +35,12 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.rebinding import rebound, rebound_hooks
+from neuronsurgery.serving import Service
+from neuronsurgery.spread import is_spread
 from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
-from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap
+from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap, without_fsdp
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ def copy_structure(
     memo: dict[int, Any] = {}
     for module in names:
         # Not __new__ of the class: a torch.fx.GraphModule makes a new class there and loses its forward.
-        memo[id(module)] = object.__new__(type(module))
+        memo[id(module)] = object.__new__(plain_class(type(module)))
     _refuse_uninitialised(names)
     for module in names:
         _share(module, memo, buffers, optimizers=not replace)
@@ -92,7 +95,23 @@ def copy_structure(
     copied = {module: memo[id(module)] for module in names}
     for new in copied.values():
         _detach_from_original(new)
+    _gather(surveyed, copied)
     return Copy(copied[surveyed.model], copied)
+
+
+def _gather(surveyed: Survey, copied: Mapping[nn.Module, nn.Module]) -> None:
+    """Have the modules of a copy compute the weights that FSDP shards, in the dtypes that it would."""
+    if not surveyed.gathered:
+        return
+    computed: dict[nn.Module, dict[str, Gathered]] = {surveyed.model: {}}
+    for name, gathered in surveyed.gathered.items():
+        for module, attribute, _ in surveyed.tensors[name].uses:
+            computed.setdefault(module, {})[attribute] = gathered
+    for module, own in computed.items():
+        gather_in(copied[module], own, outermost=module is surveyed.model)
+    for module, new in copied.items():
+        if (policy := policy_of(module)) is not None:
+            cast_as(new, policy)
 
 
 def _refuse_uninitialised(names: Mapping[nn.Module, str]) -> None:
@@ -121,7 +140,7 @@ def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers, *, optimiz
     for child in module._modules.values():
         if child is not None and unwrap(child) is not child:
             memo[id(child)] = memo[id(unwrap(child))]
-    for key, value in vars(module).items():
+    for key, value in without_fsdp(vars(module)).items():
         if key.endswith("_hooks") and isinstance(value, dict):
             for hook in value.values():
                 owner = getattr(hook, "__self__", hook)
@@ -215,6 +234,8 @@ class Runner:
         places: for each parameter one path to every module and attribute that hold it, for `functional_call`.
         device: of its first parameter, or None.
         own: the names of the parameters that the copy does not share, since its forward pass writes into them.
+        gathered: of the tensors that FSDP shards, by name, how the copy computes them.
+        service: what gives this process whole weights whenever it asks; None where all are here.
         attributes: of its modules, to be given back after each forward pass.
     """
 
@@ -223,6 +244,8 @@ class Runner:
     places: Mapping[str, tuple[str, ...]]
     device: torch.device | None
     own: frozenset[str] = frozenset()
+    gathered: Mapping[str, Gathered] = field(default_factory=dict)
+    service: Service | None = None
     attributes: Attributes = field(init=False)
     _unguarded: list[bool] = field(init=False, default_factory=list)
 
@@ -241,12 +264,40 @@ class Runner:
             yield
         self._unguarded.append(True)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether some parameters are spread over processes."""
+        return any(map(is_spread, self.parameters.values()))
 
-def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True) -> Runner:
+    @contextlib.contextmanager
+    def edited(self, plans: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Have the copy compute some weights, that FSDP shards, with an edit meanwhile.
+
+        Args:
+            plans: whole weight -> edited weight, by name.
+        """
+        held = [
+            (vars(self.model.get_submodule(path))[GATHERED], attribute, plan)
+            for name, plan in plans.items()
+            for path, _, attribute in (place.rpartition(".") for place in self.places[name])
+        ]
+        before = [(ways, attribute, ways[attribute]) for ways, attribute, _ in held]
+        for ways, attribute, plan in held:
+            ways[attribute] = ways[attribute].then(plan)
+        try:
+            yield
+        finally:
+            for ways, attribute, way in before:
+                ways[attribute] = way
+
+
+def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True, spread: bool = False) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run: see `computed_copy`.
 
     Args:
         surveyed: the model.
+        spread: whether it may be spread over processes. Where FSDP shards it, all processes serve each other from here
+            on until the public function ends.
         checkpoints: see `computed_copy`.
         blank: see `computed_copy`.
 
@@ -254,8 +305,11 @@ def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = Tr
         TypeError: if an attribute of a module cannot be copied.
         ValueError: if a tensor is on the meta device or sharded, or not yet initialised; lists all.
     """
-    refuse_unrunnable(surveyed)
-    return computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
+    refuse_unrunnable(surveyed, spread=spread)
+    runner = computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
+    if runner.service is not None:
+        runner.service.start()
+    return runner
 
 
 @restoring
@@ -289,7 +343,16 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
     }
     places = {name: tuple(use.path for use in tensor.uses) for name, tensor in surveyed.tensors.items()}
     own = frozenset(tensor.name for tensor in written)
-    return Runner(copied.model, parameters, places, surveyed.device, own)  # type: ignore[arg-type]  # none is None
+    gathered = surveyed.gathered
+    return Runner(copied.model, parameters, places, surveyed.device, own, gathered, _service(surveyed))  # type: ignore[arg-type]  # none is None
+
+
+def _service(surveyed: Survey) -> Service | None:
+    if not surveyed.gathered:
+        return None
+    weights: dict[int, Any] = {way.number: surveyed.tensors[name].parameter for name, way in surveyed.gathered.items()}
+    ways = surveyed.gathered.values()
+    return Service(weights, {way.number: way.param_dtype for way in ways if way.param_dtype is not None})
 
 
 def eval_copy(model: nn.Module) -> nn.Module:

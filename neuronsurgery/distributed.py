@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from neuronsurgery.serving import serving
+
 T = TypeVar("T")
 
 
@@ -17,6 +19,8 @@ def exchange(process_group: dist.ProcessGroup | None, error: Exception | None, p
         if error is not None:
             raise error
         return [payload]
+    if (service := serving()) is not None:
+        service.rest()
     said: list[Any] = [None] * dist.get_world_size(process_group)
     text = None if error is None else f"{type(error).__name__}: {error}"
     dist.all_gather_object(said, (text, payload), group=process_group)

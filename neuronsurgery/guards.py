@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from typing_extensions import Self, override
 
+from neuronsurgery.spread import local
+
 
 def is_guarded() -> bool:
     """Return whether a guard watches this thread."""
@@ -25,7 +27,7 @@ def guard_edited(tensor: Tensor) -> None:
     """Have the guard that watches this thread stop writes into a tensor that is computed anew at every access."""
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Guard):
-            mode.add("an edited tensor, which is computed anew at every access", tensor)
+            mode.add("a tensor that is computed anew at every access", tensor)
 
 
 class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
@@ -92,7 +94,7 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's clas
 def _storages(tensor: Tensor) -> Iterable[int]:
     """Return the number of a tensor's memory, in a tuple; none where it has none of its own (sparse, wrapped)."""
     try:
-        return (tensor.untyped_storage()._cdata,)
+        return (local(tensor).untyped_storage()._cdata,)
     except (RuntimeError, NotImplementedError):
         return ()
 

@@ -20,9 +20,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from neuronsurgery.caches import computed_attributes
 from neuronsurgery.errors import inline, listed
+from neuronsurgery.gathering import GATHERED, Gathered, Policy, policy_of, reshard
 from neuronsurgery.habits import given_to
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
+from neuronsurgery.spread import is_spread, unreadable_spread
 from neuronsurgery.wrappers import is_a, name_within, same_names, unwrap
 
 HOOKED = (
@@ -35,14 +37,10 @@ HOOKED = (
 )
 """Hooks that compute another tensor from this one, where they keep its name, and what to use in their place."""
 
-SHARDED = (
-    ("DTensor", "torch.distributed.tensor"),
-    ("FlatParameter", "torch.distributed.fsdp._flat_param"),
-    ("ShardedTensor", "torch.distributed._shard.sharded_tensor"),
+SHARDED_REASON = (
+    "sharded over processes; what works on parts is scores of gradients, magnitudes, effects by zeroing, hard_batch, "
+    "evaluate, sweep and apply: for anything else use the model as it was before fully_shard or parallelize_module"
 )
-"""Classes of tensors that are spread over processes, and the modules that define them."""
-
-SHARDED_REASON = "sharded over processes (DTensor or FSDP); gather the full model first"
 
 
 # The survey
@@ -111,12 +109,19 @@ class Survey:
         tensors: its tensors by first name, in the order of `named_parameters()`.
         names: every name of a tensor -> its first name.
         modules: its modules and their names, parametrizations too, wrappers taken off.
+        gathered: of the tensors that FSDP shards, by first name, how they become whole.
     """
 
     model: nn.Module
     tensors: Mapping[str, SurveyedTensor]
     names: Mapping[str, str]
     modules: Mapping[nn.Module, str]
+    gathered: Mapping[str, Gathered]
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether some of its tensors are spread over processes."""
+        return any(is_spread(tensor.parameter) for tensor in self.tensors.values())
 
     @property
     def device(self) -> torch.device | None:
@@ -150,6 +155,7 @@ def survey(model: nn.Module | Survey) -> Survey:
                 f"torch.jit.trace"
             )
         modules.setdefault(module, prefix.removesuffix("."))
+    reshard(modules)
     found = _found(root)
     overlapped = _overlapped(found)
     tensors = {}
@@ -165,7 +171,10 @@ def survey(model: nn.Module | Survey) -> Survey:
             overlapped.get(entry.names[0], ""),
         )
     names = {alias: name for name, tensor in tensors.items() for alias in (name, *tensor.aliases)}
-    return Survey(root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules))
+    gathered = _gathered(root, tensors.values())
+    return Survey(
+        root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules), MappingProxyType(gathered)
+    )
 
 
 class _Found(NamedTuple):
@@ -248,6 +257,30 @@ def _old_hook(use: Use) -> str:
     return ""
 
 
+def _gathered(root: nn.Module, tensors: Iterable[SurveyedTensor]) -> dict[str, Gathered]:
+    """Return how each tensor that FSDP shards becomes whole, by its first name; that of a view goes on as it does."""
+    policies = dict(_policies(root, None))
+    found = {}
+    for tensor in tensors:
+        use = tensor.uses[0]
+        known = vars(use.module).get(GATHERED, {}).get(use.attribute)
+        policy = policies.get(use.module)
+        if known is not None:
+            found[tensor.name] = known
+        elif policy is not None and is_spread(tensor.parameter):
+            found[tensor.name] = Gathered(tensor.position, policy.param_dtype, policy.reduce_dtype)
+    return found
+
+
+def _policies(module: nn.Module, around: Policy | None) -> Iterator[tuple[nn.Module, Policy | None]]:
+    """Yield every module with the policy of the innermost module around it that FSDP shards."""
+    own = policy_of(module) or around
+    yield module, own
+    for child in module._modules.values():
+        if child is not None:
+            yield from _policies(unwrap(child), own)
+
+
 # What is refused
 
 
@@ -264,11 +297,18 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
     )
 
 
-def refuse_unrunnable(surveyed: Survey) -> None:
+HERE = "Give a model that is here as a whole: load what is offloaded, gather what is sharded"
+
+
+def refuse_unrunnable(surveyed: Survey, *, spread: bool = False) -> None:
     """Raise one error that lists every tensor without which the model cannot run here, with the reason.
 
+    Args:
+        surveyed: the model.
+        spread: whether it may be spread over processes.
+
     Raises:
-        ValueError: if a tensor is on the meta device, or sharded.
+        ValueError: if a tensor is on the meta device, or sharded, though it must not or in a way that cannot be read.
     """
     held = {name: tensor.parameter for name, tensor in surveyed.tensors.items()} | {
         f"{path}.{attribute}".removeprefix("."): buffer
@@ -277,13 +317,28 @@ def refuse_unrunnable(surveyed: Survey) -> None:
         if buffer is not None
     }
     wrong = [f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))]
-    # Between two forward passes FSDP may hold whole tensors, which it takes away again.
-    sharding = [
-        f"{path or 'the model'}: {SHARDED_REASON}"
-        for module, path in surveyed.modules.items()
-        if any(is_a(module, kind, "torch.distributed.fsdp") for kind in ("FSDPModule", "FullyShardedDataParallel"))
-    ]
-    _refuse(wrong or sharding, "Give a model that is here as a whole: load what is offloaded, gather what is sharded")
+    if not wrong and not spread:
+        wrong = [f"{name}: {SHARDED_REASON}" for name, tensor in held.items() if is_spread(tensor)]
+    _refuse(wrong, HERE)
+    refuse_ungatherable(surveyed)
+
+
+def refuse_ungatherable(surveyed: Survey) -> None:
+    """Raise one error that lists every tensor that FSDP shards in a way that a copy cannot gather, with the reason.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    found = {}
+    for name in surveyed.gathered:
+        weight: Any = surveyed.tensors[name].parameter
+        if weight.device_mesh.ndim > 1:
+            found[name] = "sharded over a mesh of several dimensions; use one (no replicas, no tensor parallelism)"
+        elif weight.device.type != weight.device_mesh.device_type:
+            found[name] = "offloaded by FSDP (CPUOffloadPolicy); shard it without"
+        elif surveyed.tensors[name].parametrized:
+            found[name] = "sharded and parametrized; remove the parametrization before fully_shard"
+    _refuse([f"{name}: {reason}" for name, reason in found.items()], HERE)
 
 
 def _refuse(wrong: Sequence[str], instead: str) -> None:
@@ -291,16 +346,11 @@ def _refuse(wrong: Sequence[str], instead: str) -> None:
         raise ValueError(f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n{instead}")
 
 
-def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is spread over processes."""
-    return any(is_a(tensor, kind, module) for kind, module in SHARDED)
-
-
 def _absent(tensor: Tensor) -> str:
     """Return why the values of a tensor are not here, or ""."""
     if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
         return "on the meta device, so it has no values; load the weights first"
-    return SHARDED_REASON if is_sharded(tensor) else ""
+    return unreadable_spread(tensor)
 
 
 def _unsupported(tensor: SurveyedTensor) -> str:
@@ -316,7 +366,9 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         return "not yet initialised (a lazy module); run the model on one batch first"
     if reason := _absent(parameter):
         return reason
-    if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_spread(parameter) and (
+        parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"
     if not parameter.dtype.is_floating_point:
         return f"of dtype {str(parameter.dtype).removeprefix('torch.')}; only real floating-point weights have neurons"
