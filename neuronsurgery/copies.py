@@ -35,7 +35,7 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.rebinding import rebound, rebound_hooks
-from neuronsurgery.serving import Service
+from neuronsurgery.serving import Service, serving
 from neuronsurgery.spread import is_spread
 from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
@@ -351,6 +351,9 @@ def _service(surveyed: Survey) -> Service | None:
     if not surveyed.gathered:
         return None
     weights: dict[int, Any] = {way.number: surveyed.tensors[name].parameter for name, way in surveyed.gathered.items()}
+    service = serving()
+    if service is not None and all(service.knows(number, weight) for number, weight in weights.items()):
+        return service  # of a function that this one is called in
     ways = surveyed.gathered.values()
     return Service(weights, {way.number: way.param_dtype for way in ways if way.param_dtype is not None})
 

@@ -237,7 +237,9 @@ class _Pass:
             if self._heard or rest:  # else gradients are taken of one example at a time, below
                 self._refuse_flat(values)
             collected.values = values.detach().double()
-            together = self._effects(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
+            together: Sequence[Tensor] = ()
+            if self._heard or len(members) == 1:  # else there is nothing to be had of all groups at once
+                together = self._effects(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
             collected.finish()
         for left, (group, indices) in enumerate(members.items(), start=1):
             if rest:

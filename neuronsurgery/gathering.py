@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from neuronsurgery.guards import guard_edited
+from neuronsurgery.guards import guard_gathered
 from neuronsurgery.serving import Service, serving
 from neuronsurgery.spread import is_spread, whole
 from neuronsurgery.wrappers import is_fsdp
@@ -62,7 +62,7 @@ class Gathered:
         if not torch.is_grad_enabled() and weight.requires_grad:
             value = value.detach().requires_grad_()  # matmul folds its batch otherwise where it is not set
         if not torch.compiler.is_compiling():
-            guard_edited(value)
+            guard_gathered(value)
             _remember(value, _Again(weight.detach(), self, service))
         return value
 

@@ -6,6 +6,7 @@ Only while code runs that is not known to leave them alone: it costs some micros
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -23,11 +24,21 @@ def is_guarded() -> bool:
     return any(isinstance(mode, Guard) for mode in _get_current_dispatch_mode_stack())
 
 
+COMPUTED = "a tensor that is computed anew at every access"
+
+
 def guard_edited(tensor: Tensor) -> None:
     """Have the guard that watches this thread stop writes into a tensor that is computed anew at every access."""
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Guard):
-            mode.add("a tensor that is computed anew at every access", tensor)
+            mode.add(COMPUTED, tensor)
+
+
+def guard_gathered(tensor: Tensor) -> None:
+    """Have the same done, but without keeping the tensor."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Guard):
+            mode.watch(COMPUTED, tensor)
 
 
 class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
@@ -59,6 +70,12 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's clas
             self._names.setdefault(storage, name)
         # The second is the tensor as it is: it keeps the memory, and with it the number that stands for it.
         self._held.append((name, tensor, tensor.detach()))
+
+    def watch(self, name: str, tensor: Tensor) -> None:
+        """Stop writes into one more tensor for as long as it lives."""
+        for storage in _storages(tensor):
+            self._names[storage] = name
+            weakref.finalize(tensor, self._names.pop, storage, None)
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

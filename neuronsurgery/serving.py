@@ -66,8 +66,9 @@ class Service:
 
     def start(self) -> None:
         """Serve in this thread until the public function ends that this is called in."""
-        _SERVING.open.append(self)
-        finally_do(self._end)
+        if self not in _SERVING.open:
+            _SERVING.open.append(self)
+            finally_do(self._end)
 
     def _end(self) -> None:
         if self in _SERVING.open:

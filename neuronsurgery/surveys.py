@@ -37,9 +37,10 @@ HOOKED = (
 )
 """Hooks that compute another tensor from this one, where they keep its name, and what to use in their place."""
 
-SHARDED_REASON = (
-    "sharded over processes; what works on parts is scores of gradients, magnitudes, effects by zeroing, hard_batch, "
-    "evaluate, sweep and apply: for anything else use the model as it was before fully_shard or parallelize_module"
+SHARDED = (
+    "{} of the model's tensors are sharded over processes: {}. What works on parts is scores of gradients, magnitudes, "
+    "effects by zeroing, hard_batch, evaluate, sweep, judge, find_critical(edits='zero') and apply: for anything else "
+    "use the model as it was before fully_shard or parallelize_module"
 )
 
 
@@ -316,10 +317,10 @@ def refuse_unrunnable(surveyed: Survey, *, spread: bool = False) -> None:
         for attribute, buffer in module._buffers.items()
         if buffer is not None
     }
-    wrong = [f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))]
-    if not wrong and not spread:
-        wrong = [f"{name}: {SHARDED_REASON}" for name, tensor in held.items() if is_spread(tensor)]
-    _refuse(wrong, HERE)
+    _refuse([f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))], HERE)
+    sharded = [name for name, tensor in held.items() if is_spread(tensor)]
+    if sharded and not spread:
+        raise ValueError(SHARDED.format(len(sharded), inline(sharded)))
     refuse_ungatherable(surveyed)
 
 

@@ -371,7 +371,7 @@ def sweep_in_parts(
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
         seen, error = _Seen([], [], ()), None
         try:
-            runner, edited = _planned(model, edits)
+            runner, edited = _planned(model, edits, spread=True)
             if forward is None:
                 forward = CheckedForward(runner, predict or default_predict)
             else:
