@@ -35,7 +35,7 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.rebinding import rebound, rebound_hooks
-from neuronsurgery.serving import Service, serving
+from neuronsurgery.serving import Service, current_service
 from neuronsurgery.spread import is_spread
 from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
@@ -351,7 +351,7 @@ def _service(surveyed: Survey) -> Service | None:
     if not surveyed.gathered:
         return None
     weights: dict[int, Any] = {way.number: surveyed.tensors[name].parameter for name, way in surveyed.gathered.items()}
-    service = serving()
+    service = current_service()
     if service is not None and all(service.knows(number, weight) for number, weight in weights.items()):
         return service  # of a function that this one is called in
     ways = surveyed.gathered.values()

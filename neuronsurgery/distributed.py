@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from neuronsurgery.serving import serving
+from neuronsurgery.serving import current_service
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def exchange(process_group: dist.ProcessGroup | None, error: Exception | None, p
         if error is not None:
             raise error
         return [payload]
-    if (service := serving()) is not None:
+    if (service := current_service()) is not None:
         service.rest()
     said: list[Any] = [None] * dist.get_world_size(process_group)
     text = None if error is None else f"{type(error).__name__}: {error}"

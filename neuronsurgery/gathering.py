@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from neuronsurgery.guards import guard_gathered
-from neuronsurgery.serving import Service, serving
+from neuronsurgery.serving import Service, current_service
 from neuronsurgery.spread import is_spread, whole
 from neuronsurgery.wrappers import is_fsdp
 
@@ -53,7 +53,7 @@ class Gathered:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the whole weight; a gradient to it is averaged over the processes, as FSDP does."""
-        service = serving()
+        service = current_service()
         if service is not None and not service.knows(self.number, weight):
             service = None
         value: Tensor = _Whole.apply(weight, self, service)

@@ -192,7 +192,7 @@ class Service:
                 total += own.view(part.shape)
 
 
-def serving() -> Service | None:
+def current_service() -> Service | None:
     """Return the service that is open in this thread, if there is one."""
     return _SERVING.open[-1] if _SERVING.open else None
 

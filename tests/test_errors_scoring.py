@@ -288,14 +288,13 @@ NUMBERS: dict[str, ErrorRow] = {
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
-    """One weight as a DTensor, on a mesh of this process alone."""
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    """Sharded by FSDP, with replicas, on a mesh of this process alone."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
 
     rendezvous = tmp_path_factory.mktemp("mesh") / "meeting"
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=0, world_size=1)
-    model = CASES["mlp"].build()
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), init_device_mesh("cpu", (1,))))  # type: ignore[index,union-attr]
-    yield model
+    yield fully_shard(CASES["mlp"].build(), mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "parts")))
     dist.destroy_process_group()
 
 
@@ -339,12 +338,14 @@ def test_weights_that_cannot_be_read_are_refused(build: Callable[[], nn.Module],
         ns.group_grad_norms(model, DATA)
 
 
-def test_sharded_weights_are_refused(sharded: nn.Module) -> None:
-    reason = r"sharded over processes \(DTensor or FSDP\); gather the full model first"
-    for refused in (lambda: ns.group_grad_norms(sharded, DATA), lambda: ns.magnitudes(sharded)):
-        with pytest.raises(ValueError, match=REFUSED.format(reason)):
+def test_what_is_sharded_with_replicas_is_not_run(sharded: nn.Module) -> None:
+    layout = ns.find_layout(sharded)
+    edit = ns.zero_out(ns.select(layout, {"0.weight": 0}))
+    reason = r"4 of the model's tensors cannot .*\n  0\.weight: sharded over a mesh of several dimensions; use one"
+    for refused in (lambda: ns.group_grad_norms(sharded, DATA), lambda: ns.apply(edit, sharded)):
+        with pytest.raises(ValueError, match=reason):
             refused()
-    assert ns.magnitudes(sharded, where="2.*").layout.count == 3
+    assert torch.equal(ns.magnitudes(sharded).values, ns.magnitudes(CASES["mlp"].build()).values)
 
 
 CALLS: dict[str, ErrorRow] = {
