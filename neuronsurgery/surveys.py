@@ -43,6 +43,11 @@ SHARDED = (
     "use the model as it was before fully_shard or parallelize_module"
 )
 
+OFFLOADED = (
+    "offloaded by accelerate, here only while its module runs; give every module a device that it stays on "
+    "(device_map=), or shard the model over processes with fully_shard"
+)
+
 
 # The survey
 
@@ -311,14 +316,14 @@ def refuse_unrunnable(surveyed: Survey, *, spread: bool = False) -> None:
     Raises:
         ValueError: if a tensor is on the meta device, or sharded, though it must not or in a way that cannot be read.
     """
-    held = {name: tensor.parameter for name, tensor in surveyed.tensors.items()} | {
-        f"{path}.{attribute}".removeprefix("."): buffer
+    held = {name: (tensor.uses[0].module, tensor.parameter) for name, tensor in surveyed.tensors.items()} | {
+        f"{path}.{attribute}".removeprefix("."): (module, buffer)
         for module, path in surveyed.modules.items()
         for attribute, buffer in module._buffers.items()
         if buffer is not None
     }
-    _refuse([f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))], HERE)
-    sharded = [name for name, tensor in held.items() if is_spread(tensor)]
+    _refuse([f"{name}: {reason}" for name, (at, tensor) in held.items() if (reason := _absent(at, tensor))], HERE)
+    sharded = [name for name, tensor in held.items() if is_spread(tensor[1])]
     if sharded and not spread:
         raise ValueError(SHARDED.format(len(sharded), inline(sharded)))
     refuse_ungatherable(surveyed)
@@ -347,9 +352,11 @@ def _refuse(wrong: Sequence[str], instead: str) -> None:
         raise ValueError(f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n{instead}")
 
 
-def _absent(tensor: Tensor) -> str:
-    """Return why the values of a tensor are not here, or ""."""
+def _absent(module: nn.Module, tensor: Tensor) -> str:
+    """Return why the values of a tensor that a module holds are not here, or ""."""
     if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+        if is_a(getattr(module, "_hf_hook", None), "ModelHook", "accelerate.hooks"):
+            return OFFLOADED
         return "on the meta device, so it has no values; load the weights first"
     return unreadable_spread(tensor)
 
@@ -365,7 +372,7 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         )
     if isinstance(parameter, UninitializedTensorMixin):
         return "not yet initialised (a lazy module); run the model on one batch first"
-    if reason := _absent(parameter):
+    if reason := _absent(tensor.uses[0].module, parameter):
         return reason
     if not is_spread(parameter) and (
         parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__

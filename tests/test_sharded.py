@@ -313,7 +313,34 @@ def fork_ranks(folder: str) -> None:
     mp.start_processes(work, (folder,), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
 
 
-# --- the tests --------------------------------------------------------------------------------------------------------
+# --- models of one process on several devices -------------------------------------------------------------------------
+
+
+def test_a_model_with_a_device_map_is_one_like_any_other() -> None:
+    from accelerate import dispatch_model
+
+    case = CASES["vit"]
+    data, mapped = share(case, 0, 1), dispatch_model(vit(), {"": "cpu"}, force_hooks=True)
+    assert hasattr(mapped, "_hf_hook")
+    found, right = (ns.group_grad_norms(model, data) for model in (mapped, vit()))
+    assert torch.equal(found.values, right.values)
+    cut = ns.zero_out(ns.topk(right, 3))
+    assert torch.equal(ns.apply(cut, mapped)(data[0][0]), ns.apply(cut, vit())(data[0][0]))
+    swept = [ns.sweep(model, {"cut": cut}, data, metric=ns.margin).values("cut") for model in (mapped, vit())]
+    assert torch.equal(*swept)
+
+
+def test_an_offloaded_model_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), execution_device=torch.device("cpu"))
+    text = r"offloaded by accelerate, here only while its module runs; give every module a device .*with fully_shard"
+    for refused in (lambda: ns.magnitudes(model), lambda: ns.evaluate(model, [(torch.ones(2, 3), torch.zeros(2))])):
+        with pytest.raises(ValueError, match=rf"cannot be read or edited:\n  0\.weight: {text}"):
+            refused()
+
+
+# --- the tests of several processes -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
