@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline
-from neuronsurgery.gathering import GATHERED, Gathered, cast_as, gather_in, plain_class, policy_of
+from neuronsurgery.gathering import Gathered, cast_as, gather_in, plain_class, policy_of, service_for
 from neuronsurgery.guards import Guard
 from neuronsurgery.habits import given_to, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
@@ -35,8 +36,8 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.rebinding import rebound, rebound_hooks
-from neuronsurgery.serving import Service, current_service
-from neuronsurgery.spread import is_spread
+from neuronsurgery.serving import Service
+from neuronsurgery.spread import is_spread, refuse_different_data
 from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
@@ -269,29 +270,15 @@ class Runner:
         """Whether some parameters are spread over processes."""
         return any(map(is_spread, self.parameters.values()))
 
-    @contextlib.contextmanager
-    def edited(self, plans: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """Have the copy compute some weights, that FSDP shards, with an edit meanwhile.
 
-        Args:
-            plans: whole weight -> edited weight, by name.
-        """
-        held = [
-            (vars(self.model.get_submodule(path))[GATHERED], attribute, plan)
-            for name, plan in plans.items()
-            for path, _, attribute in (place.rpartition(".") for place in self.places[name])
-        ]
-        before = [(ways, attribute, ways[attribute]) for ways, attribute, _ in held]
-        for ways, attribute, plan in held:
-            ways[attribute] = ways[attribute].then(plan)
-        try:
-            yield
-        finally:
-            for ways, attribute, way in before:
-                ways[attribute] = way
-
-
-def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True, spread: bool = False) -> Runner:
+def make_runner(
+    surveyed: Survey,
+    *,
+    checkpoints: bool = False,
+    blank: bool = True,
+    spread: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run: see `computed_copy`.
 
     Args:
@@ -300,12 +287,17 @@ def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = Tr
             on until the public function ends.
         checkpoints: see `computed_copy`.
         blank: see `computed_copy`.
+        process_group: over whose ranks the data are shared out.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
-        ValueError: if a tensor is on the meta device or sharded, or not yet initialised; lists all.
+        ValueError: if a tensor is on the meta device or sharded, or not yet initialised (lists all), or if ranks that
+            compute one model together are to give different data.
     """
     refuse_unrunnable(surveyed, spread=spread)
+    refuse_different_data(
+        (t.parameter for n, t in surveyed.tensors.items() if n not in surveyed.gathered), process_group
+    )
     runner = computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
     if runner.service is not None:
         runner.service.start()
@@ -344,18 +336,8 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
     places = {name: tuple(use.path for use in tensor.uses) for name, tensor in surveyed.tensors.items()}
     own = frozenset(tensor.name for tensor in written)
     gathered = surveyed.gathered
-    return Runner(copied.model, parameters, places, surveyed.device, own, gathered, _service(surveyed))  # type: ignore[arg-type]  # none is None
-
-
-def _service(surveyed: Survey) -> Service | None:
-    if not surveyed.gathered:
-        return None
-    weights: dict[int, Any] = {way.number: surveyed.tensors[name].parameter for name, way in surveyed.gathered.items()}
-    service = current_service()
-    if service is not None and all(service.knows(number, weight) for number, weight in weights.items()):
-        return service  # of a function that this one is called in
-    ways = surveyed.gathered.values()
-    return Service(weights, {way.number: way.param_dtype for way in ways if way.param_dtype is not None})
+    service = service_for(gathered, {name: surveyed.tensors[name].parameter for name in gathered})
+    return Runner(copied.model, parameters, places, surveyed.device, own, gathered, service)  # type: ignore[arg-type]  # none is None
 
 
 def eval_copy(model: nn.Module) -> nn.Module:

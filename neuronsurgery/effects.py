@@ -108,7 +108,7 @@ def group_effects(
     if edit not in ("zero", "mean"):
         raise ValueError(f"edit must be 'zero' or 'mean', not {edit!r}")
     unpack = by_key(unpack, group_key)
-    surveyed, runner, layout = prepared(model, layout, where, extra, spread=edit == "zero")
+    surveyed, runner, layout = prepared(model, layout, where, extra, spread=edit == "zero", process_group=process_group)
     options = (predict, unpack, progress, process_group)
     means = find_means(surveyed, runner, layout.layers, loaders, *options) if edit == "mean" else None
     if means is not None:
@@ -129,6 +129,7 @@ def prepared(
     extra: str | Sequence[str] | None,
     *,
     spread: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Survey, Runner, Layout]:
     """Return the survey of a model, a copy to differentiate, and the layers to score.
 
@@ -142,5 +143,5 @@ def prepared(
             "which this function works"
         )
     surveyed = survey(model)
-    runner = make_runner(surveyed, spread=spread)
+    runner = make_runner(surveyed, spread=spread, process_group=process_group)
     return surveyed, runner, given_layout(surveyed, runner.parameters, layout, where, extra)

@@ -7,9 +7,10 @@ whole weight from the part: a view of them is edited there, too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -221,6 +222,48 @@ def gather_in(module: nn.Module, gathered: dict[str, Gathered], *, outermost: bo
     if gathered or outermost:
         kind: Any = plain_class(type(module))  # a class: mypy does not take those for hashable
         module.__class__ = _gathering_class(kind, tuple(gathered), outermost)
+
+
+@contextlib.contextmanager
+def edited_in(
+    model: nn.Module, places: Mapping[str, Sequence[str]], plans: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Have a copy compute some weights with an edit meanwhile.
+
+    Args:
+        model: the copy.
+        places: the paths to each weight, by its name.
+        plans: whole weight -> edited weight, by name.
+    """
+    held = [
+        (vars(model.get_submodule(path))[GATHERED], attribute, plan)
+        for name, plan in plans.items()
+        for path, _, attribute in (place.rpartition(".") for place in places[name])
+    ]
+    before = [(ways, attribute, ways[attribute]) for ways, attribute, _ in held]
+    for ways, attribute, plan in held:
+        ways[attribute] = ways[attribute].then(plan)
+    try:
+        yield
+    finally:
+        for ways, attribute, way in before:
+            ways[attribute] = way
+
+
+def service_for(ways: Mapping[str, Gathered], weights: Mapping[str, Any]) -> Service | None:
+    """Return what gives out the weights that FSDP shards, the one that is open if it does; None if there are none.
+
+    Args:
+        ways: how each is gathered, by name.
+        weights: the sharded parameters, by name.
+    """
+    if not ways:
+        return None
+    numbered = {way.number: weights[name] for name, way in ways.items()}
+    service = current_service()
+    if service is not None and all(service.knows(number, weight) for number, weight in numbered.items()):
+        return service  # of a function that this one is called in
+    return Service(numbered, {way.number: way.param_dtype for way in ways.values() if way.param_dtype is not None})
 
 
 # What FSDP is told

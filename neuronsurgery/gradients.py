@@ -94,6 +94,7 @@ def _objective(
     where: Where | None,
     extra: str | Sequence[str] | None,
     predict: Predict | None,
+    process_group: dist.ProcessGroup | None,
 ) -> _Objective:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -101,7 +102,7 @@ def _objective(
             "which this function works"
         )
     surveyed = survey(model)
-    runner = make_runner(surveyed, checkpoints=True, spread=True)
+    runner = make_runner(surveyed, checkpoints=True, spread=True, process_group=process_group)
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
     # Of what is spread each process looks at its own part: its neurons are not here, but what is wrong with them is.
@@ -274,7 +275,7 @@ def group_grad_norms(
     loaders, unpack = named_loaders(loaders), by_key(unpack, group_key)
     objective = agreed(
         process_group,
-        lambda: _objective(model, loss, layout, where, extra, predict),
+        lambda: _objective(model, loss, layout, where, extra, predict, process_group),
         lambda made: made.layout.digest,
         "the processes score different layers: give each the same model, where= and extra=",
     )

@@ -5,9 +5,11 @@ What is here is collective: every process of the tensor's mesh has to do it, in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neuronsurgery.wrappers import is_a
@@ -74,9 +76,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
-def ranks_of(tensor: DTensor) -> list[int]:
-    """Return the processes that a tensor is spread over, ascending."""
-    return sorted(tensor.device_mesh.mesh.flatten().tolist())
+def refuse_different_data(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
+    """Raise if ranks that compute with parts of some tensors are to give different data.
+
+    Raises:
+        ValueError: if there are several of them in the group.
+    """
+    if process_group is None:
+        return
+    own = set(dist.get_process_group_ranks(process_group))
+    together = (own.intersection(t.device_mesh.mesh.flatten().tolist()) for t in tensors if is_spread(t))
+    ranks = max(together, key=len, default=own - own)
+    if len(ranks) > 1:
+        raise ValueError(
+            f"the ranks {sorted(ranks)} of process_group= compute with parts of one model, so they have to give the "
+            f"same data: leave process_group= out, or give the group of the replicas"
+        )
 
 
 def parts_of(tensor: Tensor, like: DTensor) -> list[Tensor]:

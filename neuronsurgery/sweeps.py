@@ -144,7 +144,7 @@ def sweep(
     error = None
     try:
         shared, predict = _shared(model, predict)
-        runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits, spread=True)
+        runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits, process_group)
         forward = None if shared is None else shared.rebound(runner)
         with torch.no_grad(), without_mha_fastpath():
             seen = _run(runner, edited, tallies, loaders, predict, unpack, progress, forward)
@@ -196,11 +196,11 @@ class _Seen(NamedTuple):
 
 
 def _planned(
-    model: nn.Module, edits: Mapping[str, Edit], *, spread: bool = False
+    model: nn.Module, edits: Mapping[str, Edit], process_group: dist.ProcessGroup | None
 ) -> tuple[Runner, dict[Edit, Mapping[str, Tensor]]]:
     """Return the model to run, and the edited tensors of each distinct edit."""
     surveyed = survey(model)
-    runner = make_runner(surveyed, spread=spread)
+    runner = make_runner(surveyed, spread=True, process_group=process_group)
     held, computed = held_elsewhere(surveyed), computed_elsewhere(surveyed)
     edited: dict[Edit, Mapping[str, Tensor]] = {BASELINE: {}}
     for label, edit in edits.items():
@@ -371,7 +371,7 @@ def sweep_in_parts(
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
         seen, error = _Seen([], [], ()), None
         try:
-            runner, edited = _planned(model, edits, spread=True)
+            runner, edited = _planned(model, edits, process_group)
             if forward is None:
                 forward = CheckedForward(runner, predict or default_predict)
             else:

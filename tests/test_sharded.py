@@ -158,7 +158,9 @@ def done(model: nn.Module, case: Case, data: Data, rank: int | None, **world: An
     found["scores"], found["top"] = scores, ns.topk(scores, 5)
     by_group = {"first": data[:2] if len(data) == 3 else data[:1], "all": data}  # of each rank the first batch
     found["scores of a mapping"] = ns.group_grad_norms(model, by_group, loss=case.loss, **world).values
-    found["scores of whole batches"] = ns.group_grad_norms(model, data, loss=case.loss, regroup=False, **world).values
+    if isinstance(inputs, Tensor):
+        whole_batches = ns.group_grad_norms(model, data, loss=case.loss, regroup=False, **world)
+        found["scores of whole batches"] = whole_batches.values
     found["effects"] = ns.group_effects(model, data, metric=case.loss, **world)
     swept = ns.sweep(model, edits, data, metric=case.loss, **world)
     found["sweep"] = {label: swept.values(label) for label in swept}
@@ -169,7 +171,7 @@ def done(model: nn.Module, case: Case, data: Data, rank: int | None, **world: An
         found["logits afterwards"] = logits_of(model, inputs)
     found["magnitudes of the view"] = ns.magnitudes(view).values
     found["metrics of the view"] = ns.evaluate(view, data, metric=metrics, **world)["loss"]
-    found["scores of the view"] = ns.group_grad_norms(view, data, loss=case.loss, **world).values
+    found["scores of the view"] = ns.group_grad_norms(view, {"all": data}, loss=case.loss, **world).values
     edited = ns.edited_parameters(edit, model)
     found["saved"] = {name: whole(tensor) for name, tensor in {**model.state_dict(), **edited}.items()}
     case.loss(*_logits_and_targets(model, case, rank)).mean().backward()
@@ -198,6 +200,14 @@ def state(model: nn.Module) -> list[Any]:
     ] + [id(parameter) for parameter in model.parameters()]
 
 
+def said_of(call: Callable[[], Any]) -> Any:
+    """What a call gives, or the error in words."""
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def breaking(data: Data) -> Iterator[Any]:
     yield data[0]
     raise OSError("the disk is gone")
@@ -207,7 +217,7 @@ def failures(rank: int, case: Case) -> dict[str, Any]:
     """One rank fails, in the middle of its data or before any; then everything is as it was, and works."""
     world = {"process_group": dist.group.WORLD}
     model, data = fully(case.build(), case), share(case, rank)
-    before, said = state(model), {}
+    before, said = state(model), dict[str, Any]()
     calls: dict[str, Callable[[], Any]] = {
         "scores": lambda: ns.group_grad_norms(model, breaking(data) if rank else data, loss=case.loss, **world),  # type: ignore[arg-type]
         "metrics": lambda: ns.evaluate(model, breaking(data) if rank else data, metric=case.loss, **world),  # type: ignore[arg-type]
@@ -218,11 +228,7 @@ def failures(rank: int, case: Case) -> dict[str, Any]:
         "units": lambda: ns.find_units(model, data[0], "unit"),
         "means": lambda: ns.group_effects(model, data, metric=case.loss, edit="mean", **world),  # type: ignore[arg-type]
     }
-    for name, call in calls.items():
-        try:
-            said[name] = call()
-        except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
+    said |= {name: said_of(call) for name, call in calls.items()}
     said["unchanged"] = before == state(model) and all(isinstance(p, DTensor) for p in model.parameters())
     said["metrics afterwards"] = ns.evaluate(model, data, metric=case.loss, **world)  # type: ignore[arg-type]
     return said
@@ -301,6 +307,7 @@ def work(rank: int, folder: str) -> None:
         results[f"fully {name} unchanged"] = before == state(model)
         parallel = tensor_parallel(case.build(), case)
         results[f"parallel {name}"] = done(parallel, case, share(case, 0, 1), None)
+        results[f"parallel {name} over both"] = said_of(lambda: ns.evaluate(parallel, share(case, rank), **world))  # noqa: B023
     results["failures"] = failures(rank, CASES["vit"])
     results["search"] = search(fully(vit(), CASES["vit"]), share(CASES["vit"], rank), **world)
     results["mixed"] = mixed(rank, CASES["vit"])
@@ -375,7 +382,7 @@ def test_layers_scores_and_chosen_sets(way: str, name: str, results: list[dict[s
         torch.testing.assert_close(found["scores"].values, right["scores"].values, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found["effects"].values, right["effects"].values, rtol=1e-4, atol=1e-6)
         assert found["top"] == right["top"]
-        for key in ("scores of a mapping", "scores of whole batches", "norms of gradients", "scores of the view"):
+        for key in (key for key in right if key.startswith(("scores of", "norms of"))):
             torch.testing.assert_close(found[key], right[key], rtol=1e-5, atol=1e-6)
         for key in ("magnitudes", "magnitudes of the view"):
             assert torch.equal(found[key], right[key])
@@ -417,6 +424,13 @@ def test_a_view_trains_and_saves(way: str, name: str, results: list[dict[str, An
 @each_case
 def test_nothing_of_a_fully_sharded_model_changes(name: str, results: list[dict[str, Any]]) -> None:
     assert all(result[f"fully {name} unchanged"] for result in results)
+
+
+@each_case
+def test_ranks_of_one_tensor_parallel_model_give_the_same_data(name: str, results: list[dict[str, Any]]) -> None:
+    for result in results:
+        said = result[f"parallel {name} over both"]
+        assert said.startswith("ValueError: the ranks [0, 1] of process_group= compute with parts of one model")
 
 
 OTHER = "RuntimeError: another process failed, so none has a result:\nrank 1: OSError: the disk is gone"

@@ -16,6 +16,7 @@ from neuronsurgery.batches import map_tensors
 from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
+from neuronsurgery.gathering import edited_in
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.fills import Fills
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
@@ -233,7 +234,7 @@ class CheckedForward:
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             try:
-                with self._runner.guarded(), self._runner.edited(plans):
+                with self._runner.guarded(), edited_in(self._runner.model, self._runner.places, plans):
                     output = functional_call(self._runner.model, placed, args, kwargs, tie_weights=False)
                 logits = self._predict(output)
             finally:
