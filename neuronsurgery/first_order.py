@@ -390,7 +390,7 @@ class _Served:
         self._service = runner.service
         self._terms: dict[int, list[tuple[Term, Gathered]]] = {}
         self.effects: dict[int, Tensor] = {}
-        for term in terms:
+        for term in terms if runner.gathered else ():  # all of them are of zeroing then
             if (way := runner.gathered.get(names[term.layer])) is not None:
                 self._terms.setdefault(way.number, []).append((term, way))
                 device = runner.device
