@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from neuronsurgery.guards import guard_gathered
-from neuronsurgery.serving import Service, current_service
+from neuronsurgery.serving import Service, current_service, service_of
 from neuronsurgery.spread import is_spread, whole
 from neuronsurgery.wrappers import is_fsdp
 
@@ -54,9 +54,7 @@ class Gathered:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the whole weight; a gradient to it is averaged over the processes, as FSDP does."""
-        service = current_service()
-        if service is not None and not service.knows(self.number, weight):
-            service = None
+        service = service_of(self.number, weight)
         value: Tensor = _Whole.apply(weight, self, service)
         if service is None:  # else scores are those of the edited weight, and it is edited already
             value = self.after_steps(value)

@@ -33,14 +33,8 @@ Sink = Callable[[int, Tensor], None]
 """Is given, from within a backward pass, the number of a weight and this process's gradient to all of it."""
 
 
-class _Serving(threading.local):
-    """The services that are open in this thread, the newest last."""
-
-    def __init__(self) -> None:
-        self.open: list[Service] = []
-
-
-_SERVING = _Serving()
+_OPEN: list[Service] = []
+"""The services that are open, the newest last: each in one thread, and in those in which autograd goes back for it."""
 
 
 class Service:
@@ -53,6 +47,7 @@ class Service:
     Attributes:
         process_group: the processes of the mesh.
         reached: the numbers of the weights that a gradient came to on this process.
+        thread: in which the model runs.
     """
 
     def __init__(self, weights: Mapping[int, DTensor], dtypes: Mapping[int, torch.dtype]) -> None:
@@ -61,18 +56,19 @@ class Service:
         self.reached: set[int] = set()
         self._weights, self._dtypes = weights, dtypes
         self._device, self._ranks, self._rank = torch.device(mesh.device_type), mesh.size(), mesh.get_local_rank()
+        self.thread = threading.get_ident()
         self._sink: Sink | None = None
         self._sums: dict[tuple[int, int], Tensor] = {}
 
     def start(self) -> None:
         """Serve in this thread until the public function ends that this is called in."""
-        if self not in _SERVING.open:
-            _SERVING.open.append(self)
+        if self not in _OPEN:
+            _OPEN.append(self)
             finally_do(self._end)
 
     def _end(self) -> None:
-        if self in _SERVING.open:
-            _SERVING.open.remove(self)
+        if self in _OPEN:
+            _OPEN.remove(self)
             while not all(wish[0] == DONE for wish in self._round(DONE)[1]):
                 pass
 
@@ -194,7 +190,13 @@ class Service:
 
 def current_service() -> Service | None:
     """Return the service that is open in this thread, if there is one."""
-    return _SERVING.open[-1] if _SERVING.open else None
+    own = threading.get_ident()
+    return next((service for service in reversed(_OPEN) if service.thread == own), None)
+
+
+def service_of(number: int, weight: Tensor) -> Service | None:
+    """Return the open service that gives out a weight, if there is one."""
+    return next((service for service in reversed(_OPEN) if service.knows(number, weight)), None)
 
 
 def label_of(name: object) -> int:

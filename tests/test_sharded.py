@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 import torchvision
 from study.forking import Forked
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -242,6 +244,48 @@ def search(model: nn.Module, data: Data, **world: Any) -> tuple[Any, ...]:
     return found.neurons, verdict.sentence
 
 
+def heads_of(model: Any) -> ns.Layout:
+    return ns.find_layout(model, where="*.o_proj.weight", patterns={"*": ("e (head d) -> head e d", {"d": 4})})
+
+
+def of_heads(model: Any, data: Data, **world: Any) -> dict[str, Tensor]:
+    """Of a slice that lies across the parts, in a model that runs again in the backward pass."""
+    model.gradient_checkpointing_enable()
+    heads, loss = heads_of(model), ns.causal_lm_loss
+    by_group = {"all": data}
+    effects = ns.group_effects(model, by_group, layout=heads, metric=loss, transform=torch.sigmoid, **world)
+    return {
+        "scores": ns.group_grad_norms(model, by_group, layout=heads, loss=loss, **world).values,
+        "effects": effects.values,
+    }
+
+
+def copies(rank: int, case: Case) -> dict[str, bool]:
+    """What views of views, deep copies and a backward pass of the model's own make of the same weights."""
+    model, (inputs, targets) = fully(case.build(), case), half(case, 0, rank)
+    layout = ns.find_layout(model)
+    first, second = (ns.zero_out(ns.select(layout, {"*": own})) for own in (0, 1))
+    view = ns.apply(second, ns.apply(first, model))
+    copied = copy.deepcopy(view)
+    pending = case.loss(logits_of(model, inputs), targets).mean()
+    ns.evaluate(model, share(case, rank), metric=case.loss)  # which puts the sharded parameters in their places
+    pending.backward()
+    gradient = whole(next(model.parameters()).grad)  # type: ignore[arg-type]  # there is one
+    model.zero_grad()
+    case.loss(logits_of(model, inputs), targets).mean().backward()
+    said = {"pending": torch.equal(gradient, whole(next(model.parameters()).grad))}  # type: ignore[arg-type]
+    with torch.no_grad():
+        before = logits_of(view, inputs)
+        said["view of a view"] = torch.equal(before, logits_of(ns.apply(ns.compose(first, second), model), inputs))
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        said["deep copy"] = torch.equal(before, logits_of(copied, inputs))
+        said["view"] = not torch.equal(before, logits_of(view, inputs))
+    full = get_model_state_dict(view, options=StateDictOptions(full_state_dict=True))
+    said["full state dict"] = list(full) == list(model.state_dict()) and not isinstance(full["class_token"], DTensor)
+    return said
+
+
 def mixed(rank: int, case: Case) -> dict[str, Tensor]:
     """A view computes in the dtypes that FSDP does."""
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
@@ -310,6 +354,8 @@ def work(rank: int, folder: str) -> None:
         results[f"parallel {name} over both"] = said_of(lambda: ns.evaluate(parallel, share(case, rank), **world))  # noqa: B023
     results["failures"] = failures(rank, CASES["vit"])
     results["search"] = search(fully(vit(), CASES["vit"]), share(CASES["vit"], rank), **world)
+    results["heads"] = of_heads(fully(llama(), CASES["llama"]), share(CASES["llama"], rank)[:1], **world)
+    results["copies"] = copies(rank, CASES["vit"])
     results["mixed"] = mixed(rank, CASES["vit"])
     results["memory"] = memory(rank)
     Path(f"{folder}/{rank}.pickle").write_bytes(pickle.dumps(results))
@@ -461,6 +507,20 @@ def test_after_failures_the_model_is_as_it_was(results: list[dict[str, Any]], al
 def test_a_search_and_a_verdict(results: list[dict[str, Any]]) -> None:
     right = search(vit(), share(CASES["vit"], 0, 1))
     assert results[0]["search"] == results[1]["search"] == right
+
+
+def test_heads_of_a_checkpointed_model(results: list[dict[str, Any]]) -> None:
+    case = CASES["llama"]
+    batches = [share(case, rank)[0] for rank in range(RANKS)]
+    right = of_heads(llama(), batches)
+    for result in results:
+        for key, value in right.items():
+            torch.testing.assert_close(result["heads"][key], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["pending", "view of a view", "deep copy", "view", "full state dict"])
+def test_copies_of_a_fully_sharded_model(name: str, results: list[dict[str, Any]]) -> None:
+    assert all(result["copies"][name] for result in results)
 
 
 def test_a_view_computes_in_the_dtypes_of_fsdp(results: list[dict[str, Any]]) -> None:
