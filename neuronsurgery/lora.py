@@ -159,7 +159,7 @@ def _unadaptable(tensor: SurveyedTensor, surveyed: Survey) -> str:
     use = tensor.uses[0]
     linear = isinstance(use.module, nn.Linear) or is_conv1d(use.module)
     if not linear or use.attribute != "weight":
-        return f"{use.attribute} of a {type(use.module).__name__}; an adapter changes weights of linear layers alone"
+        return f"{use.attribute} of {type(use.module).__name__}; an adapter changes weights of linear layers alone"
     if tensor.name == "weight":
         return "the model is this layer, and an adapter is for layers within a model; put it into a Sequential"
     if tensor.parametrized:
