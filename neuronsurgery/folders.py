@@ -115,7 +115,13 @@ def load_folder(folder: str | os.PathLike[str], model: nn.Module) -> Edit:
             says of it was measured on these.
 
     Example:
-        See `save_folder`.
+        >>> import tempfile
+        >>> from neuronsurgery import scale, select
+        >>> model = nn.Linear(3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_folder(scale(select(find_layout(model), {"weight": 1}), 2.0), model, folder)
+        ...     load_folder(folder, model)
+        scale(1 neuron in 1 layer: weight[1], factor=2)
     """
     folder = Path(folder)
     facts = _facts(folder / CARD)

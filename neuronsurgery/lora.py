@@ -176,6 +176,7 @@ def _unadaptable(tensor: SurveyedTensor, surveyed: Survey) -> str:
 # What an adapter adds to
 
 
+@restoring
 def effective(neurons: Neurons, model: nn.Module) -> Neurons:
     """Return neurons with what adapters add to them: the same slices of W and of the factors of W + s B A.
 

@@ -96,7 +96,7 @@ class TrainOnly:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         for parameter, mask in self._held():
             # An optimiser leaves a parameter without a gradient alone; a closure may give it one, within the step.
-            if mask is not None or closure is not None:
+            if closure is not None or (mask is not None and parameter.grad is not None):
                 self._kept.append(_Kept.of(parameter, mask))
                 state = [value for value in optimizer.state.get(parameter, {}).values() if _is_like(value, parameter)]
                 self._kept += [_Kept.of(value, mask) for value in state]

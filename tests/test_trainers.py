@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -306,3 +307,87 @@ def test_effects_say_that_checkpointing_is_off(make: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(effects.values, ns.group_effects(model, data).values)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "trainers.md"
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """The names that the page's examples leave behind; they have run without a failure."""
+    test = doctest.DocTestParser().get_doctest(PAGE.read_text(), {}, PAGE.name, str(PAGE), 0)
+    report: list[str] = []
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(
+        test, out=report.append, clear_globs=False
+    )
+    assert results.failed == 0, "".join(report)
+    assert results.attempted > 60
+    return test.globs
+
+
+def test_the_callback_of_scores_changes_nothing(page: dict[str, Any]) -> None:
+    model, loader = bert(), ns.with_groups(DATA, torch.arange(16) % 4)
+    before = snapshot(model)
+    critical = page["Critical"](loader, k=2)
+    critical.on_epoch_end(None, None, None, model=model)
+    assert_unchanged(before, model)
+    expected = ns.group_grad_norms(model, loader, where="*dense.weight")
+    assert critical.epochs == [{group: ns.topk(expected[group], 2) for group in range(4)}]
+
+
+def test_the_loss_of_the_twin_is_a_term_in_training_alone(page: dict[str, Any], tmp_path: Path) -> None:
+    model, inputs = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), dict(DATA[0])
+    made = page["TwinTrainer"](model, transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    made.twin = ns.apply(cut(model), model)
+    whole, pruned = model(**inputs), ns.bake(cut(model), model)(**inputs)
+    term = 0.2 * nn.functional.mse_loss(pruned.logits, whole.logits)
+    assert term > 0
+    torch.testing.assert_close(made.compute_loss(model, inputs), whole.loss + term)
+    loss, outputs = made.compute_loss(model.eval(), inputs, return_outputs=True)
+    assert torch.equal(loss, outputs.loss)
+
+
+class Control:
+    should_training_stop = False
+
+
+def test_training_stops_when_the_worst_is_no_better(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    worst = iter([0.2, 0.3, 0.5, 0.5, 0.6])
+
+    class Metrics:
+        def __init__(self) -> None:
+            self.worst = next(worst)
+
+    monkeypatch.setattr(ns, "evaluate", lambda *_: Metrics())
+    stop, control = page["StopByWorst"](DATA), Control()
+    for expected in (False, False, False, True, True):
+        stop.on_epoch_end(None, None, control, model=None)
+        assert control.should_training_stop == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_stops_by_the_worst_group(
+    page: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Linear(5, 2)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.network.parameters(), lr=0.0)
+
+    examples = torch.utils.data.TensorDataset(*SOME[0])
+    stop = page["StopByWorstGroup"](ns.with_groups(SOME, torch.arange(8) % 2))
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    made = lightning.Trainer(max_epochs=9, callbacks=[stop], enable_model_summary=False, **options)
+    made.fit(Module(), torch.utils.data.DataLoader(examples, batch_size=4))
+    assert made.current_epoch == 2 and len(stop.worst) == 2

@@ -104,13 +104,18 @@ def test_the_other_way_round(make: Callable[..., torch.optim.Optimizer]) -> None
     assert_only_moved(before, model, {name: ~mask for name, mask in masks(model).items()})
 
 
-def test_a_thousand_steps() -> None:
+def test_a_thousand_steps_of_a_compiled_model_with_accumulated_gradients() -> None:
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     steps(model, optimizer, 10)
     before = values(model)
-    ns.train_only(some(model), optimizer, model)
-    steps(model, optimizer, 1000)
+    compiled: Any = torch.compile(model, backend="eager")
+    ns.train_only(some(model), optimizer, compiled)
+    for step in range(2000):
+        cross_entropy(compiled(X.roll(step, 0)[:8]), Y[:8]).backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
     assert_only_moved(before, model, masks(model))
 
 
