@@ -87,7 +87,7 @@ class TrainOnly:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._masks:
-                    yield parameter, self._masks[parameter]
+                    yield parameter, self._masks[parameter].to(parameter.device)
                 elif self._rest:
                     yield parameter, None
 

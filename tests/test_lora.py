@@ -114,6 +114,9 @@ def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     ]
     x = torch.randn(3, 4)
     assert torch.equal(loaded.merge_and_unload()(x), ns.bake(edit, model)(x))
+    other = ns.zero_out(ns.select(ns.find_layout(model), {"a_b.weight": 1, "inner.a_b.weight": (0, 1)}))
+    assert ns.lora.save_adapter(other, model, tmp_path) == {"a_b": 1, "inner.a_b": 2}
+    assert torch.equal(adapted(model, tmp_path).merge_and_unload()(x), ns.bake(other, model)(x))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")

@@ -156,6 +156,18 @@ def test_the_state_of_what_is_held_is_as_it_was(make: Callable[..., torch.optim.
     assert compared >= 6
 
 
+def test_where_there_was_no_state_it_is_that_of_no_gradient() -> None:
+    model = net()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with ns.train_only(some(model), optimizer, model):
+        steps(model, optimizer, 3)
+    assert {name for name, p in model.named_parameters() if p in optimizer.state} == {"0.weight", "3.weight"}
+    for name in ("0.weight", "3.weight"):
+        mask, state = masks(model)[name], optimizer.state[model.get_parameter(name)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert not state[key][~mask].any() and state[key][mask].any()
+
+
 def test_gradients_are_as_they_were() -> None:
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -291,14 +303,18 @@ def test_only_two_hooks_of_the_optimiser_are_touched() -> None:
 
 
 class Broken(torch.optim.SGD):
-    """Fails after it has moved everything."""
+    """Moves everything; fails after it has done so for the first time."""
+
+    failed = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.add_(1.0)
-        raise KeyboardInterrupt
+                parameter.add_(1.0 if parameter.grad is not None else 0.0)
+        if not self.failed:
+            self.failed = True
+            raise KeyboardInterrupt
 
 
 def test_a_step_that_is_interrupted_is_made_good() -> None:
@@ -315,6 +331,19 @@ def test_a_step_that_is_interrupted_is_made_good() -> None:
     moved = (model[0].weight != before["0.weight"]).any(1)
     assert moved.tolist() == [False, True, False, False, False, False]
     assert all(parameter.grad is gradients[name] for name, parameter in model.named_parameters())
+
+
+def test_a_step_that_is_interrupted_is_made_good_by_the_next_one() -> None:
+    model = net()
+    optimizer = Broken(model.parameters(), lr=0.1)
+    before = values(model)
+    ns.train_only(some(model), optimizer, model)
+    cross_entropy(model(X), Y).backward()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    optimizer.step()
+    assert_only_moved(before, model, masks(model))
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
