@@ -178,13 +178,12 @@ def changes(rows: Sequence[Row], name: str, split: str, who: str) -> dict[str, f
 
 
 def interval(by_seed: dict[str, float]) -> str:
-    """The mean and its interval at 95 %."""
+    """The mean, and how far its interval at 95 % reaches to either side."""
     values = list(by_seed.values())
     if len(values) < 2:
         return " ".join(f"{value:+.1f}" for value in values)
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"{statistics.mean(values):+.1f}±{half:.1f}"
 
 
 def said(what: str) -> None:

@@ -77,32 +77,33 @@ MOST_SHARED = 1024
 def share_class(module: nn.Module) -> None:
     """Give a parametrized module of a finished view the class that all such modules have.
 
-    A compiled function goes by classes: it is not compiled anew for a view that differs in its neurons alone.
+    A compiled function goes by classes: so it is not compiled anew for a view that differs in its neurons alone.
     """
     if not is_parametrized(module):
         return
     kind = type(module)
     key = (kind.__bases__, tuple(parametrizations(module)))
     if key not in _SHARED:
-        if len(_SHARED) == MOST_SHARED:
+        if len(_SHARED) >= MOST_SHARED:
             _SHARED.clear()
-        namespace = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
         shared = _metaclass(type(kind.__bases__[0]))(kind.__name__, kind.__bases__, {})
-        for name, value in namespace.items():
-            setattr(shared, name, value)
+        for name, value in vars(kind).items():
+            if name not in ("__dict__", "__weakref__"):
+                setattr(shared, name, value)
         _SHARED[key] = shared
     module.__class__ = _SHARED[key]
 
 
-@functools.cache
-def _metaclass(kind: type) -> Any:
-    """Return the metaclass of shared classes: what torch does to one for the sake of one module is nothing to others.
+@functools.lru_cache(maxsize=64)
+def _metaclass(kind: Any) -> Any:
+    """Return the metaclass of shared classes, for which what torch does for the sake of one module is nothing to others.
 
-    It puts properties on a class and takes them off; here they count only for modules that have such a parametrization.
+    torch puts properties on the class of a module and takes them off again. Here a property stays, and counts for those
+    modules alone that have such a parametrization.
     """
 
     def put(cls: Any, name: str, value: Any) -> None:
-        kind.__setattr__(cls, name, _guarded(value, name) if isinstance(value, property) else value)
+        kind.__setattr__(cls, name, _if_parametrized(name, value) if isinstance(value, property) else value)
 
     def take(cls: Any, name: str) -> None:
         if not isinstance(vars(cls).get(name), property):
@@ -111,24 +112,23 @@ def _metaclass(kind: type) -> Any:
     return type(kind)("Shared", (kind,), {"__setattr__": put, "__delattr__": take})
 
 
-def _guarded(value: property, name: str) -> property:
+def _if_parametrized(name: str, made: Any) -> property:
     """Return a property that is none for modules in which the tensor of that name is not parametrized."""
-    return property(_named(_get_if_parametrized, name, value), _named(_set_if_parametrized, name, value))
+
+    def get(module: nn.Module) -> Any:
+        return made.fget(module) if name in parametrizations(module) else nn.Module.__getattr__(module, name)
+
+    def put(module: nn.Module, value: Any) -> None:
+        if name in parametrizations(module):
+            made.fset(module, value)
+        else:
+            nn.Module.__setattr__(module, name, value)
+
+    return property(get, put)
 
 
-def _get_if_parametrized(name: str, value: Any, module: nn.Module) -> Any:
-    return value.fget(module) if name in parametrizations(module) else nn.Module.__getattr__(module, name)
-
-
-def _set_if_parametrized(name: str, value: Any, module: nn.Module, tensor: Any) -> None:
-    if name in parametrizations(module):
-        value.fset(module, tensor)
-    else:
-        nn.Module.__setattr__(module, name, tensor)
-
-
-def _named(function: Callable[..., Any], *named: Any) -> Callable[..., Any]:
-    return lambda module, *value: function(*named, module, *value)
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda module, *value: function(name, module, *value)
 
 
 def _compute(name: str, module: nn.Module) -> Tensor:

@@ -240,7 +240,8 @@ def _names_if_same(module: nn.Module, state_dict: Mapping[str, Any]) -> _Incompa
         own = held.get(name, plain.get(name))
         if own is not None and not (isinstance(value, Tensor) and same_bits(value.to(own), own)):
             return None
-    missing = [own for name in held if name not in state_dict and (own := _without_edit(name)) not in state_dict]
+    lacking = {name: _without_edit(name) for name in held if name not in state_dict}
+    missing = [without for without in lacking.values() if without not in state_dict]
     return _IncompatibleKeys(missing, [name for name in state_dict if name not in held and name not in plain])
 
 
