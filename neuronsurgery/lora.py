@@ -49,8 +49,8 @@ def save_adapter(edit: Edit, model: nn.Module, folder: str | os.PathLike[str]) -
 
     Of k edited rows an adapter of rank k is made: B says which rows (one 1 in each column), A is the change of each,
     scaled by 1; of edited columns, such as heads, the other way round. In float32, or float64 for a float64 model.
-    Loaded and merged into the same weights, a zero-out gives the bits of `bake` in any precision, since W + (-W) is
-    exactly 0; other edits, and what is not merged, agree to rounding.
+    Loaded and merged into the same weights, a zero-out gives the bits of `bake` in any dtype, since W + (-W) is exactly
+    0 (on a GPU not where products of float32 are made in TF32); other edits, and what is not merged, agree to rounding.
 
     Args:
         edit: what to do; of weights of `nn.Linear` and of transformers' `Conv1D` alone.
@@ -103,9 +103,15 @@ def save_adapter(edit: Edit, model: nn.Module, folder: str | os.PathLike[str]) -
 
 
 def _factors(tensor_plan: TensorPlan, weight: Tensor, transposed: bool) -> _Factors:
-    """Return the factors of a weight's change, of as few rows or columns as have one."""
+    """Return the factors of a weight's change, of as few rows or columns as have one.
+
+    Raises:
+        ValueError: if an entry becomes infinite or NaN: so would the whole column when B and A are multiplied.
+    """
     with torch.no_grad():
         change = widened(tensor_plan(weight)) - widened(weight)
+    if not bool(torch.isfinite(change).all()):
+        raise ValueError(f"{tensor_plan.name}: the edit gives numbers that are not finite, which no adapter can hold")
     if transposed:
         change = change.T
     changed = change != 0
@@ -233,7 +239,7 @@ def _unfit_adapter(adapter: Any, mask: Tensor) -> str:
     """Return why slices of an adapted weight are not slices of its factors, or ""."""
     if not is_a(adapter, "LoraLayer", "peft.tuners.lora.layer") or not adapter.lora_A:
         return f"its adapter is a {type(adapter).__name__} without factors B and A of a linear layer"
-    if adapter.lora_variant or adapter.lora_magnitude_vector:
+    if getattr(adapter, "lora_variant", None) or adapter.lora_magnitude_vector:
         return "its adapter does more than to add B A (DoRA and the like)"
     whole = torch.equal(mask, mask.all(1, keepdim=True).expand_as(mask)) or torch.equal(
         mask, mask.all(0, keepdim=True).expand_as(mask)

@@ -2,7 +2,7 @@
 
 The dynamic class that torch gives a parametrized module holds the properties of all its parametrized tensors: a copy
 that kept that class would change the original when a further tensor is parametrized. So every copy gets a class of its
-own.
+own, and a finished view one that it shares with other views, and on which that does no harm.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def share_class(module: nn.Module) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _metaclass(kind: Any) -> Any:
-    """Return the metaclass of shared classes, for which what torch does for the sake of one module is nothing to others.
+    """Return the metaclass of shared classes: what torch does to one for the sake of a module is nothing to others.
 
     torch puts properties on the class of a module and takes them off again. Here a property stays, and counts for those
     modules alone that have such a parametrization.

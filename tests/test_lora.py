@@ -84,6 +84,15 @@ def test_a_zero_out_merged_is_what_bake_gives_bit_for_bit(dtype: torch.dtype, tm
     assert all(torch.equal(parameter, baked[name]) for name, parameter in merged.named_parameters())
 
 
+def test_transformers_loads_it_too(tmp_path: Path) -> None:
+    model = llama()
+    edit = ns.zero_out(rows(model) | heads(model))
+    ns.lora.save_adapter(edit, model, tmp_path)
+    loaded = copy.deepcopy(model)
+    loaded.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(loaded.eval()), logits(ns.bake(edit, model)), rtol=1e-6, atol=1e-6)
+
+
 def test_nothing_else_gets_an_adapter_and_the_scale_is_one(tmp_path: Path) -> None:
     model = llama()
     ranks = ns.lora.save_adapter(ns.zero_out(rows(model)), model, tmp_path)
@@ -185,6 +194,12 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=reason):
             ns.lora.save_adapter(ns.zero_out(ns.select(layout, {name: 0})), model, tmp_path)
+
+
+def test_an_edit_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    with pytest.raises(ValueError, match=r"0\.weight: the edit gives numbers that are not finite, which no adapter"):
+        ns.lora.save_adapter(ns.scale(ns.select(ns.find_layout(model), {"*": 0}), 1e9), model, tmp_path)
 
 
 def test_what_is_tied_computed_adapted_or_nothing_is_refused(tmp_path: Path) -> None:

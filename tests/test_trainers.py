@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import warnings
+from abc import ABCMeta
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -190,6 +191,19 @@ def test_other_layers_are_compiled_anew(counter: CompileCounter) -> None:
         edit = ns.zero_out(ns.select(ns.find_layout(model), {name: 1}))
         torch.compile(ns.apply(edit, model), backend=counter)(X)
     assert counter.frame_count == 2
+
+
+class Checked(nn.Linear, metaclass=ABCMeta):
+    """Of a class with a metaclass of its own."""
+
+
+def test_a_class_with_a_metaclass_is_shared(counter: CompileCounter) -> None:
+    model = nn.Sequential(Checked(5, 8), nn.ReLU())
+    for row in range(3):
+        view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": row})), model)
+        assert isinstance(view[0], Checked) and not view[0].weight[row].any()
+        assert torch.equal(torch.compile(view, backend=counter)(X), view(X))
+    assert counter.frame_count == 1
 
 
 def test_what_torch_does_to_one_view_is_nothing_to_another() -> None:

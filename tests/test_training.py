@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,6 +282,35 @@ def test_an_optimiser_that_accelerate_has_prepared() -> None:
     before = values(model)
     with ns.train_only(some(prepared), wrapped, prepared):
         steps(prepared, wrapped, 3)
+    assert_only_moved(before, model, masks(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_a_view_in_lightning_whose_optimiser_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps with a closure."""
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    model = net()
+    view = ns.apply(ns.zero_out(ns.select(ns.find_layout(model), {"0.weight": 2})), model)
+    before = values(model)
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = view
+
+        def on_fit_start(self) -> None:
+            ns.train_only(some(view), self.trainer.optimizers[0], view)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return OPTIMIZERS["adamw"](self.parameters())
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_epochs=3, enable_model_summary=False, **options)
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=8))
     assert_only_moved(before, model, masks(model))
 
 
