@@ -148,17 +148,17 @@ def accuracies(model: nn.Module, data: DataSet) -> dict[tuple[str, str], float]:
 
 def table(rows: Sequence[Row]) -> str:
     """The changes by set, in points: means over seeds with their intervals."""
-    lines = ["| trained | own, train | own, test | worst other, train | worst other, test |", "|---|--:|--:|--:|--:|"]
+    lines = ["|trained|own, train|own, test|worst other, train|worst other, test|", "|---|--:|--:|--:|--:|"]
     for name in (*SETS, "everything"):
         cells = [interval(changes(rows, name, split, who)) for who in ("own", "other") for split in ("train", "test")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"|{name}|{'|'.join(cells)}|")
     for name in SETS[1:]:
         cells = []
         for who in ("own", "other"):
             for split in ("train", "test"):
                 one, two = changes(rows, "critical", split, who), changes(rows, name, split, who)
                 cells.append(interval({seed: one[seed] - two[seed] for seed in one.keys() & two.keys()}))
-        lines.append(f"| critical minus {name} | {' | '.join(cells)} |")
+        lines.append(f"|critical minus {name}|{'|'.join(cells)}|")
     return "\n".join(lines)
 
 

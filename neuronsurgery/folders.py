@@ -153,7 +153,8 @@ def _with_rows(edit: Edit) -> Edit:
 
 def _digests(edit: Edit, surveyed: Survey) -> dict[str, str]:
     """Return what says which model an edit is for: its layers, and the weights that the edit touches."""
-    values, pieces = readable(surveyed), list[str | Tensor]()
+    values = readable(surveyed)
+    pieces: list[str | Tensor] = []
     for name in sorted(surveyed.first_names(edit.neurons.by_parameter()).values()):
         pieces += [f"{name}\0{values[name].dtype}\0{tuple(values[name].shape)}\0", values[name]]
     return {"layout": find_layout(surveyed.model).digest, "weights": digest(*pieces)}
