@@ -22,6 +22,7 @@ from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
 from neuronsurgery.study.options import UsageError
+from neuronsurgery.study.pictures import pictures_of
 from neuronsurgery.study.progress import TRAINING, Steps, steps_of
 from neuronsurgery.study.readers import (
     IMAGENET_MEAN,
@@ -44,12 +45,13 @@ from neuronsurgery.study.run import (
     refuse_missing_groups,
     write_results,
 )
-from neuronsurgery.study.seeds import combine, delete_other_seeds, refuse_other_files
+from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
 from neuronsurgery.study.settings import COLUMNS, EXPERIMENTS, STAGES, Options, Settings
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, make_arms, stage_two
-from neuronsurgery.study.summary import summary, summary_of_seeds
+from neuronsurgery.study.summary import summary
+from neuronsurgery.study.table import Run, combine
 from neuronsurgery.study.training import (
     RECIPES,
     EpochReport,
@@ -114,8 +116,8 @@ def _usual_folder(options: Options) -> Path:
 
 def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str | None:
     """Return the tables of one run; None on all processes but the first."""
-    results = _run(options, path, held)
-    return None if results is None else summary(results)
+    run = _run(options, path, held)
+    return None if run is None else summary(run)
 
 
 def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
@@ -125,14 +127,14 @@ def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
     finished = {}
     for place, seed in enumerate(seeds, start=1):
         sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
-        results = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
-        assert results is not None, "several seeds are of one process"
-        finished[seed] = results
+        run = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
+        assert run is not None, "several seeds are of one process"
+        finished[seed] = run
     write_results(path, together := combine(finished))
-    return summary_of_seeds(together)
+    return summary(together)
 
 
-def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> dict[str, Any] | None:
+def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run | None:
     """Return the results of one run, which is taken up where its folder has it; None on all processes but the first.
 
     Under `torchrun` the processes share the training by empirical risk minimisation, and the first one keeps other runs
@@ -154,10 +156,10 @@ def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | 
         trained = _train(folder, dataset, built)
     if rank > 0:
         return None
-    results = _surgery(folder, dataset, built, trained)
+    run = _surgery(folder, dataset, built, trained)
     if first is not None:
         report(path)
-    return results
+    return run
 
 
 def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
@@ -195,10 +197,11 @@ def _taken_up(
     return folder
 
 
-def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> dict[str, Any]:
+def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
     """Return the results of every stage, written down after each."""
     settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
+    results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
     setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
@@ -210,8 +213,8 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
             results |= stage()
             if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
                 results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
-            write_results(folder.path, results)
-    return results
+            write_results(folder.path, Run.of(results))
+    return Run.of(results)
 
 
 def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
@@ -344,9 +347,9 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 def _refuse_missing_packages(settings: Settings) -> None:
     """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
     learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
-    needed = {"scipy": "scipy"} | ({"sklearn": "scikit-learn"} if learned else {})
+    needed = {"scipy": "scipy", "polars": "polars", "altair": "altair", "vl_convert": "vl-convert-python"}
+    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"} | ({"sklearn": "scikit-learn"} if learned else {})
     needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
-    needed |= {"PIL": "Pillow"} if settings.data not in EMBEDDED or "fragility" in settings.stages else {}
     missing = []
     for module, package in needed.items():
         try:
