@@ -40,6 +40,7 @@ LINES = 450
 """A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}
 FOREIGN = {"sklearn", "torchvision", "timm", "transformers", "matplotlib", "scipy", "pandas", "PIL", "pytest"}
+FOREIGN |= {"peft", "accelerate", "lightning"}
 PUBLIC = [name for name in neuronsurgery.__all__ if name != "Group"]
 
 
