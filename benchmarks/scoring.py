@@ -3,10 +3,11 @@
 The floor is one plain forward and backward pass over the same examples in the same batch size: no way of getting these
 gradients from autograd can do with less. Beside it stand the same pass over batches of one group each, and the naive
 ways: one pass over the data per group, one backward pass per group, and per-example gradients (`vmap(grad)`). All
-answers are asserted equal in the run; times are medians of interleaved repeats, in processor seconds, and only their
-ratios mean anything on another machine.
+answers are asserted equal in the run; times are medians of interleaved repeats, in processor seconds (on a card in
+seconds of the clock), and only their ratios mean anything on another machine.
 
     python benchmarks/scoring.py              # a table of ratios
+    python benchmarks/scoring.py --device cuda --dtype bf16
     python benchmarks/scoring.py --memory     # peak memory of two ways to differentiate, each in a process of its own
 """
 
@@ -178,39 +179,55 @@ PEERS: dict[str, Callable[[nn.Module, Data], Tensor]] = {
 }
 
 
-def measure(ways: dict[str, Callable[[], Tensor | None]], repeats: int) -> dict[str, list[float]]:
-    """Return the processor seconds of each way, measured in turn; a first round warms up and compares the answers."""
+def clock(device: torch.device) -> float:
+    """Return the processor seconds of this process; on a card those of the clock, once it has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    ways: dict[str, Callable[[], Tensor | None]], repeats: int, device: torch.device, rtol: float
+) -> dict[str, list[float]]:
+    """Return the seconds of each way, measured in turn; a first round warms up and compares the answers."""
     answers = {name: way() for name, way in ways.items()}
     computed = {name: answer for name, answer in answers.items() if answer is not None}
     reference = next(iter(computed.values()))
     for name, answer in computed.items():
         scale = reference.abs().amax(dim=1, keepdim=True)
-        torch.testing.assert_close(answer / scale, reference / scale, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
+        torch.testing.assert_close(answer / scale, reference / scale, rtol=rtol, atol=rtol / 100, msg=f"{name} differs")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            started = time.process_time()
+            started = clock(device)
             way()
-            times[name].append(time.process_time() - started)
+            times[name].append(clock(device) - started)
     return times
 
 
-def table(repeats: int, wanted: str) -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; median of {repeats}")
+def table(repeats: int, wanted: str, device: torch.device, dtype: torch.dtype) -> None:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}, {dtype}; median of {repeats}")
     print("Opacus and TorchJD: no rows, since they are not in the extra [bench]\n")
     for name, job in JOBS.items():
         if wanted not in name:
             continue
         torch.manual_seed(0)
-        model = job.build().eval()
-        data = make_data(job.size, job.batch, job.batches, job.groups)
+        model = job.build().eval().to(device, dtype)
+        data = [
+            ((inputs.to(dtype) if inputs.is_floating_point() else inputs).to(device), targets.to(device), groups)
+            for inputs, targets, groups in make_data(job.size, job.batch, job.batches, job.groups)
+        ]
         ways: dict[str, Callable[[nn.Module, Data], Tensor | None]] = {
             "plain forward + backward (the floor)": plain_pass,
             "the same on the regrouped batches": regrouped_passes,
             "group_grad_norms": library,
             **{peer: PEERS[peer] for peer in job.peers},
         }
-        show(name, measure({way: functools.partial(run, model, data) for way, run in ways.items()}, repeats))
+        rtol = 1e-3 if dtype == torch.float32 else 0.3  # bfloat16 has three digits, and sums in another order
+        runs = {way: functools.partial(run, model, data) for way, run in ways.items()}
+        show(name, measure(runs, repeats, device, rtol))
 
 
 def show(name: str, seconds: dict[str, list[float]]) -> None:
@@ -262,6 +279,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--job", default="", help="a part of the name of the jobs to measure")
     parser.add_argument("--memory", action="store_true", help="compare the peak memory of two ways to differentiate")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -271,7 +290,8 @@ def main() -> None:
         for way in ("autograd.grad", "torch.func.grad"):
             subprocess.run([sys.executable, __file__, "--way", way, "--threads", str(options.threads)], check=True)
     else:
-        table(options.repeats, options.job)
+        dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+        table(options.repeats, options.job, torch.device(options.device), dtype)
 
 
 if __name__ == "__main__":

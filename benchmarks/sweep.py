@@ -10,7 +10,8 @@ mean anything on another machine.
     python benchmarks/sweep.py                      # a table, one row per model
     python benchmarks/sweep.py --plot cost.svg      # cost against the number of edits and against depth
     python benchmarks/sweep.py --memory             # peak memory, each way in a process of its own
-    python benchmarks/sweep.py --neurons            # every neuron of a layer, and of a small network
+    python benchmarks/sweep.py --neurons            # every neuron of a layer, and of a small network; on a card too:
+    python benchmarks/sweep.py --neurons --device cuda
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def make_data(size: int, batch: int, batches: int) -> Data:
+def make_data(size: int, batch: int, batches: int, device: str = "cpu") -> Data:
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            torch.rand(batch, 3, size, size, generator=generator),
-            torch.randint(0, 2, (batch,), generator=generator),
+            torch.rand(batch, 3, size, size, generator=generator).to(device),
+            torch.randint(0, 2, (batch,), generator=generator).to(device),
             torch.randint(0, 4, (batch,), generator=generator),
         )
         for _ in range(batches)
@@ -64,7 +65,7 @@ def make_data(size: int, batch: int, batches: int) -> Data:
 def fingerprint(logits: Tensor, targets: Tensor) -> Tensor:
     """One number per example that any flipped bit of its logits changes."""
     bits = logits.detach().flatten(1).contiguous().view(torch.int32).long()
-    return (bits * torch.arange(1, bits.shape[1] + 1)).sum(1) % 2**52
+    return (bits * torch.arange(1, bits.shape[1] + 1, device=bits.device)).sum(1) % 2**52
 
 
 def one_per_layer(model: nn.Module) -> dict[str, ns.Edit]:
@@ -88,7 +89,7 @@ def one_by_one(model: nn.Module, edits: dict[str, ns.Edit], data: Data) -> dict[
             return values[-1]
 
         ns.evaluate(ns.apply(edit, model), data, metric=keep)
-        found[label] = torch.cat(values).double()
+        found[label] = torch.cat(values).double().cpu()
     return found
 
 
@@ -212,15 +213,17 @@ def table(repeats: int, batches: int) -> None:
 # Every neuron
 
 
-def neurons(repeats: int) -> None:
+def neurons(repeats: int, device: str) -> None:
     """Print what one more edit costs where every neuron is cut in turn, in plain forward passes of the same batch."""
-    resnet18 = torchvision.models.resnet18(num_classes=2).eval()
+    print(torch.cuda.get_device_name(device) if device != "cpu" else platform.machine(), f"torch {torch.__version__}")
+    resnet18 = torchvision.models.resnet18(num_classes=2).eval().to(device)
     for layer in ("layer4.1.conv2.weight", "layer4.1.conv1.weight"):
         layout = ns.find_layout(resnet18, where=layer)
-        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1), repeats)
-    small = small_resnet().eval()
+        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1, device), repeats)
+    small = small_resnet().eval().to(device)
     for batch in (64, 250):
-        per_edit(f"small_resnet, batch {batch}, all", small, ns.find_layout(small), make_data(32, batch, 4), repeats)
+        data = make_data(32, batch, 4, device)
+        per_edit(f"small_resnet, batch {batch}, all", small, ns.find_layout(small), data, repeats)
 
 
 def per_edit(name: str, model: nn.Module, layout: ns.Layout, data: Data, repeats: int) -> None:
@@ -290,8 +293,11 @@ def suffix_seconds(model: nn.Module, names: list[str], images: Tensor) -> list[f
 
 
 def timed(way: Callable[[], object]) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     started = time.perf_counter()
     way()
+    synchronize()
     return time.perf_counter() - started
 
 
@@ -321,6 +327,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot of the cost to this SVG file")
     parser.add_argument("--memory", action="store_true", help="compare the peak memory with a plain evaluation")
     parser.add_argument("--neurons", action="store_true", help="cut every neuron of a layer, and of a small network")
+    parser.add_argument("--device", default="cpu", help="of --neurons")
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -333,7 +340,7 @@ def main() -> None:
                     [sys.executable, __file__, "--way", way, name, "--threads", str(options.threads)], check=True
                 )
     elif options.neurons:
-        neurons(options.repeats)
+        neurons(options.repeats, options.device)
     elif options.plot:
         plot(options.plot, options.batches)
     else:

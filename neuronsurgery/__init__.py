@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not call `__getattr__`
-    from neuronsurgery import memorization, objectives, types
+    from neuronsurgery import lora, memorization, objectives, types
     from neuronsurgery.batches import Batch
     from neuronsurgery.checkpoints import rewind
     from neuronsurgery.comparisons import contrast, overlap, ranks
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call `__getattr
     from neuronsurgery.errors import CaptureError
     from neuronsurgery.evaluation import GroupMetrics, evaluate
     from neuronsurgery.files import load_file, save_file
+    from neuronsurgery.folders import load_folder, save_folder
     from neuronsurgery.fragile import InferredGroups, fragility, infer_groups
     from neuronsurgery.gradients import group_grad_norms
     from neuronsurgery.graph.residual import Branch, residual_branches
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call `__getattr
     from neuronsurgery.splits import Matched, halves, matched
     from neuronsurgery.surgery import apply, bake, edited_parameters
     from neuronsurgery.sweeps import sweep
+    from neuronsurgery.training import TrainOnly, train_only
     from neuronsurgery.units import find_units
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "Scores",
     "Shared",
     "Sweep",
+    "TrainOnly",
     "Verdict",
     "accuracy",
     "apply",
@@ -89,6 +92,8 @@ __all__ = [
     "judge",
     "learned_mask",
     "load_file",
+    "load_folder",
+    "lora",
     "magnitudes",
     "margin",
     "matched",
@@ -105,6 +110,7 @@ __all__ = [
     "rewind",
     "sample",
     "save_file",
+    "save_folder",
     "scale",
     "select",
     "set_rows",
@@ -113,6 +119,7 @@ __all__ = [
     "sweep",
     "top_fraction",
     "topk",
+    "train_only",
     "types",
     "with_groups",
     "zero_out",
@@ -129,6 +136,7 @@ _HOMES = {
     "errors": ("CaptureError",),
     "evaluation": ("GroupMetrics", "evaluate"),
     "files": ("load_file", "save_file"),
+    "folders": ("load_folder", "save_folder"),
     "fragile": ("InferredGroups", "fragility", "infer_groups"),
     "gradients": ("group_grad_norms",),
     "graph.residual": ("Branch", "residual_branches"),
@@ -151,6 +159,7 @@ _HOMES = {
     "splits": ("Matched", "halves", "matched"),
     "surgery": ("apply", "bake", "edited_parameters"),
     "sweeps": ("sweep",),
+    "training": ("TrainOnly", "train_only"),
     "units": ("find_units",),
 }
 """The modules that define the names of `__all__`; the other names are modules."""

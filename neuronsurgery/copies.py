@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +23,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
-from neuronsurgery.errors import inline
+from neuronsurgery.errors import inline, warn
 from neuronsurgery.gathering import Gathered, cast_as, gather_in, plain_class, policy_of, service_for
 from neuronsurgery.guards import Guard
-from neuronsurgery.habits import given_to, written_by_forward
+from neuronsurgery.habits import CHECKPOINTING, checkpoints_in_training, given_to, type_of, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
 from neuronsurgery.parametrized import (
     TENSOR_ORDER,
@@ -323,6 +324,7 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
         children = [child for module in surveyed.modules for child in module._modules.values() if child is not None]
         for child in filter(is_checkpointed, children):
             _checkpoint(copied.modules[unwrap(child)])
+        _keep_checkpointing(surveyed, copied)
     computed: dict[int, Tensor] = {}
     for module in [module for module in copied.model.modules() if is_parametrized(module)]:
         for attribute, held in parametrizations(module).items():
@@ -391,6 +393,41 @@ def _checkpoint(module: nn.Module) -> None:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs | dict.fromkeys(cached))
 
     module.__dict__["forward"] = run
+
+
+def checkpointing_asleep(surveyed: Survey) -> dict[nn.Module, str]:
+    """Return the modules that checkpoint parts of themselves in training mode alone, and their names.
+
+    Not those whose parts are checkpointed whatever the mode, see `is_checkpointed`.
+    """
+    return {
+        module: name
+        for module, name in surveyed.modules.items()
+        if any(vars(module).get(flag) is True for flag in CHECKPOINTING)
+        and checkpoints_in_training(type_of(module)) != "no"
+        and not any(map(is_checkpointed, module.modules()))
+    }
+
+
+def _keep_checkpointing(surveyed: Survey, copied: Copy) -> None:
+    """Have modules of a copy that evaluates go on checkpointing parts of themselves, where nothing else wakes with it.
+
+    Warns:
+        UserWarning: where something would, or nothing says how to checkpoint without reentering the backward pass.
+    """
+    left = []
+    for module, name in checkpointing_asleep(surveyed).items():
+        if checkpoints_in_training(type_of(module)) == "alone" and hasattr(module, "_gradient_checkpointing_func"):
+            new = copied.modules[module]
+            new.training = True  # of this module by itself: its parts go on evaluating
+            new.__dict__["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
+        else:
+            left.append(name or type(module).__name__)
+    if left:
+        warn(
+            f"gradient checkpointing of {inline(left)} is off while scores are computed: it would take training mode, "
+            f"in which dropout wakes. All activations of a batch are kept: smaller batches need less memory"
+        )
 
 
 def _written(surveyed: Survey) -> list[SurveyedTensor]:

@@ -189,10 +189,10 @@ def _is_layer(tensor: SurveyedTensor, value: Tensor) -> bool:
     if len([size for size in shape if size > 1]) >= 2 and shape[_axis(module, attribute, len(shape))] > 1:
         return isinstance(module, WEIGHTED) or not any(fnmatch.fnmatchcase(attribute, glob) for glob in NOT_A_LAYER)
     # A weight of one neuron or of one input is a layer all the same, in a module whose weights are known.
-    return (isinstance(module, WEIGHTED) or _is_conv1d(module)) and len(shape) >= 2 and "bias" not in attribute
+    return (isinstance(module, WEIGHTED) or is_conv1d(module)) and len(shape) >= 2 and "bias" not in attribute
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Return whether it is Hugging Face's Conv1D, a linear layer stored (in, out), without importing transformers."""
     return is_a(module, "Conv1D", "transformers.pytorch_utils")
 
@@ -200,7 +200,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _axis(module: nn.Module, attribute: str, dims: int) -> int:
     if isinstance(module, TRANSPOSED) and attribute == "weight":
         return 1
-    return 1 if _is_conv1d(module) and attribute == "weight" and dims == 2 else 0
+    return 1 if is_conv1d(module) and attribute == "weight" and dims == 2 else 0
 
 
 def _layers(

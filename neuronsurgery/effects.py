@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuronsurgery.batches import Unpack, by_key
-from neuronsurgery.copies import Runner, make_runner
+from neuronsurgery.copies import Runner, checkpointing_asleep, make_runner
 from neuronsurgery.discovery import given_layout
+from neuronsurgery.errors import warn
 from neuronsurgery.first_order import Transform, mean_effects, terms_of
 from neuronsurgery.layouts import Layout
 from neuronsurgery.losses import margin
@@ -27,6 +28,7 @@ from neuronsurgery.scores import Scores
 from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Loaders, Metric, Predict, Where
+from neuronsurgery.wrappers import is_checkpointed
 
 
 def error_probability(margins: Tensor) -> Tensor:
@@ -143,5 +145,10 @@ def prepared(
             "which this function works"
         )
     surveyed = survey(model)
+    if any(map(is_checkpointed, surveyed.model.modules())) or checkpointing_asleep(surveyed):
+        warn(
+            "gradient checkpointing is off while effects are computed, which look at what layers put out: all "
+            "activations of a batch are kept, and smaller batches need less memory"
+        )
     runner = make_runner(surveyed, spread=spread, process_group=process_group)
     return surveyed, runner, given_layout(surveyed, runner.parameters, layout, where, extra)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from neuronsurgery.gathering import plain_class
 from neuronsurgery.parametrized import tensor_attributes
-from neuronsurgery.sources import DATA, FORWARD, SWITCHES, Code, Start, function_of
+from neuronsurgery.sources import DATA, FORWARD, SWITCHES, Code, Start, function_of, tree_of
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,32 @@ def written_by_forward(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return what a module's forward writes into in evaluation mode: the holder of a parameter, and its name there."""
     paths = _forward(type_of(module)).in_place
     return [_holder(module, path) for path in sorted(paths) if path != DATA and _is_parameter(module, path)]
+
+
+CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
+"""Attributes that say whether a module's forward runs parts of it again in the backward pass."""
+
+
+@functools.lru_cache(maxsize=1024)
+def checkpoints_in_training(kind: Any) -> Literal["no", "alone", "with more"]:
+    """Return whether the forward of a class checkpoints in training mode alone, and what else that mode does there.
+
+    "no" is of a forward that goes by the flag whatever the mode; "alone" of one that looks at the mode only together
+    with the flag; "with more" of one in which dropout or the like would wake, too.
+    """
+    tree = tree_of(kind.forward) if inspect.isfunction(kind.forward) else None
+    if tree is None:
+        return "no"
+    modes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "training"]
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.BoolOp) and _mentions(node, CHECKPOINTING)]
+    guarded = {id(node) for guard in guards for node in ast.walk(guard)}
+    if not any(id(node) in guarded for node in modes):
+        return "no"
+    return "alone" if all(id(node) in guarded for node in modes) else "with more"
+
+
+def _mentions(tree: ast.AST, names: Collection[str]) -> bool:
+    return any(isinstance(node, ast.Attribute) and node.attr in names for node in ast.walk(tree))
 
 
 def _holder(module: nn.Module, path: str) -> tuple[Any, str]:

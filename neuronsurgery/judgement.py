@@ -78,6 +78,7 @@ class Verdict(Table):
         caveats: what these numbers do not take into account.
         counts: by group its number of examples.
         metric: the name of the metric.
+        judged: what tells the examples apart from others; nothing where they cannot be told apart.
     """
 
     group: Group
@@ -93,6 +94,7 @@ class Verdict(Table):
     caveats: tuple[str, ...]
     counts: Mapping[Group, int]
     metric: str
+    judged: frozenset[str] = frozenset()
 
     @property
     def carries(self) -> bool:
@@ -216,7 +218,8 @@ def judge(
         process_group=process_group,
     )
     apart = found is not None and bool(found.searched) and bool(keys)
-    return _verdict(swept, found, made, group, spared, drawn, seed, apart)
+    verdict = _verdict(swept, found, made, group, spared, drawn, seed, apart)
+    return dataclasses.replace(verdict, judged=keys)
 
 
 def _refuse_searched(found: Critical | None, keys: frozenset[str]) -> None:

@@ -2,7 +2,7 @@
 
 The dynamic class that torch gives a parametrized module holds the properties of all its parametrized tensors: a copy
 that kept that class would change the original when a further tensor is parametrized. So every copy gets a class of its
-own.
+own, and a finished view one that it shares with other views, and on which that does no harm.
 """
 
 from __future__ import annotations
@@ -63,8 +63,68 @@ def give_own_class(module: nn.Module, *, assignable: bool = False) -> None:
     namespace.pop("register_parameter", None)
     if not assignable:
         namespace["register_parameter"] = functools.partialmethod(_register_parameter, kind.__bases__[0])
-    metaclass: Callable[..., type[nn.Module]] = type(kind)
+    metaclass: Callable[..., type[nn.Module]] = type(kind.__bases__[0])  # not that of a shared class
     module.__class__ = metaclass(kind.__name__, kind.__bases__, namespace)
+
+
+_SHARED: dict[Any, type[nn.Module]] = {}
+"""The classes that finished views share, by the class that they are of and the names of the parametrized tensors."""
+
+MOST_SHARED = 1024
+"""So many are kept at most."""
+
+
+def share_class(module: nn.Module) -> None:
+    """Give a parametrized module of a finished view the class that all such modules have.
+
+    A compiled function goes by classes: so it is not compiled anew for a view that differs in its neurons alone.
+    """
+    if not is_parametrized(module):
+        return
+    kind = type(module)
+    key = (kind.__bases__, tuple(parametrizations(module)))
+    if key not in _SHARED:
+        if len(_SHARED) >= MOST_SHARED:
+            _SHARED.clear()
+        shared = _metaclass(type(kind.__bases__[0]))(kind.__name__, kind.__bases__, {})
+        for name, value in vars(kind).items():
+            if name not in ("__dict__", "__weakref__"):
+                setattr(shared, name, value)
+        _SHARED[key] = shared
+    module.__class__ = _SHARED[key]
+
+
+@functools.lru_cache(maxsize=64)
+def _metaclass(kind: Any) -> Any:
+    """Return the metaclass of shared classes: what torch does to one for the sake of a module is nothing to others.
+
+    torch puts properties on the class of a module and takes them off again. Here a property stays, and counts for those
+    modules alone that have such a parametrization.
+    """
+
+    def put(cls: Any, name: str, value: Any) -> None:
+        kind.__setattr__(cls, name, _if_parametrized(name, value) if isinstance(value, property) else value)
+
+    def take(cls: Any, name: str) -> None:
+        if not isinstance(vars(cls).get(name), property):
+            kind.__delattr__(cls, name)
+
+    return type(kind)("Shared", (kind,), {"__setattr__": put, "__delattr__": take})
+
+
+def _if_parametrized(name: str, made: Any) -> property:
+    """Return a property that is none for modules in which the tensor of that name is not parametrized."""
+
+    def get(module: nn.Module) -> Any:
+        return made.fget(module) if name in parametrizations(module) else nn.Module.__getattr__(module, name)
+
+    def put(module: nn.Module, value: Any) -> None:
+        if name in parametrizations(module):
+            made.fset(module, value)
+        else:
+            nn.Module.__setattr__(module, name, value)
+
+    return property(get, put)
 
 
 def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
@@ -16,19 +18,22 @@ from neuronsurgery.errors import inline
 from neuronsurgery.guards import Guard, is_guarded
 from neuronsurgery.habits import doubtful, overwriting, written_by_forward
 from neuronsurgery.parametrized import TENSOR_ORDER, give_own_class
-from neuronsurgery.surveys import Survey
+from neuronsurgery.precision import same_bits
+from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.wrappers import is_a, unwrap
 
 SAVING = (
     ("PreTrainedModel", "transformers.modeling_utils"),
-    ("PeftModel", "peft.peft_model"),
     ("ModelHubMixin", "huggingface_hub.hub_mixin"),
 )
 """Classes that write their state dict to files, by `save_pretrained` and `push_to_hub`, and where they are defined."""
 
+ADAPTED = ("PeftModel", "peft.peft_model")
+"""A class whose files have its adapter alone, and where it is defined."""
+
 UNEDITED = (
-    "the state dict of a view has the unedited weights, under the names of parametrizations: bake the edit first, and "
-    "save that model"
+    "it would write the adapter alone, without what the edit does to the model under it: bake the edit first, then "
+    "merge_and_unload(), and save that model"
 )
 
 SHARED = (
@@ -36,6 +41,11 @@ SHARED = (
     "an independent copy"
 )
 
+
+LOADED = (
+    "this view shares its weights with the model it was made from: load into that model (or into one of its class) and "
+    "apply again, or use bake for an independent copy"
+)
 
 WRITES = (
     "it would write into {}, and this view shares its weights with the model it was made from: change the model and "
@@ -115,10 +125,15 @@ def _is_still(child: nn.Module | None, before: nn.Module | None) -> bool:
     return child is before or unwrap(child) is before
 
 
-def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
-    """Put refusals in the place of the methods of a view's module that would write into the shared weights or files.
+def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor], plain: Callable[[nn.Module], nn.Module]) -> None:
+    """Put refusals in the place of the methods of a view's module that would write into the shared weights.
 
     Methods that may do so, and a forward that does, run under a guard, which stops them where they do.
+
+    Args:
+        module: of the view.
+        shared: the weights, by name.
+        plain: what gives a plain copy of a view's module, which is to be written to files in its place.
     """
     guarded = {"apply", *doubtful(module), *(["forward"] if written_by_forward(module) else [])}
     for method in guarded:
@@ -126,13 +141,16 @@ def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
         free = isinstance(vars(module).get(method), _Refusal | None)
         if free and inspect.isfunction(inspect.getattr_static(type(module), method)):
             module.__dict__[method] = _Guarded(module, method, WRITES, shared)
-    writing = {"load_state_dict", "_load_from_state_dict", "share_memory", *overwriting(module)}
+    writing = {"_load_from_state_dict", "share_memory", *overwriting(module)}
     for method in writing:
         module.__dict__[method] = _Refusal(module, method, SHARED)
     module.__dict__["_apply"] = _Conversion(module, "_apply", SHARED)
-    if any(is_a(module, kind, at) for kind, at in SAVING):
-        for method in ("save_pretrained", "push_to_hub"):
+    module.__dict__["load_state_dict"] = _Loading(module, "load_state_dict", LOADED)
+    for method in ("save_pretrained", "push_to_hub"):
+        if is_a(module, *ADAPTED):
             module.__dict__[method] = _Refusal(module, method, UNEDITED)
+        elif any(is_a(module, kind, at) for kind, at in SAVING):
+            module.__dict__[method] = _Saving(module, method, plain)
 
 
 class _Refusal:
@@ -198,6 +216,61 @@ class _Conversion(_Refusal):
         if self.reason and module is not None and _changes_nothing(module, args[0]):
             return module
         return super().__call__(*args, **kwargs)
+
+
+class _Loading(_Refusal):
+    """Stands for `load_state_dict`: trainers that resume load what the model has been given already."""
+
+    @override
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        module = self.module()
+        if self.reason and module is not None and not assign:
+            names = _names_if_same(module, state_dict)
+            if names is not None and not (strict and any(names)):
+                return names
+        return super().__call__(state_dict, strict=strict, assign=assign)
+
+
+def _names_if_same(module: nn.Module, state_dict: Mapping[str, Any]) -> _IncompatibleKeys | None:
+    """Return which names a state dict lacks and has too many, if what it has is what the module has; else None."""
+    held: dict[str, Tensor] = dict(module.state_dict())
+    tensors = survey(module).tensors.values()
+    plain = {name: tensor.parameter for tensor in tensors for name in (tensor.name, *tensor.aliases)}
+    for name, value in state_dict.items():
+        own = held.get(name, plain.get(name))
+        if own is not None and not (isinstance(value, Tensor) and same_bits(value.to(own), own)):
+            return None
+    lacking = {name: _without_edit(name) for name in held if name not in state_dict}
+    missing = [without for without in lacking.values() if without not in state_dict]
+    return _IncompatibleKeys(missing, [name for name in state_dict if name not in held and name not in plain])
+
+
+def _without_edit(name: str) -> str:
+    """Return the name that a tensor of a state dict has where no edit is on it."""
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
+
+
+class _Saving(_Refusal):
+    """Stands for a method that writes a model to files: a plain copy, with the edit in its weights, writes its own."""
+
+    def __init__(self, module: nn.Module, method: str, plain: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(module, method, "")
+        self.plain = plain
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        if module is None:  # nobody holds it while this runs
+            raise RuntimeError(f"this view is gone already: view = apply(edit, model), then view.{self.method}(...)")
+        given = kwargs.get("state_dict")
+        if given is not None and any(".parametrizations." in f".{name}" for name in given):
+            del kwargs["state_dict"]  # the view's own, as trainers give it
+        return getattr(self.plain(module), self.method)(*args, **kwargs)
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        copied = memo.get(id(self.module()))
+        return self if copied is None else _Saving(copied, self.method, self.plain)
 
 
 def release(module: nn.Module) -> None:

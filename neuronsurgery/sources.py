@@ -99,7 +99,7 @@ class Code:
 
     def look_at(self, function: types.FunctionType, owner: type) -> set[str]:
         """Add what is found in a function; return the names of methods that it mentions."""
-        tree = _tree_of(function)
+        tree = tree_of(function)
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         if tree is None or not arguments:
             self.starts |= {name: Start("filled") for name in function.__code__.co_names if tree is None}
@@ -327,7 +327,7 @@ def function_of(value: Any) -> types.FunctionType | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tree_of(function: types.FunctionType) -> ast.AST | None:
+def tree_of(function: types.FunctionType) -> ast.AST | None:
     """Return the syntax tree of a function; None if it was made from a string."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -338,7 +338,7 @@ def _tree_of(function: types.FunctionType) -> ast.AST | None:
 @functools.lru_cache(maxsize=1024)
 def filled_outside(function: types.FunctionType) -> frozenset[str]:
     """Return the variables of its closure whose content a function changes, and that it does more with than that."""
-    names, tree = function.__code__.co_freevars, _tree_of(function)
+    names, tree = function.__code__.co_freevars, tree_of(function)
     changed, written = set(), set()
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Subscript | ast.Attribute):

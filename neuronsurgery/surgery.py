@@ -6,6 +6,7 @@ what it returns, one pure function of the model's tensors, so they agree bit for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from typing_extensions import override
 
 from neuronsurgery.copies import computed_copy, copy_structure
-from neuronsurgery.edits import Edit
+from neuronsurgery.edits import Edit, compose
 from neuronsurgery.gathering import GATHERED
 from neuronsurgery.guards import guard_edited
 from neuronsurgery.objects import tensors_in_attributes
@@ -22,6 +23,7 @@ from neuronsurgery.parametrized import (
     give_own_class,
     parametrizations,
     remove_parametrization,
+    share_class,
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
 from neuronsurgery.refusals import Origin, refuse_writing, release
@@ -92,8 +94,10 @@ def apply(edit: Edit, model: nn.Module, *, buffers: Buffers = "own") -> nn.Modul
     `train()` and `eval()` are the view's own. `requires_grad_` and `zero_grad` reach the shared parameters, and hooks
     are shared and fire in both. A wrapper (DDP, torch.compile) is taken off: the result is a view of the bare module.
     What would change the original is refused: conversion (`.to`, `.half` ...), `load_state_dict`, and assigning an
-    edited tensor. `state_dict` has torch's names for parametrized tensors; for a plain checkpoint use `bake`. A deep
-    copy of a view is independent of the model and keeps the edit.
+    edited tensor; what would change nothing is not. `state_dict` has torch's names for parametrized tensors; for a
+    plain checkpoint use `bake`, as `save_pretrained` of a view does by itself. A deep copy of a view is independent of
+    the model and keeps the edit. A compiled function is not compiled anew for a view with other neurons of the same
+    layers, as many of each.
 
     Args:
         edit: what to do, see `zero_out`, `scale`, `random_init`, `random_noise`, `rewind`, `compose`.
@@ -140,7 +144,8 @@ again, or use bake for an independent copy
         _parametrize(uses, EditedRows(tensor_plan, origin), tensor.parametrized)
     shared = {name: tensor.parameter for name, tensor in surveyed.tensors.items()}
     for module in copied.model.modules():
-        refuse_writing(module, shared)
+        refuse_writing(module, shared, functools.partial(bake, compose()))
+        share_class(module)
     return copied.model
 
 

@@ -81,6 +81,26 @@ def saved(value: Any) -> Any:
         return ns.load_file(Path(folder) / "kept.safetensors")
 
 
+def travelled(given: Setting) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        ns.save_folder(given.edit, given.model, folder)
+        return ns.load_folder(folder, given.model)
+
+
+def adapted(given: Setting) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        edit = ns.zero_out(ns.select(ns.find_layout(given.model), {"head.weight": 1}))
+        return ns.lora.save_adapter(edit, given.model, folder)
+
+
+def held(given: Setting) -> Any:
+    """Made anew for each call, since an optimiser is held once."""
+    optimizer = torch.optim.SGD(given.model.parameters())
+    with ns.train_only(given.edit.neurons, optimizer, given.model):
+        optimizer.step()  # nothing has a gradient
+    return len(optimizer.state)
+
+
 def fragile(given: Setting) -> Any:
     values = torch.arange(60.0).reshape(2, 30).sin()
     targets = torch.arange(30) % 2
@@ -147,6 +167,10 @@ CALLS: dict[str, Callable[[Setting], Any]] = {
     "fragility": fragile,
     "memorization_scores": memorized,
     "save_file and load_file": lambda given: saved(given.edit),
+    "save_folder and load_folder": travelled,
+    "lora.save_adapter": adapted,
+    "lora.effective": lambda given: ns.lora.effective(convolution(given), given.model),
+    "train_only": held,
 }
 CAPTURING = ("sweep", "residual_branches", "silence", "find_critical", "judge", "share", "find_units")
 

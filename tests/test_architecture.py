@@ -27,10 +27,11 @@ ORDER = [
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("sums", "gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
+    *("training", "lora"),
     *("evaluation", "graph", "experts", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
     *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
-    *("memorization", "files", "study"),
+    *("memorization", "files", "folders", "study"),
 ]
 GRAPH_ORDER = [
     *("inputs", "writes", "operators", "replay", "readers", "recurrent", "makers", "export"),
@@ -40,6 +41,7 @@ LINES = 450
 """A longer file holds more than one idea."""
 CORE = {"torch", "einops", "safetensors", "numpy", "typing_extensions"}
 FOREIGN = {"sklearn", "torchvision", "timm", "transformers", "matplotlib", "scipy", "pandas", "PIL", "pytest"}
+FOREIGN |= {"peft", "accelerate", "lightning"}
 PUBLIC = [name for name in neuronsurgery.__all__ if name != "Group"]
 
 

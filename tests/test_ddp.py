@@ -19,7 +19,7 @@ import neuronsurgery as ns
 
 pytestmark = pytest.mark.xdist_group("forked")  # its fixtures are made once, by one process
 
-RANKS, STEPS = 2, 2
+RANKS, STEPS, ALONE = 2, 2, 200
 MODELS = ("mlp", "attention", "weight_norm")
 
 
@@ -53,7 +53,32 @@ def work(rank: int, folder: str) -> None:
         assert not any(isinstance(module, DistributedDataParallel) for module in twin.modules())
         state = train(wrapped, twin, name, rank, RANKS)
         torch.save(state, f"{folder}/{name}.{rank}.pt")
+    torch.save(train_alone(DistributedDataParallel(CASES["mlp"].build()), rank), f"{folder}/alone.{rank}.pt")
     dist.destroy_process_group()
+
+
+def train_alone(model: DistributedDataParallel, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights before and after some of them are trained alone, each second gradient accumulated."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    train_steps(model, optimizer, 3, rank)
+    before = {name: value.detach().clone() for name, value in model.module.named_parameters()}
+    with ns.train_only(alone(model), optimizer, model):
+        train_steps(model, optimizer, ALONE, rank)
+    return before, {name: value.detach().clone() for name, value in model.module.named_parameters()}
+
+
+def alone(model: nn.Module) -> ns.Neurons:
+    return ns.select(ns.find_layout(model), {"0.weight": (1, 2), "2.weight": 0})
+
+
+def train_steps(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, steps: int, rank: int) -> None:
+    inputs, targets = (tensor.chunk(RANKS)[rank] for tensor in batch("mlp", 0))
+    for _ in range(steps):
+        with model.no_sync():
+            cross_entropy(model(inputs), targets).backward()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def fork_ranks(folder: str) -> None:
@@ -89,3 +114,14 @@ def test_the_twin_has_a_part_in_it(name: str, folder: Path) -> None:
     without = train(model, copy.deepcopy(model), name)
     state = torch.load(folder / f"{name}.0.pt")
     assert max((state[f"module.{key}"] - value).abs().max() for key, value in without.items()) > 1e-2
+
+
+def test_what_is_not_trained_alone_keeps_its_bits_on_every_rank(folder: Path) -> None:
+    masks = alone(CASES["mlp"].build()).masks()
+    found = [torch.load(folder / f"alone.{rank}.pt") for rank in range(RANKS)]
+    for before, after in found:
+        for name, value in before.items():
+            moves = masks.get(name, torch.zeros((), dtype=torch.bool)).expand_as(value)
+            assert torch.equal(value[~moves].view(torch.int32), after[name][~moves].view(torch.int32)), name
+            assert (value[moves] != after[name][moves]).all(), name
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])

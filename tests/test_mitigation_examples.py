@@ -1,4 +1,4 @@
-"""The page on mitigation: its examples run, and what it says of them is so.
+"""The page on training loops: its examples run, and what it says of them is so.
 
 The blocks with a prompt are one doctest. The block for Lightning is code of a package that is not a dependency; it runs
 where that is installed.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import neuronsurgery as ns
 from neuronsurgery.objectives import nt_xent
 
-PAGE = Path(__file__).parent.parent / "docs" / "mitigation.md"
+PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 LIGHTNING = re.compile(r"^```python\n(import lightning\n.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

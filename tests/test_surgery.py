@@ -23,7 +23,9 @@ from zoo import CASES, FAST, Case, Custom, Tied, fast_case, small_case
 import neuronsurgery as ns
 from neuronsurgery.surgery import EditedRows
 
-SHARED = "this view shares its weights with the model it was made from: convert the model and apply again, or use bake"
+SHARED = (
+    "this view shares its weights with the model it was made from: (convert the|load into that) model.*apply again, or"
+)
 PARAMETRIZED = ("weight_norm", "spectral_norm")
 NOT_BY_CALL = (*PARAMETRIZED, "shared_module")  # functional_call would overwrite their weights
 
@@ -660,6 +662,11 @@ def test_views_are_freed_as_soon_as_they_are_dropped(name: str) -> None:
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+
+def other(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value + 1 for name, value in module.state_dict().items()}
+
+
 REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "to": lambda view: view.to(torch.float64),
     "to device": lambda view: view.to("meta"),
@@ -667,9 +674,11 @@ REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "cuda": lambda view: view.cuda(),
     "to_empty": lambda view: view.to_empty(device="cpu"),
     "share_memory": lambda view: view.share_memory(),
-    "load_state_dict": lambda view: view.load_state_dict(view.state_dict()),
+    "load_state_dict": lambda view: view.load_state_dict(other(view)),
+    "load and assign": lambda view: view.load_state_dict(view.state_dict(), assign=True),
+    "load what lacks a tensor": lambda view: view.load_state_dict({}),
     "of a part": lambda view: view[2].half(),
-    "load into a part": lambda view: view[2].load_state_dict(view[2].state_dict()),
+    "load into a part": lambda view: view[2].load_state_dict(other(view[2])),
     "of the whole": lambda view: nn.ModuleDict({"view": view}).half(),
     "load into the whole": lambda view: nn.ModuleDict({"view": view}).load_state_dict(
         {f"view.{key}": torch.zeros_like(value) for key, value in view.state_dict().items()}
@@ -686,6 +695,23 @@ def test_what_would_change_the_original_is_refused(act: Callable[[nn.Module], ob
         with pytest.raises(RuntimeError, match=SHARED):
             act(view)
     assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("name", ["mlp", "weight_norm", "norm_dropout"])
+def test_what_would_change_nothing_is_loaded(name: str) -> None:
+    """Its own state dict, and that of the model, whose names are others where a tensor is edited."""
+    model = CASES[name].build()
+    before = snapshot(model)
+    view = ns.apply(cut(model, {"0.weight": 1}), model)
+    for given in (view.state_dict(), model.state_dict()):
+        assert view.load_state_dict(given) == ([], [])
+        assert view.load_state_dict({**given, "more": torch.ones(1)}, strict=False).unexpected_keys == ["more"]
+        first = next(iter(given))
+        without = {key: value for key, value in given.items() if key != first}
+        assert len(view.load_state_dict(without, strict=False).missing_keys) == 1
+    assert_unchanged(before, model)
+    with pytest.raises(RuntimeError, match=SHARED):
+        view.load_state_dict(dict.fromkeys(view.state_dict(), 1.0))
 
 
 def test_a_baked_model_converts_and_loads() -> None:

@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
@@ -36,9 +34,6 @@ RELATIVE_STD: Final = 1.0
 DISTANCES: Final = (5, 10, 20, 30, 40)
 CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0.02, 0.03)
 RANK_SHARES: Final = (0.0001, 0.05)
-SENSITIVE: Final = 0.01
-"""A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
-
 SECONDS: Final = 2.0
 """How long a part of an experiment should take, after which it is written down."""
 
@@ -367,49 +362,10 @@ def changes_of(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
     ]
 
 
-DRAWN: Final = ("1c", "1d", "1g")
-"""The experiments whose edits are drawn several times."""
-
-
-def over_draws(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one record per intervention, draws taken together: mean and spread of the change of every group.
-
-    Args:
-        records: of 1c, 1d or 1g.
-
-    Returns:
-        What was done, without "draw" and names; and "changes", by group the mean, the standard deviation ("sd", None
-        for one draw), the lowest and highest change, how many "draws", and in how many of these the interval excludes 0
-        ("seen").
-    """
-    left_out = ("draw", "names", "changes")
-    together: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
-    for record in records:
-        key = tuple((name, value) for name, value in record.items() if name not in left_out)
-        together.setdefault(key, []).append(record["changes"])
-    return [
-        {**dict(key), "changes": [_over_draws(of_group) for of_group in zip(*drawn, strict=True)]}
-        for key, drawn in together.items()
-    ]
-
-
-def _over_draws(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    values = [change["change"] for change in changes]
-    return {
-        "group": changes[0]["group"],
-        "mean": statistics.fmean(values),
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "lowest": min(values),
-        "highest": max(values),
-        "draws": len(values),
-        "seen": sum(change["low"] > 0 or change["high"] < 0 for change in changes),
-    }
-
-
-def rank_histograms(
+def rank_percentiles(
     gradients: ns.Scores, magnitudes: ns.Scores, shares: Sequence[float] = RANK_SHARES
 ) -> list[dict[str, Any]]:
-    """Return 1b: where the top neurons by one criterion rank by the other, percentiles and counts in 20 bins."""
+    """Return 1b: where the top neurons by one criterion rank by the other, as percentiles."""
     records = []
     for share in shares:
         for group in gradients.groups:
@@ -420,7 +376,6 @@ def rank_histograms(
             ):
                 chosen = ns.top_fraction(chooser, share)
                 percentiles = ns.ranks(ranker, of=chosen)[0]
-                bins = torch.clamp(torch.ceil(percentiles / 5).long() - 1, 0, 19)
                 records.append(
                     {
                         "chosen_by": chosen_by,
@@ -429,64 +384,6 @@ def rank_histograms(
                         "share": share,
                         "neurons": len(chosen),
                         "percentiles": percentiles.tolist(),
-                        "histogram": torch.bincount(bins, minlength=20).tolist(),
                     }
                 )
     return records
-
-
-def sensitive_layers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each distance of 1f, how many layers are sensitive for each group, in the order of the groups."""
-    counted = []
-    for with_norm in (False, True):
-        for distance in dict.fromkeys(record["distance"] for record in records):
-            chosen = [r for r in records if r["distance"] == distance and r["with_norm"] == with_norm]
-            if chosen:
-                # A hundredth itself counts, whatever its last bit.
-                hits = [[abs(c["change"]) >= SENSITIVE - 1e-9 for c in record["changes"]] for record in chosen]
-                counted.append(
-                    {
-                        "distance": distance,
-                        "with_norm": with_norm,
-                        "layers": len(chosen),
-                        "sensitive": [sum(column) for column in zip(*hits, strict=True)],
-                    }
-                )
-    return counted
-
-
-def control_p_values(
-    critical: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return by critical set and group the share of controls that change it as much: (1 + as much) / (1 + draws).
-
-    Draws of a few neurons from a small layer repeat; "distinct" says how many different ones there were.
-
-    Args:
-        critical: the records of 1a.
-        controls: the records of 1g; those with a k are matched to the sets of 1a.
-    """
-    values = []
-    for record in critical:
-        for kind in ("same layers", "random"):
-            matched = [
-                c
-                for c in controls
-                if (c["criterion"], c["chosen_for"], c["k"]) == (kind, record["chosen_for"], record["k"])
-            ]
-            for position, change in enumerate(record["changes"]):
-                as_much = sum(abs(c["changes"][position]["change"]) >= abs(change["change"]) - 1e-12 for c in matched)
-                values.append(
-                    {
-                        "criterion": record["criterion"],
-                        "chosen_for": record["chosen_for"],
-                        "k": record["k"],
-                        "group": change["group"],
-                        "change": change["change"],
-                        "draws": len(matched),
-                        "distinct": len({tuple(c["names"]) for c in matched}),
-                        "p": (1 + as_much) / (1 + len(matched)),
-                        "kind": kind if kind == "same layers" else "whole model",
-                    }
-                )
-    return values

@@ -19,6 +19,7 @@ from neuronsurgery.study import data
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
+from neuronsurgery.study.pictures import pictures_of
 from neuronsurgery.study.progress import TRAINING, Steps, steps_of
 from neuronsurgery.study.readers import (
     IMAGENET_MEAN,
@@ -41,12 +42,13 @@ from neuronsurgery.study.run import (
     refuse_missing_groups,
     write_results,
 )
-from neuronsurgery.study.seeds import combine, delete_other_seeds, refuse_other_files
+from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
 from neuronsurgery.study.settings import COLUMNS, EXPERIMENTS, STAGES, Options, Settings
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, make_arms, stage_two
-from neuronsurgery.study.summary import summary, summary_of_seeds
+from neuronsurgery.study.summary import summary
+from neuronsurgery.study.table import Run, combine
 from neuronsurgery.study.training import (
     RECIPES,
     EpochReport,
@@ -120,10 +122,10 @@ def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
         sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
         finished[seed] = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
     write_results(path, together := combine(finished))
-    return summary_of_seeds(together)
+    return summary(together)
 
 
-def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> dict[str, Any]:
+def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run:
     """Return the results of one run, which is taken up where its folder has it.
 
     Other runs are kept out of the folder until `held` is closed. Of several seeds, `first` is the first one.
@@ -135,10 +137,10 @@ def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | 
     folder = _taken_up(options, path, digests(dataset), held, first)
     print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
     folder.steps = _steps(folder, dataset, built, per_step)
-    results = _surgery(folder, dataset, built, _train(folder, dataset, built))
+    run = _surgery(folder, dataset, built, _train(folder, dataset, built))
     if first is not None:
         report(path)
-    return results
+    return run
 
 
 def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
@@ -176,10 +178,11 @@ def _taken_up(
     return folder
 
 
-def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> dict[str, Any]:
+def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
     """Return the results of every stage, written down after each."""
     settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
+    results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
     setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
@@ -191,8 +194,8 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
             results |= stage()
             if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
                 results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
-            write_results(folder.path, results)
-    return results
+            write_results(folder.path, Run.of(results))
+    return Run.of(results)
 
 
 def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
@@ -319,9 +322,9 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 def _refuse_missing_packages(settings: Settings) -> None:
     """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
     learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
-    needed = {"scipy": "scipy"} | ({"sklearn": "scikit-learn"} if learned else {})
+    needed = {"scipy": "scipy", "polars": "polars", "altair": "altair", "vl_convert": "vl-convert-python"}
+    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"} | ({"sklearn": "scikit-learn"} if learned else {})
     needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
-    needed |= {"PIL": "Pillow"} if settings.data not in EMBEDDED or "fragility" in settings.stages else {}
     missing = []
     for module, package in needed.items():
         try:

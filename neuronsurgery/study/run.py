@@ -2,8 +2,8 @@
 
 `run.json` says which run it is, on which images; `checkpoints/` and `optimizer.safetensors` are the training's; scores
 and `experiments/*.json` are written when each is done and read instead of being done again, and `parts/` holds what one
-of them has come to so far; `results.json` gathers every number, and the report is made from it alone. Each file is
-there whole or not at all. While a run is at work in the folder, `.lock` is locked.
+of them has come to so far; `table.csv` gathers every number, `results.json` says of what, and the report is made from
+these two alone. Each file is there whole or not at all. While a run is at work in the folder, `.lock` is locked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -32,8 +33,8 @@ from neuronsurgery.atomic import locked, remove_abandoned, write_atomically
 from neuronsurgery.study.options import flag_of
 from neuronsurgery.study.progress import Steps
 from neuronsurgery.study.settings import EXPERIMENTS, STAGES, Settings
+from neuronsurgery.study.table import SCHEMA, TABLE, Run, read_csv, read_run, where, write_run
 
-SCHEMA: Final = 1
 ADDED_TO: Final = ("splits", "experiments", "stages")
 """Settings that may differ from those of a run that is there: what is asked for is added to what it has."""
 
@@ -41,6 +42,7 @@ MADE: Final = (
     "optimizer.safetensors",
     "checkpoints/epoch-*.safetensors",
     "results.json",
+    "table.csv",
     "parts/*/*.json",
     "experiments/*.json",
     "gradients*.safetensors",
@@ -50,7 +52,6 @@ MADE: Final = (
     "stage-2/*/checkpoints/epoch-*.safetensors",
     "timings.json",
     "report.html",
-    "tables/*.csv",
     "figures/*.svg",
     "run.json",
 )
@@ -255,29 +256,16 @@ def _process_of(file: Path) -> str:
         return ""
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Return the results of a run folder.
+def read_results(path: Path) -> Run:
+    """Return the results of a run folder, with the seconds that its parts took.
 
     Raises:
         FileNotFoundError: if it has none yet.
         ValueError: if they are damaged or of another schema.
     """
-    file = path / "results.json"
-    if not path.is_dir():
-        what = "is a file, not a run folder" if path.exists() else "is not there"
-        raise FileNotFoundError(f"{path} {what}: name the folder of a run, as given to `neuronsurgery study --out`")
-    if not file.exists():
-        raise FileNotFoundError(f"{path} has no results.json: run `neuronsurgery study --out {path}` to its end first")
-    results = _read_json(file)
-    if not isinstance(results, dict):
-        raise ValueError(
-            f"{file} holds a {type(results).__name__}, where an object of results was expected: delete it and run the "
-            f"study again, which goes on from what is in the folder"
-        )
-    if results.get("schema") != SCHEMA:
-        raise ValueError(f"{file} is of schema {results.get('schema')}; this version reads schema {SCHEMA}")
+    run = read_run(path)
     timings = path / "timings.json"
-    return {**results, "seconds": _read_json(timings)} if timings.exists() else results
+    return Run({**run.about, "seconds": _read_json(timings)}, run.table) if timings.exists() else run
 
 
 def refuse_missing_groups(data: Any, settings: Settings) -> None:
@@ -303,13 +291,14 @@ def refuse_missing_groups(data: Any, settings: Settings) -> None:
         )
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json` of a run folder: every number of the report."""
-    _write(path / "results.json", json.dumps(results, indent=1).encode())
+def write_results(path: Path, run: Run) -> None:
+    """Write the two files of a run's results to its folder; that which says what the other is of comes last."""
+    for name, data in write_run(run).items():
+        _write(path / name, data)
 
 
 def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any, note: str) -> dict[str, Any]:
-    """Return the entries of `results.json` that belong to no stage: what was trained on what, and how well.
+    """Return what belongs to no stage, see `Run.of`: what was trained on what, and how well.
 
     Args:
         folder: the run folder.
@@ -327,7 +316,6 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
 
     splits = [split for split in data.splits if len(data.splits[split])]  # an empty one has no accuracy
     return {
-        "schema": SCHEMA,
         "version": version("neuronsurgery"),
         "settings": _plain(folder.settings),
         "environment": {
@@ -530,7 +518,8 @@ def describe_file(path: Path) -> str:
             f"{path} was written by torch.save, and show prints JSON and safetensors: look into it with "
             f"torch.load(path, weights_only=True); `neuronsurgery study --weights` takes it as it is"
         )
-    lines = _json_lines(path) if path.suffix == ".json" and path.is_file() else _tensor_lines(path)
+    kinds = {".json": _json_lines, ".csv": _table_lines}
+    lines = kinds.get(path.suffix, _tensor_lines)(path) if path.is_file() else _tensor_lines(path)
     shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more"]
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in shown)
 
@@ -550,16 +539,27 @@ def _json_lines(path: Path) -> list[str]:
     settings, groups = found.get("settings"), found.get("groups")
     if not isinstance(settings, dict):
         return [f"{path.name}:", *_outline(found)]
-    if not isinstance(groups, list) or not isinstance(found.get("accuracy"), dict):
+    if not isinstance(groups, list) or not isinstance(found.get("counts"), dict):
         more = {"version": found.get("version"), "digests of the data": found.get("data")}
         return [f"{path.name}: the settings of a run", *_packed(settings), *_outline(more)]
     seeds = found.get("seeds", [settings.get("seed")])
     title = f"results of {settings.get('data')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    rows = [
-        _accuracy_line(split, found["counts"][split], groups, found["accuracy"][split]) for split in found["accuracy"]
-    ]
-    rest = {key: value for key, value in found.items() if key not in ("groups", "accuracy", "schema", "seeds")}
-    return [title, *rows, *_outline(rest)]
+    rest = {key: value for key, value in found.items() if key not in ("groups", "schema", "seeds")}
+    return [title, f"  groups: {', '.join(map(str, groups))}", *_outline(rest)]
+
+
+def _table_lines(path: Path) -> list[str]:
+    """The accuracies of a run's table, and how many rows it has of what."""
+    if path.name != TABLE:
+        raise ValueError(f"{path} is no table of a run, which is called {TABLE}: see what it is in an editor")
+    table = read_csv(path.read_bytes())
+    lines = [f"{TABLE}: {len(table)} numbers"]
+    for (split,), rows in where(table, experiment="accuracy").group_by("split", maintain_order=True):
+        means = rows.group_by("group", maintain_order=True).agg(pl.col("value").mean())
+        said = [f"{group} {100 * value:.1f}" for group, value in means.iter_rows()]
+        lines.append(f"  {split} accuracy, %: {', '.join(said)}")
+    counted = table.group_by("stage", "experiment", maintain_order=True).len()
+    return [*lines, *(f"  {stage}, {experiment}: {count}" for stage, experiment, count in counted.iter_rows())]
 
 
 def _record_text(record: Any) -> str:
@@ -569,13 +569,6 @@ def _record_text(record: Any) -> str:
     said = {key: value for key, value in record.items() if value is not None and key not in ("changes", "names")}
     changes = [f"{100 * one['change']:+.1f}" for one in record.get("changes", ())]
     return f"{', '.join(changes)}{'; ' * bool(changes)}{json.dumps(said, ensure_ascii=False)}"
-
-
-def _accuracy_line(split: str, counts: list[int], groups: list[str], accuracy: list[Any]) -> str:
-    present = [name for name, count in zip(groups, counts, strict=True) if count]
-    values = [one["mean"] if isinstance(one, dict) else one for one in accuracy]
-    said = [f"{name} {100 * value:.1f}" for name, value in zip(present, values, strict=True)]
-    return f"  {split} accuracy, %: {', '.join(said)}"
 
 
 def _outline(found: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ same images. Audit: the most fragile images of each class. Group labels are used
 
 from __future__ import annotations
 
-import base64
 import functools
 import itertools
 import math
@@ -20,13 +19,11 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import neuronsurgery as ns
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import permutation
 from neuronsurgery.study.experiments import identity
-from neuronsurgery.study.figures.images import Pixels, pixels_of, png
 from neuronsurgery.study.last_layer import (
     Features,
     LinearRule,
@@ -39,6 +36,7 @@ from neuronsurgery.study.last_layer import (
     tuned_afr,
     weighted_logistic,
 )
+from neuronsurgery.study.pictures import shown
 from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import digest, load_checkpoint
@@ -426,8 +424,6 @@ def audit(data: Any, scores: Tensor, count: int = AUDITED) -> list[Row]:
         members = (examples.targets == target).nonzero().flatten()
         top = members[scores[members].argsort(descending=True, stable=True)[:count]]
         places = examples.order[top]
-        # One by one: a loader is free to give its images in an order of its own.
-        images = [next(iter(readers.batches(split.subset(place[None]), 1)))[0] for place in places]
         rows.append(
             {
                 "class": target,
@@ -436,21 +432,13 @@ def audit(data: Any, scores: Tensor, count: int = AUDITED) -> list[Row]:
                         "index": int(place),
                         "group": data.group_names[int(examples.groups[at])],
                         "fragility": float(scores[at]),
-                        "png": base64.b64encode(png(_thumbnail(image[0]))).decode(),
+                        "png": shown(split, place),
                     }
-                    for at, place, image in zip(top, places, images, strict=True)
+                    for at, place in zip(top, places, strict=True)
                 ],
             }
         )
     return rows
-
-
-def _thumbnail(image: Tensor) -> Pixels:
-    """Return an image, normalised or not, as small pixels whose darkest is black and whose brightest is white."""
-    factor = max(1, max(image.shape[-2:]) // 64)
-    small = functional.avg_pool2d(image[None], factor)[0]
-    low, high = small.min(), small.max()
-    return pixels_of((small - low) / (high - low).clamp(min=1e-6))
 
 
 # Mitigation

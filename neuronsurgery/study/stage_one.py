@@ -14,15 +14,10 @@ import neuronsurgery as ns
 from neuronsurgery.study.critical_sets import DRAWS, Protocol, critical_sets
 from neuronsurgery.study.experiments import (
     DISTANCES,
-    DRAWN,
     EXPERIMENTS,
-    Intervention,
     Subject,
-    control_p_values,
     measure,
-    over_draws,
-    rank_histograms,
-    sensitive_layers,
+    rank_percentiles,
 )
 from neuronsurgery.study.run import RunFolder
 from neuronsurgery.study.training import digest
@@ -32,9 +27,6 @@ INTERVALS: Final = {
     "method": "Bonett and Price (2012) for paired proportions: the same images before and after an edit",
     "p": "exact McNemar test",
 }
-SPELT_OUT: Final = ("1a", "1e")
-"""The experiments whose sets are written to `specs/`: those that the report names; random edits are a seed away. Those
-of 1h are written as they are judged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +69,8 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool 
         "intervals": INTERVALS,
         "experiments": done,
     }
-    found["over_draws"] = {
-        name: {split: over_draws(records) for split, records in done[name].items()} for name in DRAWN if name in done
-    }
     if "1f" in done:
-        found["sensitive_layers"] = {split: sensitive_layers(done["1f"][split]) for split in settings.splits}
         found["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
-    if "1a" in done and "1g" in done:
-        found["control_p"] = {
-            split: control_p_values(done["1a"][split], done["1g"][split]) for split in settings.splits
-        }
     return found
 
 
@@ -112,7 +96,7 @@ def _experiment(folder: RunFolder, data: Any, subject: Subject, name: str, split
     def ranked() -> list[dict[str, Any]]:
         layers = {layer.parameter for layer in subject.layout}
         own = _gradients(folder, data, subject.model, split, lambda name, *_: name in layers, progress)
-        return rank_histograms(own, subject.magnitudes)
+        return rank_percentiles(own, subject.magnitudes)
 
     def measured() -> list[dict[str, Any]]:
         return _measure(folder, data, subject, name, split, progress)
@@ -127,8 +111,6 @@ def _measure(
     kept = folder.parts(f"{name}-{split}", digest(subject.model.state_dict().values()))
     interventions = EXPERIMENTS[name](replace(subject, kept=kept))
     records = measure(subject.model, interventions, data.loaders(split), kept=kept, progress=progress)
-    if name in SPELT_OUT:
-        _save_specs(folder, name, interventions)
     folder.note_seconds(f"{name} on {split}", time.perf_counter() - started)
     return records
 
@@ -151,10 +133,3 @@ def _critical_sets(folder: RunFolder, data: Any, trained: Trained, progress: boo
     records = critical_sets(protocol)
     folder.note_seconds("1h", time.perf_counter() - started)
     return records
-
-
-def _save_specs(folder: RunFolder, name: str, interventions: list[Intervention]) -> None:
-    specs = folder.path / "specs"
-    specs.mkdir(exist_ok=True)
-    for number, said in enumerate(interventions):
-        ns.save_file(said.edit, specs / f"{name}-{number:03d}.safetensors")

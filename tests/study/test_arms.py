@@ -34,7 +34,7 @@ from neuronsurgery.study.methods import (
 from neuronsurgery.study.models import DEFAULTS, build_model
 from neuronsurgery.study.program import _published
 from neuronsurgery.study.readers import joined_source
-from neuronsurgery.study.report.stage_two import _settings_words
+from neuronsurgery.study.report.writing import settings_words
 from neuronsurgery.study.run import RunFolder, Settings, made_files
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, Training, make_arms, stage_two
@@ -521,24 +521,11 @@ def test_results_and_progress_say_what_each_arm_was_given(
     assert rows["ERM continued, rate 0.001"]["recipe"]["learning_rate"] == 1e-3
     assert rows["pruned by magnitude"]["criterion"] == "magnitude"
     assert {"C", "refits"} == rows["DFR"].keys()
-    errors, more = rows["JTT, T = 2"]["errors"], rows["JTT, T = 2"]["upsampling"]
-    assert _settings_words(rows["JTT, T = 2"]) == (
-        f"1 epoch, adamw at 0.02, batches of 8; T = 2; {errors} images wrong; {more} more copies of each"
+    said = settings_words(rows["JTT, T = 2"])
+    assert said.startswith("optimizer adamw, learning rate 0.02, ") and f"errors {rows['JTT, T = 2']['errors']}" in said
+    assert settings_words({"recipe": asdict(OWN), "epoch": 8, "first_stage": {"epochs": 2}}).endswith(
+        ", epoch 8, first stage (epochs 2)"
     )
-    assert _settings_words(rows["Group DRO"]) == "2 epochs, adamw at 0.02, batches of 8; step size 0.1"
-
-
-def test_settings_in_words() -> None:
-    own = asdict(replace(OWN, epochs=8))
-    assert _settings_words({"C": 0.3, "refits": 20}) == "C = 0.3; 20 refits"
-    assert _settings_words({"of": ["a", "b"]}) == "\N{EN DASH}"
-    assert _settings_words({"recipe": own, "epoch": 8, "first_stage": own}) == (
-        "8 epochs, sgd at 0.02, weight decay 0.01, batches of 16; T = 8; "
-        "first stage: 8 epochs, sgd at 0.02, weight decay 0.01, batches of 16"
-    )
-    pruned = {"criterion": "none", "fraction": 1e-4, "temperature": 0.5, "weight": 1.0, "statistics": "shared"}
-    assert _settings_words(pruned) == "criterion none; temperature 0.5; weight 1; shared statistics"
-    assert "fraction 0.0001; " in _settings_words(pruned | {"criterion": "random"})
 
 
 # Settings of the authors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -20,11 +19,13 @@ from safetensors.torch import load_file
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, experiments, models, program, readers, settings, stage_one
+from neuronsurgery.study.claims import judge
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.options import parse
 from neuronsurgery.study.program import make_options
 from neuronsurgery.study.settings import Options
+from neuronsurgery.study.table import read_run
 from neuronsurgery.study.training import RECIPES, load_checkpoint
 from study.little_study import tiny_resnet
 from study.test_readers import make_birds
@@ -77,9 +78,9 @@ def asked(*words: str) -> Options:
     return make_options(parse(Options, "study", "", words))
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results
+def files_of(folder: Path) -> list[bytes]:
+    """The two files of a run's results."""
+    return [(folder / name).read_bytes() for name in ("results.json", "table.csv")]
 
 
 @reads_few_run
@@ -87,16 +88,15 @@ def test_a_run_leaves_what_it_promises(few_run: tuple[Path, str]) -> None:
     folder, printed = few_run
     assert "1a  Zero the top neurons of the model" in printed
     assert "1g  Zero random other neurons" in printed
-    results = results_of(folder)
-    assert set(results["experiments"]) == {"1a", "1g"}
-    assert results["counts"]["train"] == list(COUNTS["train"])
+    run = read_run(folder)
+    assert {name for name in run.experiments if name.startswith("1")} == {"1a", "1g"}
+    assert run.about["counts"]["train"] == list(COUNTS["train"])
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "epoch-000.safetensors",
         "epoch-001.safetensors",
     }
-    specs = [ns.load_file(path) for path in sorted((folder / "specs").iterdir())]
-    assert len(specs) == len(results["experiments"]["1a"]["train"])
-    assert "<svg" in (folder / "report.html").read_text()
+    assert len(run.rows(experiment="1a")) == 15 * 4  # a number of each group, by four gradients and by magnitude
+    assert (folder / "figures" / "cuts.svg").read_text() and "vegaEmbed" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_stage_two_is_as_long_as_the_run_says(
 def test_a_stage_that_is_added_leaves_those_that_are_there_in_the_results(tmp_path: Path) -> None:
     command = [*FEW[:4], "--data", "digits", "--experiments", "1a", "--out", str(tmp_path / "run")]
     assert main([*command, "--stages", "1"]) == 0
-    first = results_of(tmp_path / "run")
+    first = read_run(tmp_path / "run")
     assert main([*command, "--stages", "2"]) == 0
-    both = results_of(tmp_path / "run")
-    assert both["experiments"] == first["experiments"]
-    assert both["stage_two"]["arms"]
+    both = read_run(tmp_path / "run")
+    assert both.rows(stage="1").equals(first.rows(stage="1")) and len(first.rows(stage="1"))
+    assert len(both.rows(experiment="arms"))
 
 
 @reads_few_run
@@ -140,14 +140,18 @@ def test_records_are_those_of_one_by_one(few_run: tuple[Path, str]) -> None:
     folder, _ = few_run
     dataset = data.digits(0, counts=COUNTS)
     model = load_checkpoint(small_resnet(0), folder, 1)
-    record = results_of(folder)["experiments"]["1a"]["train"][0]
-    edit = ns.load_file(folder / "specs" / "1a-000.safetensors")
-    assert isinstance(edit, ns.Edit)
+    run = read_run(folder)
+    cut = run.rows(experiment="1a", selector="gradient", chosen_for=dataset.group_names[1], k=2)
     before = ns.evaluate(model, dataset.loaders("train"))
-    after = ns.evaluate(ns.apply(edit, model), dataset.loaders("train"))
-    for change in record["changes"]:
-        assert change["before"] == before[change["group"]]
-        assert change["change"] == after[change["group"]] - before[change["group"]]
+    assert run.rows(experiment="accuracy", split="train")["value"].to_list() == list(before.values)
+    (names,) = cut["names"].unique().to_list()
+    layout, neurons = ns.find_layout(model), ns.Neurons()
+    for name in names.split(";"):
+        layer, _, index = name.removesuffix("]").partition("[")
+        neurons |= ns.select(layout, {layer: [int(index)]})
+    after = ns.evaluate(ns.apply(ns.zero_out(neurons), model), dataset.loaders("train"))
+    for row in cut.iter_rows(named=True):
+        assert row["value"] == after[row["group"]] - before[row["group"]]
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -155,11 +159,11 @@ def test_every_experiment_runs_and_the_same_seed_gives_the_same_numbers(tmp_path
     every = ["study", "--quick", "--epochs", "5", "--stages", "1"]
     assert main([*every, "--out", str(tmp_path / "a")]) == 0
     assert main([*every, "--out", str(tmp_path / "b")]) == 0
-    results = results_of(tmp_path / "a")
-    assert results == results_of(tmp_path / "b")
-    assert set(results["experiments"]) == {"1a", "1b", "1c", "1d", "1e", "1f", "1g", "1h"}
-    assert results["missing_distances"] == [10, 20, 30, 40]
-    assert {record["with_norm"] for record in results["experiments"]["1f"]["train"]} == {False, True}
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    run = read_run(tmp_path / "a")
+    assert run.experiments >= {"1a", "1b", "1c", "1d", "1e", "1f", "1g", "1h"}
+    assert run.about["missing_distances"] == [10, 20, 30, 40]
+    assert set(run.rows(experiment="1f")["with_norm"]) == {False, True}
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -186,7 +190,7 @@ def test_a_killed_run_goes_on_to_the_same_results(
         assert not (tmp_path / "broken" / "results.json").exists()
     monkeypatch.setattr(stage_one, "measure", measure)
     assert main([*arguments, "--out", str(tmp_path / "broken")]) == 0
-    assert results_of(tmp_path / "broken") == results_of(tmp_path / "whole")
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
 
 
 @reads_few_run
@@ -198,7 +202,7 @@ def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -
     assert (folder / "report.html").read_text() == first
     capsys.readouterr()
     shown = {}
-    for file in (file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors")):
+    for file in (file for file in folder.rglob("*") if file.suffix in (".json", ".csv", ".safetensors")):
         assert main(["show", str(file)]) == 0
         shown[file.name] = capsys.readouterr().out
         assert 1 <= len(shown[file.name].splitlines()) <= 20
@@ -207,7 +211,8 @@ def test_report_and_show(copied_run: Path, capsys: pytest.CaptureFixture[str]) -
         "epoch-000.safetensors": "checkpoint after epoch 0: ",
         "epoch-001.safetensors": "checkpoint after epoch 1; loss ",
         "optimizer.safetensors": "the optimiser's state after epoch 1: ",
-        "results.json": "results of digits, seed 0\n  train accuracy, %: digit 0-4 on land ",
+        "results.json": "results of digits, seed 0\n  groups: digit 0-4 on land, ",
+        "table.csv": "table.csv: ",
         "run.json": 'run.json: the settings of a run\n  data "digits"; stages ["1"]; ',
         "1a-train.json": "1a-train.json: ",
         "timings.json": "timings.json:\n  training: ",
@@ -240,10 +245,10 @@ def test_waterbirds_from_disk_with_another_network(
     printed = capsys.readouterr().out
     assert f"{arch}, " in printed
     assert "nothing pre-trained" in printed
-    results = results_of(folder)
-    assert set(results["experiments"]) == set(results["settings"]["experiments"]) >= {"1a", "1b"}
-    assert all(found["train"] for name, found in results["experiments"].items() if name != "1f")
-    assert f"{head}.weight" not in {layer["name"] for layer in results["layers"]}
+    run = read_run(folder)
+    asked_for = set(run.about["settings"]["experiments"])
+    assert {name for name in run.experiments if name.startswith("1")} | {"1f"} == asked_for | {"1f"} >= {"1a", "1b"}
+    assert f"{head}.weight" not in {layer["name"] for layer in run.about["layers"]}
     assert f"{head}.weight" in load_file(folder / "checkpoints" / "epoch-001.safetensors")
 
 
@@ -252,23 +257,23 @@ def test_both_stages_and_fragility_and_what_is_printed(whole_run: tuple[Path, st
     folder, printed = whole_run
     for title in ("1a  Zero the top neurons", "Stage 2  Worst group of the test images", "Last layer retrained"):
         assert title in printed
-    results = results_of(folder)
-    assert {"experiments", "stage_two", "fragility"} <= results.keys()
-    assert results["settings"]["stages"] == ["1", "2", "fragility"]
+    run = read_run(folder)
+    assert {"1a", "arms", "detection", "mitigation"} <= run.experiments
+    assert run.about["settings"]["stages"] == ["1", "2", "fragility"]
 
 
 @pytest.mark.usefixtures("tiny_network")
 def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
     assert main([*FEW, "--seeds", "2", "--out", str(folder)]) == 0
-    assert "| ERM | training accuracy is near 100 %" in capsys.readouterr().out
-    together = results_of(folder)
-    assert together["seeds"] == [0, 1]
+    assert "| accuracy | training accuracy is near 100 %" in capsys.readouterr().out
+    together = read_run(folder)
+    assert together.seeds == (0, 1)
     for seed in (0, 1):
-        assert results_of(folder / f"seed-{seed}")["settings"]["seed"] == seed
+        alone = read_run(folder / f"seed-{seed}")
+        assert alone.about["settings"]["seed"] == seed
         assert (folder / f"seed-{seed}" / "report.html").exists()
-    alone = results_of(folder / "seed-1")["accuracy"]["train"]
-    assert [column["values"][1] for column in together["accuracy"]["train"]] == alone
+        assert together.of_seed(seed).table.equals(alone.table)
     assert main([*FEW, "--out", str(folder)]) == 1
     assert "holds files that are no run of this study" in capsys.readouterr().err
 
@@ -277,11 +282,12 @@ def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, caps
 def test_a_split_and_an_experiment_are_added_to_a_run_that_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert main([*FEW[:-1], "--out", str(folder)]) == 0
-    before = results_of(folder)["experiments"]["1a"]["train"]
+    before = read_run(folder).rows(experiment="1a")
     assert main([*FEW[:-2], "1a", "1b", "--split", "train", "--split", "test", "--out", str(folder)]) == 0
-    after = results_of(folder)["experiments"]
-    assert after["1a"]["train"] == before
-    assert set(after["1a"]) == set(after["1b"]) == {"train", "test"}
+    after = read_run(folder)
+    assert after.rows(experiment="1a", split="train").equals(before) and len(before)
+    for name in ("1a", "1b"):
+        assert set(after.rows(experiment=name)["split"]) == {"train", "test"}
 
 
 WRONG_USAGE = {
@@ -358,7 +364,7 @@ WRONG_HERE = {
     "name the folder that has it",
     "report nowhere": "nowhere is not there: name the folder of a run, as given to `neuronsurgery study --out`",
     "report file": "file is a file, not a run folder: name the folder of a run",
-    "report folder": "folder has no results.json: run `neuronsurgery study --out folder` to its end first",
+    "report folder": "folder has no results.json and no table.csv: run `neuronsurgery study --out folder` to its end",
     "show nowhere.safetensors": "no file at",
     "show folder": "folder is a folder: name a file in it, such as folder/results.json",
     "show model.pt": "model.pt was written by torch.save, and show prints JSON and safetensors: look into it with "
@@ -547,12 +553,12 @@ def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
     command = on_disk(table.parent, "--held-out", "0.3", "--out", str(out))
     assert main(command) == 0
     assert "test images" in capsys.readouterr().out
-    results = results_of(out)
-    assert results["settings"]["held_out"] == 0.3
-    assert sum(results["counts"]["train"]) == 7
-    assert sum(results["counts"]["held-out"]) == 3
-    assert results["counts"]["test"] == [1, 2, 0, 2]
-    assert len(results["accuracy"]["test"]) == 3
+    run = read_run(out)
+    assert run.about["settings"]["held_out"] == 0.3
+    assert sum(run.about["counts"]["train"]) == 7
+    assert sum(run.about["counts"]["held-out"]) == 3
+    assert run.about["counts"]["test"] == [1, 2, 0, 2]
+    assert len(run.rows(experiment="accuracy", split="test")) == 3
     before = (out / "results.json").read_bytes()
     table.write_text(table.read_text().replace(",0,1,1,/", ",0,1,0,/"))
     assert main(command) == 1
@@ -568,14 +574,12 @@ def test_seeds_of_data_without_test_images_and_seeds_that_would_fall_out(
     lines = [line for line in table.read_text().splitlines() if line.split(",")[3] != "2"]
     table.write_text("\n".join(lines) + "\n")
     assert main(on_disk(table.parent, "--seeds", "2", "--out", str(out))) == 0
-    together = results_of(out)
-    assert "test" not in together["counts"]
-    assert {record["text"] for record in together["claims"]} >= {"training accuracy is near 100 %"}
+    together = read_run(out)
+    assert "test" not in together.about["counts"]
+    assert {record["text"] for record in judge(together)} >= {"training accuracy is near 100 %"}
     capsys.readouterr()
     assert main(["show", str(out / "results.json")]) == 0
-    assert capsys.readouterr().out.startswith(
-        "results of waterbirds, seeds 0, 1\n  train accuracy, %: landbird on land "
-    )
+    assert capsys.readouterr().out.startswith("results of waterbirds, seeds 0, 1\n  groups: landbird on land, ")
     before = (out / "results.json").read_bytes()
     assert main(on_disk(table.parent, "--seeds", "2", "--seed", "5", "--out", str(out))) == 1
     assert "holds runs of the seeds 0, 1, of which 0, 1 would fall out" in capsys.readouterr().err
@@ -604,7 +608,7 @@ def test_another_run_in_the_folder_is_refused_unless_overwritten(
     assert "holds another run; --seed: this run 1, the folder 0" in capsys.readouterr().err
     assert (copied_run / "results.json").read_bytes() == before
     assert main([*command, "--overwrite"]) == 0
-    assert results_of(copied_run)["settings"]["seed"] == 1
+    assert read_run(copied_run).about["settings"]["seed"] == 1
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

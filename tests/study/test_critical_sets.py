@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,20 @@ import pytest
 import neuronsurgery as ns
 from neuronsurgery.study import critical_sets as module
 from neuronsurgery.study import data, models
-from neuronsurgery.study.claims import QUESTIONS, QUESTIONS_LEVEL, judge, mean_interval, render
+from neuronsurgery.study.claims import QUESTIONS, QUESTIONS_LEVEL, judge, render
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.critical_sets import Case, Protocol, critical_sets
 from neuronsurgery.study.program import QUICK
-from neuronsurgery.study.report import write_report
+from neuronsurgery.study.queries import mean_interval
 from neuronsurgery.study.run import Parts
-from neuronsurgery.study.seeds import combine
 from neuronsurgery.study.stage_one import Trained
-from neuronsurgery.study.summary import summary, summary_of_seeds
+from neuronsurgery.study.summary import summary
+from neuronsurgery.study.table import Run, read_run
 from neuronsurgery.study.training import Recipe
 from study.little_study import tiny_resnet
+from study.made_up import report_of, seeds_of
 from study.test_readers import make_birds, write_image
 from study.test_reliability import KilledError, files_in, killed_after
-from study.test_report_schema import PAGE, keys_of
 
 pytestmark = pytest.mark.xdist_group("critical sets")  # its fixtures are made once, by one process
 
@@ -76,11 +76,6 @@ def little_study(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"synthetic": lambda seed, counts=None: made(seed, counts=COUNTS)}
     monkeypatch.setattr("neuronsurgery.study.program.EMBEDDED", few)
     monkeypatch.setattr(models, "small_resnet", tiny_resnet)
-
-
-def results_of(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results
 
 
 # Records
@@ -172,7 +167,7 @@ def test_a_run_killed_after_every_part_comes_to_the_same_bytes(tmp_path: Path) -
         except KilledError:
             kills += 1
     assert kills == len(done) == len(set(done)) >= 5
-    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert (broken / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
     assert files_in(broken) == files_in(whole)
     for file in (whole / "specs").glob("*"):
         assert (broken / "specs" / file.name).read_bytes() == file.read_bytes()
@@ -185,21 +180,19 @@ def test_two_quick_seeds_have_the_claims_and_the_table_of_1h(
     assert main([*COMMAND, "--split", "test", "--seed", "20", "--seeds", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "1h  Critical sets found on half A" in printed and "(99.17 %)" in printed
-    together = results_of(tmp_path)
-    claims = [(record["group"], record["verdict"]) for record in together["claims"] if record["experiment"] == "1h"]
+    together = read_run(tmp_path)
+    claims = [(record["group"], record["verdict"]) for record in judge(together) if record["experiment"] == "1h"]
     assert len(claims) == 6 and all(verdict == "too few" for group, verdict in claims if group == RARER)
-    rows = {(row["group"], row["k"]): row for row in together["critical_sets"]}
-    assert set(rows) == {(group, k) for group in (RARE, RARER) for k in (1, 2, 3)}
-    one = results_of(tmp_path / "seed-20")
-    assert set(one["experiments"]["1h"]) == {"train"}  # whatever the split
-    assert one["experiments"]["1h"]["train"][0]["draws"] in (0, QUICK["control_draws"])
-    nets = [r["net"] for r in one["experiments"]["1h"]["train"] if (r["control"], r["k"]) == (None, 3)]
-    assert rows[RARE, 3]["net"]["values"][0] == nets[0]
-    assert rows[RARER, 3]["impossible"] == 2 and "net" not in rows[RARER, 3]
+    nets = together.rows(experiment="1h", measure="net", selector="critical")
+    assert set(nets.select("group", "k").iter_rows()) == {(RARE, k) for k in (1, 2, 3)}
+    few = together.rows(experiment="1h", measure="impossible", selector="critical")
+    assert set(few["group"]) == {RARER} and len(few) == 2
+    one = read_run(tmp_path / "seed-20")
+    assert set(one.rows(experiment="1h")["split"]) == {"train"}  # whatever the split
+    assert one.rows(experiment="1h", measure="net")["n"][0] in (0, QUICK["control_draws"])
     page = (tmp_path / "report.html").read_text()
-    assert "1h Critical sets" in page and "(a) three neurons found on half A" in page
+    assert "Critical sets, searched and judged" in page and "(a) three neurons found on half A" in page
     assert "no result yet" not in page + (tmp_path / "seed-20" / "report.html").read_text()
-    assert (tmp_path / "tables" / "critical_sets.csv").exists()
 
 
 @pytest.mark.usefixtures("little_study")
@@ -214,8 +207,7 @@ def test_images_on_disk_are_searched_too(tmp_path: Path, monkeypatch: pytest.Mon
     table.write_text(table.read_text() + "".join(rows))
     small = ("--data", "waterbirds", "--root", str(tmp_path / "birds"), "--arch", "small_resnet", "--size", "16")
     assert main([*COMMAND, "--epochs", "1", *small, "--out", str(tmp_path / "run")]) == 0
-    records = results_of(tmp_path / "run")["experiments"]["1h"]["train"]
-    assert any("net" in record for record in records)
+    assert len(read_run(tmp_path / "run").rows(experiment="1h", measure="net"))
 
 
 # Claims
@@ -237,7 +229,8 @@ def made_up(
         }
         more = {"worst_other": worst, "right_lost": lost[0], "test_right_lost": lost[1], "p_value": 0.01}
         shown = {"examples": control or RARE, "net_low": net, "net_high": net, "sentence": "said", "changes": []}
-        return {**said, **more, **shown}
+        counts = {"searched": 12, "judged": 12, "draws": 100, "distinct": 100}
+        return {**said, **more, **shown, **counts}
 
     own = [record(net if k == 3 else 0.0, k) for k in (1, 2, 3)]
     pairs = zip(GROUPS[::3], controls or (), strict=False)
@@ -249,7 +242,6 @@ def made_up(
         ]
     few = {"chosen_for": RARER, "control": None, "k": None, "examples": RARER, "impossible": "too few: 4 and 4"}
     return {
-        "schema": 1,
         "version": "0",
         "settings": {"splits": ["train"], "data": "synthetic", "seed": 0, "stages": ["1"], "experiments": ["1h"]},
         "groups": list(GROUPS),
@@ -260,9 +252,14 @@ def made_up(
     }
 
 
+def together_of(runs: Sequence[dict[str, Any]]) -> Run:
+    """One run as it is, or several as those of the seeds 0, 1 ..."""
+    return Run.of(runs[0]) if len(runs) == 1 else seeds_of(list(runs))
+
+
 def verdicts(*runs: dict[str, Any], group: str = RARE) -> list[str]:
     """Of (a), (b) and (c)."""
-    found = [record for record in judge(runs) if record["group"] == group]
+    found = [record for record in judge(together_of(runs)) if record["group"] == group]
     assert [record["text"][:3] for record in found] == ["(a)", "(b)", "(c)"]
     return [record["verdict"] for record in found]
 
@@ -324,7 +321,7 @@ def test_it_is_memory(lost: list[tuple[float, Any]], expected: str) -> None:
 def test_where_no_set_is_found_net_and_difference_are_nothing_and_the_controls_still_count() -> None:
     found = {
         r["text"][:3]: r
-        for r in judge(seeds(0.0, 0.0, controls=(0.1, 0.3), lost=(None, None)))
+        for r in judge(together_of(seeds(0.0, 0.0, controls=(0.1, 0.3), lost=(None, None))))
         if r["mean"] is not None
     }
     assert found["(a)"]["values"] == found["(c)"]["values"] == [0.0, 0.0]
@@ -332,34 +329,24 @@ def test_where_no_set_is_found_net_and_difference_are_nothing_and_the_controls_s
 
 
 def test_limits_are_students_at_a_sixth_of_five_percent() -> None:
-    record = judge(seeds(0.4, 0.5, 0.6))[0]
+    record = next(one for one in judge(together_of(seeds(0.4, 0.5, 0.6))) if one["group"] == RARE)
     assert record["level"] == QUESTIONS_LEVEL == 1 - 0.05 / 6
     assert (record["low"], record["high"]) == mean_interval(record["values"], 1 - 0.05 / 6)
     half = 10 / 3**0.5 * 10.886  # the quantile .99583 of two degrees of freedom
     assert record["low"] == pytest.approx(50 - half, abs=0.05)
 
 
-def test_a_group_of_few_images_has_no_numbers_and_too_few_as_its_verdict(tmp_path: Path) -> None:
+def test_a_group_of_few_images_has_no_numbers_and_too_few_as_its_verdict() -> None:
     runs = seeds(0.4, 0.5)
     assert verdicts(*runs, group=RARER) == ["too few"] * 3
-    together = combine(dict(enumerate(runs)))
-    assert "| - | - | **too few** |" not in render(together["claims"])  # a dash for each seed
-    assert "| -, - | - | **too few** |" in render(together["claims"])
-    assert "waterbird on land, k = 3" in summary_of_seeds(together)
-    page = write_report(together, tmp_path).read_text()
-    assert "too few" in page and page.count("(a) three neurons found") >= 2
-    assert "too few: 4 and 4" in write_report(runs[0], tmp_path / "one").read_text()
-    assert "4 and 4" in summary({**runs[0], "counts": {"train": [1] * 4}})
+    together = together_of(runs)
+    assert "| - | - | **too few** |" not in render(judge(together))  # a dash for each seed
+    assert "| -, - | - | **too few** |" in render(judge(together))
+    assert f"{RARE}, k = 3" in summary(together)
+    said = report_of(together)
+    assert "too few" in said and said.count("(a) three neurons found") == 2
+    assert "too few: 4 and 4" in summary(Run.of(runs[0]))
 
 
 def test_every_question_is_about_three_neurons() -> None:
     assert all(re.match(r"\([abc]\) ", question.text) for question in QUESTIONS) and len(QUESTIONS) == 3
-
-
-def test_every_key_of_1h_is_explained(records: list[dict[str, Any]]) -> None:
-    of_one, of_seeds = PAGE.read_text().split("## Several seeds")
-    named = set(re.findall(r"`([^`\n]+)`", of_one))
-    assert sorted(set(keys_of(records)) - named) == []
-    together = combine(dict(enumerate(seeds(0.4, 0.5))))
-    named |= set(re.findall(r"`([^`\n]+)`", of_seeds))
-    assert sorted(set(keys_of({key: together[key] for key in ("claims", "critical_sets")})) - named) == []

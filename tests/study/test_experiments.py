@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ from neuronsurgery.study.experiments import (
     STANDARD_DEVIATIONS,
     Intervention,
     Subject,
-    control_p_values,
     distances,
-    measure,
-    over_draws,
 )
 
 DRAWS = 4
@@ -114,29 +110,3 @@ def test_controls_leave_the_critical_neurons_alone_and_pass_over_layers_that_hav
     assert len(matched) == len(chosen) * DRAWS
     for said in matched:
         assert set(named(said.edit.neurons.by_layer())) <= set(named(chosen[said.chosen_for, said.k or 0].by_layer()))
-
-
-def test_draws_are_taken_together_by_group(model: nn.Module, loaders: dict[str, list[Any]], tmp_path: Path) -> None:
-    records = measure(model, made("1c", model, loaders, tmp_path), loaders)
-    together = over_draws(records)
-    assert len(together) == len(records) // DRAWS
-    first = [record["changes"][0] for record in records[:DRAWS]]
-    found = together[0]["changes"][0]
-    values = [change["change"] for change in first]
-    assert found["group"] == "a"
-    assert found["mean"] == statistics.fmean(values)
-    assert found["sd"] == statistics.stdev(values)
-    assert (found["lowest"], found["highest"], found["draws"]) == (min(values), max(values), DRAWS)
-    assert found["seen"] == sum(change["low"] > 0 or change["high"] < 0 for change in first)
-    assert over_draws(records[:1])[0]["changes"][0]["sd"] is None
-
-
-def test_p_values_count_the_draws_that_do_as_much_and_say_how_many_differ() -> None:
-    def record(criterion: str, change: float, name: str) -> dict[str, Any]:
-        said = {"criterion": criterion, "chosen_for": "a", "k": 1, "names": [name]}
-        return {**said, "changes": [{"group": "a", "change": change}]}
-
-    controls = [record("same layers", change, name) for change, name in ((0.0, "x"), (-0.3, "y"), (0.0, "x"))]
-    first, second = control_p_values([record("gradient", 0.2, "z")], controls)
-    assert (first["kind"], first["draws"], first["distinct"], first["p"]) == ("same layers", 3, 2, 2 / 4)
-    assert (second["kind"], second["draws"], second["p"]) == ("whole model", 0, 1.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +14,6 @@ import pytest
 from neuronsurgery.atomic import locked, replaced_atomically
 from neuronsurgery.study import data, experiments, models
 from neuronsurgery.study.cli import main
-from neuronsurgery.study.report.tables import csv_table
 from neuronsurgery.study.run import LOCK, Parts, RunFolder, Settings, at_work, delete_run
 from neuronsurgery.study.seeds import refuse_other_files
 from study.conftest import COUNTS
@@ -164,7 +161,7 @@ def test_a_lock_that_a_kill_left_is_no_foreign_file(tmp_path: Path) -> None:
 
 def test_a_run_removes_what_killed_ones_left_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, Settings())
-    left = [f"{name}.a1b2c3d4.part" for name in (".results.json", "checkpoints/.epoch-9.safetensors", "tables/.x.csv")]
+    left = [f"{name}.a1b2c3d4.part" for name in (".results.json", "checkpoints/.epoch-9.safetensors", "figures/.x.svg")]
     others = (".notes.txt.a1b2c3d4.part", ".results.json.mine", ".report-12345678/notes.txt", ".report-1/new/a.html")
     for name in (*left, *others, ".report-a1b2c3d4/new/report.html", ".report-a1b2c3d4/.lock"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,16 +171,3 @@ def test_a_run_removes_what_killed_ones_left_and_nothing_else(tmp_path: Path) ->
         with locked(tmp_path / ".report-9876543_" / LOCK):
             folder.remove_abandoned()
             assert files_in(tmp_path) == {*others, "run.json", writing.name, "at work", ".report-9876543_/.lock"}
-
-
-# --- tables for spreadsheets ----------------------------------------------------------------------------------------
-
-
-def test_names_are_no_formulas_and_numbers_are_numbers() -> None:
-    names = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1"]
-    numbers = [-0.5, "-0.5", "+1e3", "-inf", [-1, "-2"], None, True]
-    rows = [{"=name": value} for value in [*names, "a=b", *numbers, ["a", "=1"]]]
-    found = list(csv.reader(io.StringIO(csv_table(rows).decode(), newline="")))
-    expected = ["'=name", *(f"'{name}" for name in names), "a=b"]
-    expected += ["-0.5", "-0.5", "+1e3", "-inf", "-1;-2", "", "True", "a;'=1"]
-    assert [row[0] if row else "" for row in found] == expected

@@ -45,7 +45,7 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(for
     assert not list(tmp_path.rglob("*.part"))
     assert not (tmp_path / "run" / "results.json").exists()
     assert forked("study.little_study.study", *arguments).returncode == 0
-    assert read_results(tmp_path / "run")["experiments"]["1a"]
+    assert len(read_results(tmp_path / "run").rows(experiment="1a"))
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ MADE = (
     "gradients-test.safetensors",
     "specs/1a-000.safetensors",
     "report.html",
-    "tables/groups.csv",
+    "table.csv",
     "figures/accuracy.svg",
     ".report-abc/new/report.html",
 )
@@ -257,7 +257,8 @@ def test_the_next_step_goes_by_what_kept_a_file_from_being_written(number: int, 
 @pytest.mark.parametrize("content", ["[]", "3", '"text"'])
 def test_results_that_are_no_object_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"results\.json holds a .*, where an object of results was expected: delete"):
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(ValueError, match=r"results\.json is damaged \(a .*, where an object was expected\): delete"):
         read_results(tmp_path)
 
 

@@ -19,7 +19,6 @@ from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.last_layer import extract_features, last_logits
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
-from neuronsurgery.study.seeds import combine, compare
 from neuronsurgery.study.stage_fragility import (
     Examples,
     audit,
@@ -413,86 +412,3 @@ def test_gamma_by_halves_never_judges_on_what_it_fits(dataset: data.DataSet, tra
     rule, gamma = tuned_on_halves(held, logits, held.targets, 0)
     assert rule.coef.shape == (1, 16)
     assert gamma in (0.0, 1.0, 2.0, 4.0, 8.0)
-
-
-# Several seeds
-
-
-def results_of(seed: int, worst: float) -> dict[str, Any]:
-    """The least that a run's results have."""
-    picked = {"arm": "x", "epoch": 1, "test": [1.0, worst], "worst": worst} | dict.fromkeys(
-        ("plain", "balanced", "train-weighted"), 0.5
-    )
-    control = {**picked, "test": [1.0, 0.5], "worst": 0.5}
-    arms = [
-        {"name": "ERM continued, rate 0.0002", "family": "control", "selected": {"last epoch": control}},
-        {"name": "pruned by gradient", "family": "paper", "selected": {"last epoch": picked}},
-    ]
-    said = {"text": "", "labels": "class", "trajectory": [{"epoch": 1, "test": [1.0, worst]}]}
-    return {
-        "settings": {"seed": seed, "data": "synthetic"},
-        "groups": ["a", "b"],
-        "minority": [1],
-        "counts": {},
-        "accuracy": {"test": [1.0, worst]},
-        "stage_two": {
-            **dict.fromkeys(("fine_tuning_epochs", "comparison_epochs", "splits", "class_labels_of"), 1),
-            "train_counts": [9, 1],
-            "selections": {"last epoch": "no labels"},
-            "arms": [{**one, **said} for one in arms],
-        },
-    }
-
-
-def test_several_seeds_are_compared_pair_by_pair() -> None:
-    combined = combine({seed: results_of(seed, 0.6 + 0.01 * seed) for seed in range(3)})
-    assert combined["kind"] == "seeds"
-    assert combined["seeds"] == [0, 1, 2]
-    assert combined["accuracy"]["test"][1]["mean"] == pytest.approx(0.61)
-    (difference,) = combined["stage_two"]["differences"]
-    assert difference["values"] == pytest.approx([0.1, 0.11, 0.12])
-    assert difference["verdict"] == "better"
-
-
-def test_a_method_that_only_some_seeds_could_train_is_counted_out_whichever_seed_comes_first() -> None:
-    def run(seed: int, *names: str) -> dict[str, Any]:
-        rows = [{"name": name, "labels": "", "images": "", "worst": 0.5, "test": [1.0, 0.5]} for name in names]
-        stage = {"edit": [], "images": "train", "detection": {}, "flagged": {}, "damage": {}, "mitigation": rows}
-        return {**results_of(seed, 0.5), "fragility": stage}
-
-    for order in ((0, 1), (1, 0)):
-        named = {0: ("ERM", "inferred by knockout", "CnC, chosen"), 1: ("ERM", "inferred by knockout")}
-        combined = combine({seed: run(seed, *named[seed]) for seed in order})["fragility"]
-        assert [row["name"] for row in combined["mitigation"]] == ["ERM", "inferred by knockout"]
-        assert combined["impossible_rows"] == {"CnC, chosen": 1}
-
-
-def test_the_knockout_is_held_against_every_other_score_seed_by_seed() -> None:
-    def run(seed: int, *aucs: float) -> dict[str, Any]:
-        rows = [
-            {"score": score, "needs": "", "group": "rare", "auc": auc, "average_precision": 0.5, "count": 1, "of": 9}
-            for score, auc in zip(("knockout", "final margin", "margin after epoch 1"), aucs, strict=True)
-        ]
-        stage = {"edit": [], "images": "train", "detection": {"train": rows}, "flagged": {}, "damage": {}}
-        return {**results_of(seed, 0.5), "fragility": {**stage, "mitigation": []}}
-
-    runs = {0: run(0, 0.99, 0.9, 0.98), 1: run(1, 0.97, 0.87, 0.99), 2: run(2, 0.98, 0.89, 0.98)}
-    late, early = combine(runs)["fragility"]["detection_differences"]["train"]
-    assert (late["group"], late["arm"], late["control"]) == ("rare", "knockout", "final margin")
-    assert late["verdict"] == "better"
-    assert late["values"] == pytest.approx([0.09, 0.1, 0.09])
-    assert (early["control"], early["verdict"]) == ("margin after epoch 1", "undecided")
-
-
-def test_differences_whose_interval_holds_zero_are_undecided() -> None:
-    assert compare([0.1, -0.1, 0.05])["verdict"] == "undecided"
-    assert compare([-0.1, -0.11, -0.12])["verdict"] == "worse"
-
-
-def test_runs_that_differ_in_more_than_the_seed_are_refused() -> None:
-    runs = {0: results_of(0, 0.5), 1: results_of(1, 0.5)}
-    runs[1]["settings"]["data"] = "digits"
-    with pytest.raises(ValueError, match="the runs differ in data: only the seed may differ"):
-        combine(runs)
-    with pytest.raises(ValueError, match="at least two seeds, not of 1"):
-        combine({0: results_of(0, 0.5)})

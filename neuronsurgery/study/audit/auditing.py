@@ -372,7 +372,7 @@ class _Auditing:
 
 def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) -> Row:
     """Return what is kept of a search and its judgement, JSON values."""
-    how: Row = {"k": len(critical.neurons), "edit": ", ".join(map(str, critical.neurons))}
+    how: Row = {"k": len(critical.neurons), "names": ";".join(map(str, critical.neurons))}
     rows = [
         row_of(
             "critical",

@@ -99,7 +99,7 @@ class Fragile:
         """Return the part with the lowest accuracy, of the given groups or else of the classes, in words."""
         rows = [row for row in self.accuracies() if row["n"] >= 1]
         kind = "groups" if self.examples.groups is not None else "classes"
-        row = min((row for row in rows if row["split_of"] == kind), key=lambda row: row["value"])
+        row = min((row for row in rows if row["experiment"] == kind), key=lambda row: row["value"])
         low, value, high = (100 * row[name] for name in ("low", "value", "high"))
         return f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}]"
 

@@ -6,19 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
+
 import neuronsurgery as ns
 from neuronsurgery.atomic import write_atomically
 from neuronsurgery.study.audit.examples import Examples
-from neuronsurgery.study.audit.results import Audit, csv_of
+from neuronsurgery.study.audit.results import Audit, Row
+from neuronsurgery.study.pages import Figure, Look, exports, render
+from neuronsurgery.study.pages.charts import dots
+from neuronsurgery.study.table import COLUMNS, csv_of
 
 SHOWN: Final = 12
 """Fragile examples of each class on the page."""
 
+TOLD: Final = "Line: 95 % interval over the examples."
+
 
 def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
-    """Return the path of `report.html`, written with `table.csv`, `fragile.csv` and `edits/*.safetensors`.
+    """Return the path of `report.html`, written with its tables, `edits/*.safetensors` and `figures/*.svg`.
 
-    The page holds its styles and pictures and loads nothing.
+    The page holds its styles, pictures and charts and loads nothing.
 
     Args:
         audit: what was found.
@@ -29,31 +36,92 @@ def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
         OSError: if the folder cannot be written to.
     """
     folder = Path(folder)
-    (folder / "edits").mkdir(parents=True, exist_ok=True)
+    for name in ("edits", "figures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for name, edit in audit.edits.items():
         ns.save_file(edit, folder / "edits" / f"{name}.safetensors")
-    write_atomically(folder / "table.csv", csv_of(audit.table))
-    write_atomically(folder / "fragile.csv", csv_of(audit.fragile))
-    write_atomically(folder / "report.html", html_of(audit, examples).encode())
+    figures = figures_of(audit)
+    files = {"table.csv": csv_of(pl.DataFrame(audit.table, schema=dict(COLUMNS)))}
+    files |= {"fragile.csv": csv_of(pl.DataFrame(audit.fragile))} if audit.fragile else {}
+    files |= {**exports(figures), "report.html": html_of(audit, examples, figures).encode()}
+    for name, data in files.items():
+        write_atomically(folder / name, data)
     return folder / "report.html"
 
 
-def html_of(audit: Audit, examples: Examples) -> str:
-    """Return the page."""
-    import jinja2  # torch brings it
+def figures_of(audit: Audit) -> list[Figure]:
+    """Return the accuracy of every class and group, and what the set that was found does to whom."""
+    figures = []
+    accuracies = [row for row in audit.table if row["stage"] == "accuracy"]
+    flagged = {(row["experiment"], row["group"]): row["value"] for row in audit.table if row["stage"] == "fragile"}
+    kinds = list(dict.fromkeys(row["experiment"] for row in accuracies))
+    if accuracies:
+        rows = [
+            {
+                **_row(row),
+                "kind": row["experiment"],
+                "fragile": _percent(flagged.get((row["experiment"], row["group"]))),
+            }
+            for row in accuracies
+        ]
+        columns = {"name": "", "value": "accuracy, %", "interval": "95 % interval", "n": "examples"}
+        figures.append(
+            dots(
+                "accuracy",
+                "How right is it?",
+                TOLD,
+                rows,
+                Look(kinds, field="kind"),
+                axis="accuracy, %",
+                by="name",
+                columns={**columns, "fragile": "fragile, %"},
+                limits=(0.0, 100.0),
+                line=None,
+                aside=False,
+            )
+        )
+    changes = [row for row in audit.table if row["stage"] == "critical" and row["measure"] != "net"]
+    if changes and changes[0]["k"]:
+        rows = [{**_row(row), "kind": "change", "neurons": row["names"].replace(";", ", ")} for row in changes]
+        columns = {"name": "group", "value": "change, points", "interval": "95 % interval", "n": "examples"}
+        figures.append(
+            dots(
+                "critical",
+                "What cutting that set does to every group",
+                f"{TOLD} On examples that were not searched.",
+                rows,
+                Look(["change"], field="kind"),
+                axis="change of accuracy, points",
+                by="name",
+                columns={**columns, "neurons": "neurons"},
+                aside=False,
+            )
+        )
+    return figures
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("neuronsurgery.study.audit", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda value: "" if value is None else f"{100 * value:.1f}"
-    return environment.get_template("page.html").render(
+
+def _row(row: Row) -> dict[str, Any]:
+    ends = [_percent(row[name]) for name in ("low", "high")]
+    said = {"name": row["group"], "value": _percent(row["value"]), "low": ends[0], "high": ends[1]}
+    return {
+        **said,
+        "values": [],
+        "interval": None if None in ends else f"{ends[0]:.1f} to {ends[1]:.1f}",
+        "n": row["n"],
+    }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else round(100 * share, 2) + 0.0
+
+
+def html_of(audit: Audit, examples: Examples, figures: list[Figure]) -> str:
+    """Return the page."""
+    return render(
+        "audit.html",
+        title="Audit of a trained network",
         audit=audit,
-        accuracy=[row for row in audit.table if row["stage"] == "accuracy"],
-        flagged={(row["split_of"], row["group"]): row["value"] for row in audit.table if row["stage"] == "fragile"},
-        changes=[row for row in audit.table if row["stage"] == "critical"],
+        figures={figure.name: figure for figure in figures},
         sheets=_sheets(audit, examples),
     )
 

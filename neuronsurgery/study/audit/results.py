@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import neuronsurgery as ns
 
-COLUMNS: Final = ("stage", "split_of", "group", "measure", "value", "low", "high", "n", "k", "edit", "p", "note")
-"""Of the table: see `Audit.table`."""
+COLUMNS: Final = ("stage", "experiment", "group", "measure", "value", "low", "high", "n", "k", "names", "p", "note")
+"""Of the table, see `Audit.table`: those of `study.table` that an audit has something for."""
 
 Row: TypeAlias = dict[str, Any]
 
@@ -23,8 +21,8 @@ class Audit:
 
     Attributes:
         answers: in words, one sentence each: how right the network is, who is fragile, which neurons carry whom.
-        table: one row per number: `stage`, `split_of` (classes, groups), `group`, `measure`, `value`, `low` and `high`
-            (95 %), `n`, `k`, `edit`, `p`, `note`.
+        table: one row per number: `stage`, `experiment` (classes, groups), `group`, `measure`, `value`, `low` and
+            `high` (95 %), `n`, `k`, `names` (of the neurons that are cut), `p`, `note`.
         fragile: one row per example that was scored: `path`, `class`, `score` (higher is more fragile), `flag` (1 where
             it stands out within its class), most fragile first within each class.
         places: of the examples of `fragile` among all.
@@ -74,11 +72,11 @@ class Plan:
 
 
 def row_of(
-    stage: str, split_of: str, group: str, measure: str, numbers: tuple[float, float, float], **more: Any
+    stage: str, experiment: str, group: str, measure: str, numbers: tuple[float, float, float], **more: Any
 ) -> Row:
     """Return a row of the table; numbers are the value and its lower and upper limit, NaN where there is none."""
     value, low, high = (None if math.isnan(number) else number for number in numbers)
-    known = {"stage": stage, "split_of": split_of, "group": group, "measure": measure}
+    known = {"stage": stage, "experiment": experiment, "group": group, "measure": measure}
     row = {**known, "value": value, "low": low, "high": high, **more}
     return {column: row.get(column) for column in COLUMNS}
 
@@ -88,12 +86,3 @@ def spoken(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return rows as the bytes of a CSV file; None is an empty cell."""
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(rows[0]) if rows else list(COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-    return file.getvalue().encode()

@@ -5,123 +5,147 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from neuronsurgery.atomic import locked, write_atomically
-from neuronsurgery.study.report.contents import STAGE_ONE, chapters_of, contents_of
-from neuronsurgery.study.report.effects import Groups
-from neuronsurgery.study.report.levels import by_group
-from neuronsurgery.study.report.opening import model_figures, opening_html, title_of
-from neuronsurgery.study.report.page import document, section_html
-from neuronsurgery.study.report.section import Chapter, Results
-from neuronsurgery.study.report.tables import csv_table
+from neuronsurgery.study.claims import judge
+from neuronsurgery.study.pages import Figure, exports, render
+from neuronsurgery.study.report.answers import answers
+from neuronsurgery.study.report.sections import every_figure, figures_of
 from neuronsurgery.study.run import LOCK
+from neuronsurgery.study.table import Run, checked
 
-SCHEMA: Final = 1
+PARTS: Final[Mapping[str, str]] = {"1": "Stage 1", "2": "Stage 2", "fragility": "fragility"}
 
 
-def write_report(results: Mapping[str, Any], folder: Path) -> Path:
-    """Return the path of `report.html`, written to a folder with `tables/*.csv` and `figures/*.svg`.
+def write_report(run: Run, folder: Path) -> Path:
+    """Return the path of `report.html`, written to a folder with its charts as `figures/*.svg`.
 
-    The page holds its styles and figures and loads nothing. The same results give the same bytes.
+    The page holds all that it needs and loads nothing. The same results give the same bytes.
 
     Args:
-        results: the content of a `results.json` (schema 1), of one run, where experiments may be missing, or of kind
-            "seeds".
+        run: of one seed, where experiments may be missing, or of several.
         folder: made if it is not there. Files of these names are replaced, others left alone.
 
     Raises:
         ValueError: if the results are of another schema or kind, or are not a run's.
         OSError: if the folder cannot be written to, or is full; a report that was there is as it was.
     """
-    run, groups = _checked(results)
-    chapters = chapters_of(run, groups)
-    sections = [section for chapter in chapters for section in chapter.sections]
-    drawn = [figure for section in sections for figure in section.figures + section.more_figures]
-    files = _figure_files([*drawn, *model_figures(run, groups)])
-    files |= {f"tables/{name}.csv": csv_table(rows) for name, rows in _tables(run, groups, chapters).items() if rows}
-    # The page last: whoever finds a new page finds new figures and tables beside it.
-    write_files(folder, {**files, "report.html": _page(run, groups, chapters).encode()})
+    checked(run.about)
+    sections = figures_of(run)
+    drawn = exports(every_figure(sections))
+    # The page last: whoever finds a new page finds new charts beside it.
+    write_files(folder, {**drawn, "report.html": page_of(run, sections).encode()})
     return folder / "report.html"
 
 
-def _figure_files(drawn: Sequence[tuple[str, str, str]]) -> dict[str, bytes]:
-    """Return the content of every figure's file.
+def page_of(run: Run, sections: Sequence[tuple[str, Sequence[Figure]]]) -> str:
+    """Return the page of a run.
 
-    Raises:
-        ValueError: if two figures have one name: the second would take the place of the first.
+    Args:
+        run: of one seed or of several.
+        sections: its figures under their headings.
     """
-    counts = Counter(name for name, _, _ in drawn)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        raise ValueError(f"two figures of the report are called {', '.join(twice)}: give each section names of its own")
-    return {f"figures/{name}.svg": svg.encode() for name, _, svg in drawn}
+    records = judge(run)
+    return render(
+        "study.html",
+        title=_title(run),
+        told=_told(run),
+        warnings=_warnings(run),
+        seeds=[f"seed-{seed}" for seed in run.seeds] if len(run.seeds) > 1 else [],
+        answers=answers(run, records),
+        rarest=run.minority[0] if run.minority else "",
+        pictures=run.about.get("pictures", []),
+        minority=run.minority,
+        sections=sections,
+        sheets=run.about.get("fragility", {}).get("audit", []),
+        claims=records,
+        methods=[
+            (arm["name"], arm["text"], arm["labels"], settings_words(arm.get("settings", {})))
+            for arm in run.about.get("stage_two", {}).get("arms", ())
+        ],
+        several=len(run.seeds) > 1,
+        settings=_settings(run),
+    )
 
 
-def _checked(results: Results) -> tuple[Results, Groups]:
-    """Return the results with what an unfinished run may lack filled in, and its groups.
+def _title(run: Run) -> str:
+    settings = run.about["settings"]
+    seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else f"seed {run.seeds[0]}"
+    return f"Critical neurons: {settings.get('data')}, {seeds}"
 
-    Raises:
-        ValueError: if the schema is another, or parts are missing that every run has.
-    """
-    schema = results.get("schema")
-    if schema != SCHEMA:
-        raise ValueError(
-            f"results.json has schema {schema!r}, and this version reads schema {SCHEMA}: make the report with the "
-            f"version of neuronsurgery that wrote it ({results.get('version', 'unknown')}), or run the study again"
-        )
-    kind = results.get("kind")
-    if kind not in (None, "seeds"):
-        raise ValueError(f'results.json is of kind {kind!r}; this version knows one run, without a kind, and "seeds"')
-    needed = ("settings", "groups", "counts", *(("seeds",) if kind == "seeds" else ()))
-    missing = [key for key in needed if key not in results]
+
+def _told(run: Run) -> str:
+    """Return the run in a line: network, training, images."""
+    settings, counts = run.about["settings"], run.about["counts"].get("train", [])
+    rarest = f", {min(counts)} of them of the rarest group" if counts else ""
+    return (
+        f"{settings.get('arch')} trained for {settings.get('epochs')} epochs ({settings.get('preset')}) on "
+        f"{sum(counts):,} images{rarest}."
+    )
+
+
+def _warnings(run: Run) -> list[str]:
+    """Return what the reader must know before any number."""
+    about, settings = run.about, run.about["settings"]
+    said = []
+    if settings.get("quick"):
+        said.append("A quick run: few epochs and draws. It shows that the program runs; its numbers mean little.")
+    asked = {name for name in settings.get("experiments", ()) if "1" in settings.get("stages", ())}
+    asked |= {
+        name for stage, name in (("2", "arms"), ("fragility", "detection")) if stage in settings.get("stages", ())
+    }
+    missing = sorted(asked - run.experiments)
     if missing:
-        raise ValueError(f"results.json lacks {', '.join(missing)}: it is not of a finished or interrupted study run")
-    run = {"accuracy": {}, "experiments": {}, "minority": []} | dict(results)
-    known = [entry.identifier for entry in STAGE_ONE]
-    unknown = sorted(set(run["experiments"]) - set(known))
-    if unknown:
-        raise ValueError(f"results.json has experiments {', '.join(unknown)}; this version knows {', '.join(known)}")
-    names = tuple(map(str, run["groups"]))
-    return run, Groups(names, frozenset(names[place] for place in run["minority"]))
+        said.append(f"This run has no result yet of: {', '.join(missing)}.")
+    if not run.minority:
+        said.append("No group is rare in training, so there is no question to answer about one.")
+    if len(run.seeds) == 2:
+        said.append("Two seeds make wide intervals: three to five are usual.")
+    said += [f"Fragility: {text}" for text in [about.get("fragility", {}).get("impossible")] if text]
+    said += [f"No groups are inferred: {text}" for text in [about.get("stage_two", {}).get("not_inferred")] if text]
+    return said
 
 
-def _page(run: Results, groups: Groups, chapters: Sequence[Chapter]) -> str:
-    body = [opening_html(run, groups, chapters, contents_of(run))]
-    for chapter in chapters:
-        body.append(f'<h2 id="e{chapter.entry.identifier}">{escape(chapter.entry.heading)}</h2>')
-        body += [section_html(section) for section in chapter.sections]
-    settings, title = run["settings"], title_of(run, chapters)
-    return document(title if run.get("kind") else f"{title}; {settings.get('data')}, seed {settings.get('seed')}", body)
+def settings_words(settings: Mapping[str, Any]) -> str:
+    """Return the settings of a method in a line; those of a recipe within them, too.
+
+    Example:
+        >>> settings_words({"recipe": {"learning_rate": 0.0002, "epochs": 4}, "criterion": "random"})
+        'learning rate 0.0002, epochs 4, criterion random'
+    """
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            said = settings_words(value)
+            parts += [said] if name == "recipe" else [f"{name.replace('_', ' ')} ({said})"]
+        elif value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            parts.append(
+                f"{name.replace('_', ' ')} {shown:g}"
+                if isinstance(shown, float)
+                else f"{name.replace('_', ' ')} {shown}"
+            )
+    return ", ".join(parts)
 
 
-def _tables(run: Results, groups: Groups, chapters: Sequence[Chapter]) -> dict[str, list[Results]]:
-    """Return the rows of every CSV file by its name."""
-    tables: dict[str, list[Results]] = {}
-    for chapter in chapters:
-        for section in chapter.sections:
-            for name, rows in section.rows.items():
-                tables.setdefault(name, []).extend(rows)
-    if run.get("kind") == "seeds":
-        return tables
-    return {**tables, "groups": _group_rows(run, groups), "training": list(run.get("trajectory") or [])}
-
-
-def _group_rows(run: Results, groups: Groups) -> list[Results]:
-    """Return one row per split and group: the count found, the paper's, and the accuracy."""
-    rows: list[Results] = []
-    for split, counts in run["counts"].items():
-        expected = (run.get("expected_counts") or {}).get(split)
-        accuracy = by_group(run, groups, split, run["accuracy"][split]) if split in run["accuracy"] else {}
-        for place, name in enumerate(groups.names):
-            row = {"split": split, "group": name, "minority": name in groups.minority, "count": counts[place]}
-            row["expected"] = expected[place] if expected else None
-            rows.append(row | {"accuracy": accuracy[name].value if name in accuracy else None})
-    return rows
+def _settings(run: Run) -> list[tuple[str, Any]]:
+    """Return what a run depends on, and where it ran, as rows of two."""
+    about = run.about
+    counts = [
+        (f"images, {split}", ", ".join(f"{name} {count}" for name, count in zip(run.groups, found, strict=True)))
+        for split, found in about["counts"].items()
+    ]
+    expected = about.get("expected_counts") or {}
+    counts += [(f"images in the paper, {split}", ", ".join(map(str, found))) for split, found in expected.items()]
+    rows = [*about["settings"].items(), *about.get("environment", {}).items()]
+    rows += [("network", about.get("network")), ("neurons studied", about.get("neurons")), *counts]
+    rows += [(f"intervals, {key}", value) for key, value in about.get("intervals", {}).items()]
+    rows += [(f"seconds, {key}", value) for key, value in about.get("seconds", {}).items()]
+    known = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in rows)
+    return [(name.replace("_", " "), value) for name, value in known if value is not None]
 
 
 # All files or none

@@ -1,27 +1,23 @@
-"""Pictures: small images as PNG, side by side in one PNG or embedded in a figure with what is said of each."""
+"""Small pictures of a data set: PNG files of a few images, for the report and the documentation."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torch.nn import functional
 
+from neuronsurgery.study import readers
 from neuronsurgery.study.data import Split
-from neuronsurgery.study.figures import svg
-from neuronsurgery.study.figures.marks import HIGHLIGHT
 
 Pixels = npt.NDArray[np.uint8]
 """Red, green and blue, (height, width, 3)."""
 
 PAPER: Final = 255
-SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 
 
 def pixels_of(images: Tensor) -> Pixels:
@@ -71,11 +67,6 @@ def png(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def data_uri(file: bytes) -> str:
-    """Return a PNG file as an address that holds it, for a page that loads nothing."""
-    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
-
-
 def contact_sheet(split: Split, *, per_group: int = 10, scale: int = 4, gap: int = 6) -> bytes:
     """Return images of a split as one PNG file: a row per group, in their order, the first ones of each group.
 
@@ -116,64 +107,33 @@ def contact_sheet(split: Split, *, per_group: int = 10, scale: int = 4, gap: int
     return png(sheet)
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An image of a figure.
-
-    Attributes:
-        pixels: uint8 (height, width, 3), or a PNG file as bytes; small, because the figure holds it whole.
-        caption: short text under it, such as its fragility.
-        note: what is said when one points at it.
-        framed: whether a strong frame is drawn around it: of a minority group.
-    """
-
-    pixels: Pixels | bytes
-    caption: str = ""
-    note: str = ""
-    framed: bool = False
+PER_GROUP: Final = 8
+"""Images of each group at the top of a report."""
 
 
-def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Picture]]], *, side: float = 88.0) -> str:
-    """Return rows of images, each under its name, as SVG that holds them as PNG; pixels stay square.
+def pictures_of(data: Any) -> list[dict[str, Any]]:
+    """Return the first training images of each group: its name, and the images as PNG in base64.
 
     Args:
-        title: above the figure.
-        rows: name of a row and its images, from left to right.
-        side: width and height of an image as drawn; one that is not square is fitted in.
-
-    Raises:
-        ValueError: if there is no image, or one is neither uint8 (height, width, 3) nor a PNG file.
+        data: the data set, embedded or read from disk; a group without training images has none.
     """
-    most = max((len(pictures) for _, pictures in rows), default=0)
-    if not most:
-        raise ValueError(f"image_rows: {title!r} has no images: leave the figure out")
-    width = max(svg.LEAST, 12 + most * (side + 8) + 4)
-    drawn, top = svg.heading(title, width)
-    captioned = any(picture.caption for _, pictures in rows for picture in pictures)
-    for name, pictures in rows:
-        lines = svg.wrapped(name, width - 24)
-        drawn += [svg.text(12, top + 17 + 17 * place, line) for place, line in enumerate(lines)]
-        top += 17 * len(lines) + 8
-        for place, picture in enumerate(pictures):
-            drawn.append(_embedded(picture, 12 + place * (side + 8), top, side))
-        top += side + (18 if captioned else 0) + 12
-    return svg.document(title, width, top, drawn)
+    split, rows = data.splits["train"], []
+    for group, name in enumerate(data.group_names):
+        places = (split.groups == group).nonzero().flatten()[:PER_GROUP]
+        rows.append({"group": name, "images": [shown(split, place) for place in places]})
+    return rows
 
 
-def _embedded(picture: Picture, x: float, y: float, side: float) -> str:
-    caption = svg.text(x + side / 2, y + side + 14, picture.caption, size=svg.TINY, anchor="middle")
-    note = f"<title>{escape(picture.note)}</title>" if picture.note else ""
-    image = (
-        f'<image x="{svg.px(x)}" y="{svg.px(y)}" width="{svg.px(side)}" height="{svg.px(side)}" '
-        f'style="image-rendering:pixelated" href="{data_uri(_file_of(picture))}"/>'
-    )
-    frame = svg.rectangle(x, y, side, side, "none", svg.stroke(HIGHLIGHT, 4)) if picture.framed else ""
-    return f"<g>{note}{image}{frame}{caption if picture.caption else ''}</g>"
+def shown(split: Any, place: Tensor) -> str:
+    """Return one image of a split, small, as PNG in base64."""
+    # One by one: a loader is free to give its images in an order of its own.
+    image = next(iter(readers.batches(split.subset(place[None]), 1)))[0][0]
+    return base64.b64encode(png(thumbnail(image))).decode()
 
 
-def _file_of(picture: Picture) -> bytes:
-    if not isinstance(picture.pixels, bytes):
-        return png(picture.pixels)
-    if not picture.pixels.startswith(SIGNATURE):
-        raise ValueError(f"image_rows: the image {picture.caption!r} is bytes, but no PNG file: pass pixels or a PNG")
-    return picture.pixels
+def thumbnail(image: Tensor) -> Pixels:
+    """Return an image, normalised or not, as small pixels whose darkest is black and whose brightest is white."""
+    factor = max(1, max(image.shape[-2:]) // 64)
+    small = functional.avg_pool2d(image[None], factor)[0]
+    low, high = small.min(), small.max()
+    return pixels_of((small - low) / (high - low).clamp(min=1e-6))
