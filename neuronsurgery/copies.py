@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline, warn
-from neuronsurgery.gathering import Gathered, cast_as, gather_in, plain_class, policy_of, service_for
+from neuronsurgery.gathering import Gathered, gather_in, plain_class, service_for
 from neuronsurgery.guards import Guard
 from neuronsurgery.habits import CHECKPOINTING, checkpoints_in_training, given_to, type_of, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
@@ -97,23 +97,8 @@ def copy_structure(
     copied = {module: memo[id(module)] for module in names}
     for new in copied.values():
         _detach_from_original(new)
-    _gather(surveyed, copied)
+    gather_in(copied, surveyed.model, surveyed.ways())
     return Copy(copied[surveyed.model], copied)
-
-
-def _gather(surveyed: Survey, copied: Mapping[nn.Module, nn.Module]) -> None:
-    """Have the modules of a copy compute the weights that FSDP shards, in the dtypes that it would."""
-    if not surveyed.gathered:
-        return
-    computed: dict[nn.Module, dict[str, Gathered]] = {surveyed.model: {}}
-    for name, gathered in surveyed.gathered.items():
-        for module, attribute, _ in surveyed.tensors[name].uses:
-            computed.setdefault(module, {})[attribute] = gathered
-    for module, own in computed.items():
-        gather_in(copied[module], own, outermost=module is surveyed.model)
-    for module, new in copied.items():
-        if (policy := policy_of(module)) is not None:
-            cast_as(new, policy)
 
 
 def _refuse_uninitialised(names: Mapping[nn.Module, str]) -> None:

@@ -207,19 +207,29 @@ def _saving_little(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def gather_in(module: nn.Module, gathered: dict[str, Gathered], *, outermost: bool) -> None:
-    """Have a copy's module compute some of its parameters.
+def gather_in(
+    copied: Mapping[nn.Module, nn.Module], model: nn.Module, ways: Iterable[tuple[nn.Module, str, Gathered]]
+) -> None:
+    """Have the modules of a copy compute the weights that FSDP shards, in the dtypes that it would.
 
     Args:
-        module: of a copy.
-        gathered: how, by the parameter's name.
-        outermost: whether the module's forward is that of the whole model.
+        copied: module of the original -> module of the copy.
+        model: the original.
+        ways: the modules of the original and the names there of the weights, and how they are gathered.
     """
-    if gathered:
-        module.__dict__[GATHERED] = gathered
-    if gathered or outermost:
-        kind: Any = plain_class(type(module))  # a class: mypy does not take those for hashable
-        module.__class__ = _gathering_class(kind, tuple(gathered), outermost)
+    computed: dict[nn.Module, dict[str, Gathered]] = {}
+    for module, attribute, way in ways:
+        computed.setdefault(module, {})[attribute] = way
+    if not computed:
+        return
+    for module in {**computed, model: {}}:
+        own, new = computed.get(module, {}), copied[module]
+        kind: Any = plain_class(type(new))  # a class: mypy does not take those for hashable
+        new.__dict__[GATHERED] = own
+        new.__class__ = _gathering_class(kind, tuple(own), module is model)
+    for module, new in copied.items():
+        if (policy := policy_of(module)) is not None:
+            cast_as(new, policy)
 
 
 @contextlib.contextmanager

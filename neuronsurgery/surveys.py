@@ -129,6 +129,12 @@ class Survey:
         """Whether some of its tensors are spread over processes."""
         return any(is_spread(tensor.parameter) for tensor in self.tensors.values())
 
+    def ways(self) -> Iterator[tuple[nn.Module, str, Gathered]]:
+        """Yield every module and attribute that holds a tensor which FSDP shards, and how that becomes whole."""
+        for name, way in self.gathered.items():
+            for module, attribute, _ in self.tensors[name].uses:
+                yield module, attribute, way
+
     @property
     def device(self) -> torch.device | None:
         """The device of the model's first parameter, or None where it has none."""
@@ -323,10 +329,20 @@ def refuse_unrunnable(surveyed: Survey, *, spread: bool = False) -> None:
         if buffer is not None
     }
     _refuse([f"{name}: {reason}" for name, (at, tensor) in held.items() if (reason := _absent(at, tensor))], HERE)
-    sharded = [name for name, tensor in held.items() if is_spread(tensor[1])]
-    if sharded and not spread:
-        raise ValueError(SHARDED.format(len(sharded), inline(sharded)))
+    if not spread:
+        refuse_spread({name: tensor for name, (_, tensor) in held.items()})
     refuse_ungatherable(surveyed)
+
+
+def refuse_spread(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if some tensors are spread over processes; says what works with these.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    sharded = [name for name, tensor in tensors.items() if is_spread(tensor)]
+    if sharded:
+        raise ValueError(SHARDED.format(len(sharded), inline(sharded)))
 
 
 def refuse_ungatherable(surveyed: Survey) -> None:
