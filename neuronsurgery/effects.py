@@ -145,10 +145,11 @@ def prepared(
             "which this function works"
         )
     surveyed = survey(model)
-    if any(map(is_checkpointed, surveyed.model.modules())) or checkpointing_asleep(surveyed):
+    heard = not (spread and surveyed.is_spread)  # else gradients to the weights are all that is looked at
+    if heard and (any(map(is_checkpointed, surveyed.model.modules())) or checkpointing_asleep(surveyed)):
         warn(
             "gradient checkpointing is off while effects are computed, which look at what layers put out: all "
             "activations of a batch are kept, and smaller batches need less memory"
         )
-    runner = make_runner(surveyed, spread=spread, process_group=process_group)
+    runner = make_runner(surveyed, checkpoints=not heard, spread=spread, process_group=process_group)
     return surveyed, runner, given_layout(surveyed, runner.parameters, layout, where, extra)

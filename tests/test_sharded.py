@@ -253,7 +253,9 @@ def of_heads(model: Any, data: Data, **world: Any) -> dict[str, Tensor]:
     model.gradient_checkpointing_enable()
     heads, loss = heads_of(model), ns.causal_lm_loss
     by_group = {"all": data}
-    effects = ns.group_effects(model, by_group, layout=heads, metric=loss, transform=torch.sigmoid, **world)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if world else "ignore")  # in one process all activations are kept, and it says so
+        effects = ns.group_effects(model, by_group, layout=heads, metric=loss, transform=torch.sigmoid, **world)
     return {
         "scores": ns.group_grad_norms(model, by_group, layout=heads, loss=loss, **world).values,
         "effects": effects.values,
