@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,19 @@ _OPEN: list[Service] = []
 """The services that are open, the newest last: each in one thread, and in those in which autograd goes back for it."""
 
 
+def add_up(process_group: dist.ProcessGroup | None, tensors: Iterable[Tensor]) -> None:
+    """Sum tensors over the ranks, in place."""
+    if process_group is not None:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=process_group)
+
+
 class Service:
     """Gives whole weights to each process when it asks, and adds up gradients part by part.
 
     Args:
-        weights: of the model, by number, all spread over one mesh of one dimension.
+        weights: of the model, by number, all spread along the last dimension of one mesh; along another one, if there
+            is one, are replicas, and then the mesh is of all processes.
         dtypes: in which dtype to gather each, where that is not its own.
 
     Attributes:
@@ -52,10 +60,16 @@ class Service:
 
     def __init__(self, weights: Mapping[int, DTensor], dtypes: Mapping[int, torch.dtype]) -> None:
         mesh = next(iter(weights.values())).device_mesh
-        self.process_group: dist.ProcessGroup = mesh.get_group()
+        world = dist.group.WORLD
+        assert world is not None  # there is a mesh
+        self.process_group: dist.ProcessGroup = mesh.get_group() if mesh.ndim == 1 else world
         self.reached: set[int] = set()
         self._weights, self._dtypes = weights, dtypes
-        self._device, self._ranks, self._rank = torch.device(mesh.device_type), mesh.size(), mesh.get_local_rank()
+        self._device, self._ranks = torch.device(mesh.device_type), mesh.size()
+        self._sharers, self._replicas = mesh.get_group(mesh.ndim - 1), mesh.get_group(0) if mesh.ndim > 1 else None
+        every = dist.get_process_group_ranks(self.process_group)
+        self._rank = every.index(dist.get_rank())
+        self._places = [every.index(rank) for rank in dist.get_process_group_ranks(self._sharers)]
         self.thread = threading.get_ident()
         self._sink: Sink | None = None
         self._sums: dict[tuple[int, int], Tensor] = {}
@@ -142,7 +156,8 @@ class Service:
     def sums(self, name: object) -> dict[int, Tensor]:
         """Return the sums of this name by the number of the weight, spread as these are, and forget them."""
         label = label_of(name)
-        found = {number: self._sums.pop((own, number)) for own, number in list(self._sums) if own == label}
+        found = {number: self._sums.pop((own, number)) for own, number in sorted(self._sums) if own == label}
+        add_up(self._replicas, found.values())
         return {number: of_parts(part, self._weights[number]) for number, part in found.items()}
 
     # Rounds
@@ -178,14 +193,16 @@ class Service:
         wide = torch.promote_types(weight.dtype, torch.float32)
         parts = [] if gradient is None else [own.reshape(-1) for own in parts_of(gradient.to(wide), weight)]
         given = torch.cat(parts) if parts else torch.empty(0, dtype=wide, device=self._device)
-        sizes = [0 if label is None else part.numel() for label in labels]
+        near = [labels[place] for place in self._places]  # of those with the other parts, not of replicas
+        sizes = [0 if label is None else part.numel() for label in near]
         received = torch.empty(sum(sizes), dtype=wide, device=self._device)
-        sent = [own.numel() for own in parts] or [0] * self._ranks
-        dist.all_to_all_single(received, given, sizes, sent, group=self.process_group)
-        for label, own in zip(labels, torch.split(received, sizes), strict=True):
+        sent = [own.numel() for own in parts] or [0] * len(near)
+        dist.all_to_all_single(received, given, sizes, sent, group=self._sharers)
+        for label in set(labels) - {None}:  # of replicas, too: all of them have the same sums
+            self._sums.setdefault((label, number), torch.zeros(part.shape, dtype=wide, device=self._device))  # type: ignore[arg-type]
+        for label, own in zip(near, torch.split(received, sizes), strict=True):
             if label is not None:
-                total = self._sums.setdefault((label, number), torch.zeros(part.shape, dtype=wide, device=self._device))
-                total += own.view(part.shape)
+                self._sums[label, number] += own.view(part.shape)
 
 
 def current_service() -> Service | None:

@@ -39,6 +39,13 @@ def unreadable_spread(tensor: Tensor) -> str:
     return ""
 
 
+def is_one_way(tensor: DTensor) -> bool:
+    """Return whether a tensor is spread along the last dimension of its mesh alone, replicas being along any other."""
+    mesh, (*others, last) = tensor.device_mesh, tensor.placements
+    alone = not others or (len(others) == 1 and others[0].is_replicate() and mesh.size() == dist.get_world_size())
+    return alone and type(last).__name__ == "Shard"
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor as a whole on every process; itself where it is."""
     return tensor.full_tensor() if is_spread(tensor) else tensor
@@ -95,9 +102,9 @@ def refuse_different_data(tensors: Iterable[Tensor], process_group: dist.Process
 
 
 def parts_of(tensor: Tensor, like: DTensor) -> list[Tensor]:
-    """Return the part of a whole tensor that each process of a one-dimensional mesh has of `like`."""
-    placement: Any = like.placements[0]
-    count = like.device_mesh.size()
+    """Return the part of a whole tensor that each process along the last dimension of a mesh has of `like`."""
+    placement: Any = like.placements[-1]
+    count = like.device_mesh.size(like.device_mesh.ndim - 1)
     parts = list(torch.chunk(tensor, count, dim=placement.dim))
     empty = tensor.narrow(placement.dim, 0, 0)
     return [*parts, *[empty] * (count - len(parts))]

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neuronsurgery.distributed import add_up, exchange
+from neuronsurgery.distributed import exchange
 from neuronsurgery.layouts import Layout
 from neuronsurgery.precision import wide_dtype, widened
 from neuronsurgery.scores import norms
-from neuronsurgery.serving import Service
+from neuronsurgery.serving import Service, add_up
 from neuronsurgery.spread import local, of_parts, own_part
 from neuronsurgery.types import Group
 

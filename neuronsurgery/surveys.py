@@ -24,7 +24,7 @@ from neuronsurgery.gathering import GATHERED, Gathered, Policy, policy_of, resha
 from neuronsurgery.habits import given_to
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
-from neuronsurgery.spread import is_spread, unreadable_spread
+from neuronsurgery.spread import is_one_way, is_spread, unreadable_spread
 from neuronsurgery.wrappers import is_a, name_within, same_names, unwrap
 
 HOOKED = (
@@ -352,10 +352,13 @@ def refuse_ungatherable(surveyed: Survey) -> None:
         ValueError: if there is one.
     """
     found = {}
-    for name in surveyed.gathered:
-        weight: Any = surveyed.tensors[name].parameter
-        if weight.device_mesh.ndim > 1:
-            found[name] = "sharded over a mesh of several dimensions; use one (no replicas, no tensor parallelism)"
+    weights: dict[str, Any] = {name: surveyed.tensors[name].parameter for name in surveyed.gathered}
+    meshes = {weight.device_mesh for weight in weights.values()}
+    for name, weight in weights.items():
+        if len(meshes) > 1:
+            found[name] = "sharded over a mesh where others are over another one; use one mesh for all"
+        elif not is_one_way(weight):
+            found[name] = "sharded over several dimensions of a mesh; use one, or one and replicas"
         elif weight.device.type != weight.device_mesh.device_type:
             found[name] = "offloaded by FSDP (CPUOffloadPolicy); shard it without"
         elif surveyed.tensors[name].parametrized:

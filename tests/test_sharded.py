@@ -82,6 +82,9 @@ CASES = {
     "vit": Case(vit, lambda model: list(model.encoder.layers), images, ns.cross_entropy, ("mlp.0",), ("mlp.3",)),
 }
 
+MESHES = [(2, 1), (1, 2)]
+"""Two replicas, and one."""
+
 PARTS = [[slice(0, 5)], [slice(5, 6), slice(6, 12)]]
 """The batches of each rank: one and two."""
 
@@ -143,12 +146,18 @@ def trained(view: nn.Module, case: Case, rank: int | None) -> None:
     optimizer.zero_grad()
 
 
+def edit_of(model: nn.Module) -> ns.Edit:
+    layout = ns.find_layout(model)
+    first, last = layout.names[1], layout.names[-2]
+    noise = ns.random_noise(ns.select(layout, {first: 1}), std=0.3, seed=0)
+    return ns.compose(*(ns.zero_out(ns.select(layout, {name: slice(0, None, 2)})) for name in (first, last)), noise)
+
+
 def done(model: nn.Module, case: Case, data: Data, rank: int | None, **world: Any) -> dict[str, Any]:
     layout = ns.find_layout(model)
     every = {name: ns.zero_out(ns.select(layout, {name: slice(0, None, 2)})) for name in layout.names}
     edits = dict(list(every.items())[:2])
-    noise = ns.random_noise(ns.select(layout, {layout.names[1]: 1}), std=0.3, seed=0)
-    edit = ns.compose(every[layout.names[1]], every[layout.names[-2]], noise)
+    edit = edit_of(model)
     inputs, _ = case.inputs()
     found: dict[str, Any] = {"digest": layout.digest, "names": list(model.state_dict())}
     with torch.no_grad():
@@ -306,6 +315,17 @@ def mixed(rank: int, case: Case) -> dict[str, Tensor]:
     return found
 
 
+def replicated(shape: tuple[int, int], rank: int, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores and a trained view of a model that is sharded, and has replicas."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts"))
+    model = case.build()
+    for block in (*case.blocks(model), model):
+        fully_shard(block, mesh=mesh)
+    scores = ns.group_grad_norms(model, share(case, rank), loss=case.loss, process_group=dist.group.WORLD)
+    trained(ns.apply(edit_of(model), model).train(), case, rank)
+    return scores.values, {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
 def memory(rank: int) -> tuple[int, int, int]:
     """The largest number of whole weights' entries that were alive at once, of the largest layer, and of all."""
     import neuronsurgery.gathering as gathering
@@ -358,6 +378,7 @@ def work(rank: int, folder: str) -> None:
     results["search"] = search(fully(vit(), CASES["vit"]), share(CASES["vit"], rank), **world)
     results["heads"] = of_heads(fully(llama(), CASES["llama"]), share(CASES["llama"], rank)[:1], **world)
     results["copies"] = copies(rank, CASES["vit"])
+    results |= {f"replicas {shape}": replicated(shape, rank, CASES["vit"]) for shape in MESHES}
     results["mixed"] = mixed(rank, CASES["vit"])
     results["memory"] = memory(rank)
     Path(f"{folder}/{rank}.pickle").write_bytes(pickle.dumps(results))
@@ -523,6 +544,16 @@ def test_heads_of_a_checkpointed_model(results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", ["pending", "view of a view", "deep copy", "view", "full state dict"])
 def test_copies_of_a_fully_sharded_model(name: str, results: list[dict[str, Any]]) -> None:
     assert all(result["copies"][name] for result in results)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_replicas_of_a_fully_sharded_model(shape: tuple[int, int], results: list[dict[str, Any]], alone: Any) -> None:
+    right = alone["vit"]
+    for result in results:
+        scores, state = result[f"replicas {shape}"]
+        torch.testing.assert_close(scores, right["scores"].values, rtol=1e-5, atol=1e-6)
+        for key, value in right["trained"].items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-6)
 
 
 def test_a_view_computes_in_the_dtypes_of_fsdp(results: list[dict[str, Any]]) -> None:
