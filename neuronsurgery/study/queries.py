@@ -17,12 +17,6 @@ LEVEL: Final = 0.95
 SENSITIVE: Final = 0.01
 """A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
 
-DRAWN: Final = ("1c", "1d", "1g")
-"""The experiments whose edits are drawn several times."""
-
-SEEN: Final = (pl.col("low") > 0) | (pl.col("high") < 0)
-"""An effect of one edit is seen where the interval of its change excludes 0."""
-
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """Return Student's confidence interval of the mean of independent values; infinite for a single one."""
