@@ -20,8 +20,6 @@ import polars as pl
 from neuronsurgery.study.queries import auc_interval, mean_interval, sensitive_layers, sum_interval, verdict
 from neuronsurgery.study.table import Run, where
 
-Records = Sequence[Mapping[str, Any]]
-
 CONTINUED: Final = "ERM continued"
 PRUNED: Final = "pruned by gradient"
 KNOCKOUT: Final = "knockout"

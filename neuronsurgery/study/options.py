@@ -158,9 +158,15 @@ def parse(kind: type[Any], name: str, description: str, words: Sequence[str]) ->
         SystemExit: with status 2 after an error, 0 after the help.
     """
     options = [one for one in fields(kind) if KEY in one.metadata]
+    flags = [_flag(one.metadata[KEY], one.name) for one in options if one.metadata[KEY].flag is not None]
+    known = {*flags, "-h", "--help", "--", "-"}
+    # Before anything that is missing: an option that is not there may be why.
+    mistyped = [word for word in words if re.match(r"-[^\d.]", word) and word.partition("=")[0] not in known]
+    if mistyped:
+        fail(_unknown(mistyped[0], name, flags))
     given, unknown = _parser(name, description, options).parse_known_args(words)
     if unknown:
-        fail(_unknown(unknown[0], name, [_flag(one.metadata[KEY], one.name) for one in options]))
+        fail(_unknown(unknown[0], name, flags))
     return {one.name: _value(one, getattr(given, one.name)) for one in options if hasattr(given, one.name)}
 
 

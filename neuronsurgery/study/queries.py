@@ -17,12 +17,6 @@ LEVEL: Final = 0.95
 SENSITIVE: Final = 0.01
 """A layer is sensitive for a group whose accuracy changes by one point or more when it is rewound."""
 
-DRAWN: Final = ("1c", "1d", "1g")
-"""The experiments whose edits are drawn several times."""
-
-SEEN: Final = (pl.col("low") > 0) | (pl.col("high") < 0)
-"""An effect of one edit is seen where the interval of its change excludes 0."""
-
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """Return Student's confidence interval of the mean of independent values; infinite for a single one."""
@@ -51,7 +45,7 @@ def over_draws(table: pl.DataFrame) -> pl.DataFrame:
     alone = pl.len() == 1
     return table.group_by(keys, maintain_order=True).agg(
         pl.col("neurons").first(),
-        pl.when(pl.col("names").n_unique() == 1).then(pl.col("names").first()).alias("names"),
+        _if_alike("names"),
         pl.col("value").mean(),
         pl.when(alone).then(pl.col("low").first()).otherwise(pl.col("value").min()).alias("low"),
         pl.when(alone).then(pl.col("high").first()).otherwise(pl.col("value").max()).alias("high"),
@@ -61,6 +55,11 @@ def over_draws(table: pl.DataFrame) -> pl.DataFrame:
         pl.len().alias("draws"),
         pl.max_horizontal((pl.col("low") > 0).sum(), (pl.col("high") < 0).sum()).alias("seen"),
     )
+
+
+def _if_alike(name: str) -> pl.Expr:
+    """Return the one value that all rows have; nothing where they differ."""
+    return pl.when(pl.col(name).n_unique() == 1).then(pl.col(name).first()).alias(name)
 
 
 def over_seeds(run: Run, table: pl.DataFrame, *, epochs: bool = False) -> pl.DataFrame:
@@ -78,7 +77,8 @@ def over_seeds(run: Run, table: pl.DataFrame, *, epochs: bool = False) -> pl.Dat
     if run.about.get("kind") != "seeds":
         return table.with_columns(pl.concat_list("value").alias("values"), pl.lit(1).alias("seeds"))
     keys = [name for name in KEYS if name in table.columns] + ["epoch"] * epochs
-    more = [pl.col(name).first() for name in ("neurons", "names", "n", "note", "draws", "sd") if name in table.columns]
+    more = [pl.col(name).first() for name in ("neurons", "n", "note", "draws") if name in table.columns]
+    more += [_if_alike("names")] if "names" in table.columns else []
     counted = [pl.col("seen").sum()] if "seen" in table.columns else []
     values = pl.col("value").drop_nulls().alias("values")
     together = table.group_by(keys, maintain_order=True).agg(values, *more, *counted)

@@ -147,7 +147,7 @@ def inferred_places(data: Any, split: str, inferred: ns.InferredGroups) -> dict[
 
 
 def stage_fragility(folder: RunFolder, data: Any, trained: Trained) -> Row:
-    """Return detection, audit and mitigation, as the entry "fragility" of `results.json`.
+    """Return detection, audit and mitigation, as the entry "fragility" of a run, see `Run.of`.
 
     For a network without residual branches, "impossible" says so; what needs no cut of them is there all the same.
 

@@ -47,7 +47,7 @@ class Trained:
 
 
 def stage_one(folder: RunFolder, data: Any, trained: Trained, *, progress: bool = True) -> dict[str, Any]:
-    """Return what the experiments of Stage 1 came to, as entries of `results.json`.
+    """Return what the experiments of Stage 1 came to, as entries of a run, see `Run.of`.
 
     Args:
         folder: the run folder; an experiment that it holds is not done again.

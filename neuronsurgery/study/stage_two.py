@@ -405,7 +405,7 @@ def _first_settings(setting: Setting, method: str, early: int) -> Row:
 
 
 def stage_two(folder: RunFolder, data: Any, setting: Setting, hardware: Hardware, *, progress: bool = True) -> Row:
-    """Return what every arm came to, as the entry "stage_two" of `results.json`.
+    """Return what every arm came to, as the entry "stage_two" of a run, see `Run.of`.
 
     Args:
         folder: the run folder; arms that it holds are not trained again.

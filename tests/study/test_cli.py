@@ -333,6 +333,9 @@ WRONG_USAGE = {
     "report a b": "'b' belongs to no option: neuronsurgery report --help lists them",
     "show": "FILE is missing, see --help",
     "show --verbose x": "there is no option --verbose: neuronsurgery show --help lists them",
+    "show -v": "there is no option -v: neuronsurgery show --help lists them",
+    "report --folder d": "there is no option --folder: neuronsurgery report --help lists them",
+    "report --quick": "there is no option --quick: neuronsurgery report --help lists them",
 }
 """What cannot be meant, whatever files there are: status 2, before torch is imported."""
 

@@ -55,7 +55,8 @@ class Look:
         """Return colour, marker and opacity: a click on the legend takes the others back."""
         domain, places = list(map(self.label, self.names)), range(len(self.names))
         columns = alt.ExprRef("width < 400 ? 1 : 2")
-        legend = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
+        shown = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
+        legend = shown if len(domain) > 1 else None
         colours: dict[str, Any] = {"range": [self.colours[place % len(self.colours)] for place in places]}
         colours |= {"domain": domain} if self.fixed else {}
         said: dict[str, Any] = {

@@ -176,6 +176,11 @@ def _edit_words(row: Row) -> str:
     return str(row["edit"]) + (f", std {row['relative_std']:g} x RMS" if row["relative_std"] is not None else "")
 
 
+def _draws(row: Row) -> str:
+    """Return how many draws there were, and in how many, over all seeds, the interval excludes 0."""
+    return str(row["draws"]) if row["draws"] == 1 else f"{row['draws']}; {row['seen']} exclude 0"
+
+
 def cuts(run: Run) -> list[Figure]:
     """Return 1a, 1c and 1d: the top neurons of the model zeroed, drawn anew, disturbed."""
     rows = _change_rows(
@@ -185,7 +190,7 @@ def cuts(run: Run) -> list[Figure]:
         k=lambda row: row["k"],
         chosen=lambda row: _chosen_for(row["chosen_for"]),
         split=lambda row: row["split"],
-        draws=lambda row: row["draws"],
+        draws=_draws,
     )
     if not rows:
         return []
@@ -267,7 +272,7 @@ def _shares(run: Run) -> list[Figure]:
         run,
         over_seeds(run, over_draws(changes)),
         fraction=lambda row: f"{100 * row['fraction']:g} %",
-        draws=lambda row: row["draws"],
+        draws=_draws,
     )
     columns = {"fraction": "of the model", **CHANGE, "draws": "draws"}
     return [
