@@ -24,21 +24,18 @@ def is_guarded() -> bool:
     return any(isinstance(mode, Guard) for mode in _get_current_dispatch_mode_stack())
 
 
-COMPUTED = "a tensor that is computed anew at every access"
-
-
 def guard_edited(tensor: Tensor) -> None:
     """Have the guard that watches this thread stop writes into a tensor that is computed anew at every access."""
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Guard):
-            mode.add(COMPUTED, tensor)
+            mode.add("an edited tensor, which is computed anew at every access", tensor)
 
 
 def guard_gathered(tensor: Tensor) -> None:
-    """Have the same done, but without keeping the tensor."""
+    """Have the same done for a tensor that is gathered at every access, without keeping it."""
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Guard):
-            mode.watch(COMPUTED, tensor)
+            mode.watch("a gathered tensor, which is computed anew at every access", tensor)
 
 
 class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
