@@ -51,6 +51,17 @@ def found(trained: tuple[nn.Module, data.DataSet]) -> Audit:
     return audit(trained[0], loaded(trained[1]), batch=40)
 
 
+def test_the_example_of_the_documentation(
+    trained: tuple[nn.Module, data.DataSet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict[str, Any] = {"model": trained[0], "loader": [b[:2] for b in data.batches(trained[1].train, 40)]}
+    exec(block, names)
+    assert capsys.readouterr().out.startswith("Audit\n  The network is right on")
+    assert isinstance(names["found"], Audit)
+
+
 def test_the_answers_are_those_of_the_library(trained: tuple[nn.Module, data.DataSet], found: Audit) -> None:
     model, birds = trained
     targets, members = birds.train.targets, birds.train.groups

@@ -182,6 +182,18 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize(("page", "run"), [("results.md", "runs/third"), ("report.md", "runs/synthetic-seed-0")])
+def test_what_the_documentation_does_with_a_run(page: str, run: str, whole: dict[str, Any], tmp_path: Path) -> None:
+    for name, data in write_run(Run.of(whole)).items():
+        (tmp_path / name).write_bytes(data)
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert run in block
+    names: dict[str, Any] = {}
+    exec(block.replace(run, str(tmp_path)), names)
+    assert len(names["worst"] if page == "results.md" else names["table"])
+
+
 # What is asked again and again
 
 

@@ -97,7 +97,7 @@ class Figure:
         name: of its file and its place in the page.
         title: above it.
         note: how to read it, in a sentence or two.
-        chart: of Altair, as wide as there is room.
+        chart: of Altair, without its data.
         rows: what it draws.
         columns: of the table below it: field to heading.
         choices: with the values that are chosen at first.
@@ -122,14 +122,12 @@ class Figure:
         Args:
             width: in pixels; None: of what it stands in.
         """
-        made: dict[str, Any] = self.chart.properties(width=width or "container").to_dict()
+        text = json.dumps(self.chart.properties(width=width or "container").to_dict())
         # Altair counts the views of a process; a page counts its own.
-        names = dict.fromkeys(re.findall(r'"(view_\d+)"', json.dumps(made)))
-        text = json.dumps(made)
-        for place, name in enumerate(names):
+        for place, name in enumerate(dict.fromkeys(re.findall(r'"(view_\d+)"', text))):
             text = text.replace(f'"{name}"', f'"view-{place}"')
-        specification: dict[str, Any] = json.loads(text)
-        return specification
+        # The data come last: Altair would check every value.
+        return {**json.loads(text), "data": {"values": self.rows}}
 
 
 def figure(
@@ -160,7 +158,7 @@ def figure(
     values = {choice.field: list(dict.fromkeys(row[choice.field] for row in rows)) for choice in choices}
     made = [choice for choice in choices if len(values[choice.field]) > 1]
     chosen = {one.field: one.default if one.default in values[one.field] else values[one.field][0] for one in made}
-    chart = alt.layer(*layers, data=alt.InlineData(values=list(rows)))
+    chart = alt.layer(*layers, data=alt.NamedData(name="rows"))
     for choice in made:
         menu = alt.binding_select(options=values[choice.field], name=f"{choice.title} ")
         parameter = alt.param(name=f"choice_{choice.field}", bind=menu, value=chosen[choice.field])
