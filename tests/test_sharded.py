@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -414,6 +415,20 @@ def test_an_offloaded_model_is_refused() -> None:
     for refused in (lambda: ns.magnitudes(model), lambda: ns.evaluate(model, [(torch.ones(2, 3), torch.zeros(2))])):
         with pytest.raises(ValueError, match=rf"cannot be read or edited:\n  0\.weight: {text}"):
             refused()
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+
+
+def run_page() -> int:
+    test = doctest.DocTestParser().get_doctest(PAGE.read_text(), {}, PAGE.name, str(PAGE), 0)
+    assert len(test.examples) > 20
+    return doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed
+
+
+def test_the_examples_of_the_page_run(forked: Forked) -> None:
+    ran = forked("test_sharded.run_page")  # it has a process group of its own
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 # --- the tests of several processes -----------------------------------------------------------------------------------
