@@ -366,20 +366,36 @@ def sweep_in_parts(
     metrics, loaders = named_metrics(metric), named_loaders(loaders)
     direction = named_directions(metrics, larger_is_better)[""]
     order = list(loaders) if isinstance(loaders, Mapping) else None
-    forward, base = None, _Tally(metrics)
+    forward: CheckedForward | None = None
+    base = _Tally(metrics)
     for edits in parts:
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
-        seen, error = _Seen([], [], ()), None
-        try:
-            runner, edited = _planned(model, edits, process_group)
-            if forward is None:
-                forward = CheckedForward(runner, predict or default_predict)
-            else:
-                forward.start_again()
-                del edited[BASELINE]
-            with torch.no_grad(), without_mha_fastpath():
-                seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
-        except Exception as raised:
-            error = raised
-        shares = exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
+        forward, shares = _part(model, edits, tallies, loaders, predict, unpack, process_group, forward)
         yield _gathered("", direction, edits, tallies, shares, order, process_group)
+
+
+@restoring
+def _part(
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    tallies: Mapping[Edit, _Tally],
+    loaders: Loaders,
+    predict: Predict | None,
+    unpack: Unpack | None,
+    process_group: dist.ProcessGroup | None,
+    forward: CheckedForward | None,
+) -> tuple[CheckedForward | None, list[Share]]:
+    """Return what was captured, and what each rank has seen, once the edits of a part are in the tallies."""
+    seen, error = _Seen([], [], ()), None
+    try:
+        runner, edited = _planned(model, edits, process_group)
+        if forward is None:
+            forward = CheckedForward(runner, predict or default_predict)
+        else:
+            forward.start_again()
+            del edited[BASELINE]
+        with torch.no_grad(), without_mha_fastpath():
+            seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
+    except Exception as raised:
+        error = raised
+    return forward, exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
