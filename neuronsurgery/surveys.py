@@ -351,7 +351,12 @@ def refuse_ungatherable(surveyed: Survey) -> None:
     Raises:
         ValueError: if there is one.
     """
-    found = {}
+    found = {
+        path
+        or "the model": "sharded by FullyShardedDataParallel (FSDP1); use torch.distributed.fsdp.fully_shard (FSDP2)"
+        for module, path in surveyed.modules.items()
+        if is_a(module, "FullyShardedDataParallel", "torch.distributed.fsdp")
+    }
     weights: dict[str, Any] = {name: surveyed.tensors[name].parameter for name in surveyed.gathered}
     meshes = {weight.device_mesh for weight in weights.values()}
     for name, weight in weights.items():

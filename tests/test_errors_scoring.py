@@ -350,6 +350,24 @@ def test_what_is_sharded_over_two_meshes_is_not_run(sharded: nn.Module) -> None:
     assert torch.equal(ns.magnitudes(sharded).values, ns.magnitudes(CASES["mlp"].build()).values)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_first_fsdp_is_refused(sharded: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(
+        FullyShardedDataParallel(CASES["mlp"].build(), device_id=torch.device("cpu"), use_orig_params=True)
+    )
+    edit = ns.zero_out(ns.select(ns.find_layout(CASES["mlp"].build()), {"0.weight": 0}))
+    reason = r"1 of the model's tensors cannot .*\n  0: sharded by FullyShardedDataParallel \(FSDP1\); use fully_shard"
+    for refused in (
+        lambda: ns.group_grad_norms(model, DATA),
+        lambda: ns.apply(edit, model),
+        lambda: ns.evaluate(model, DATA),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            refused()
+
+
 CALLS: dict[str, ErrorRow] = {
     "unknown layer": (scored(where="0.wieght"), KeyError, r"no layer matches '0\.wieght'; nearest are '0\.weight'"),
     "one unknown of several": (scored(where=["0.*", "9.*"]), KeyError, r"no layer matches '9\.\*'"),
