@@ -352,8 +352,7 @@ def refuse_ungatherable(surveyed: Survey) -> None:
         ValueError: if there is one.
     """
     found = {
-        path
-        or "the model": "sharded by FullyShardedDataParallel (FSDP1); use torch.distributed.fsdp.fully_shard (FSDP2)"
+        path or "the model": "sharded by FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2)"
         for module, path in surveyed.modules.items()
         if is_a(module, "FullyShardedDataParallel", "torch.distributed.fsdp")
     }

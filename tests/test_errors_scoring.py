@@ -354,18 +354,13 @@ def test_what_is_sharded_over_two_meshes_is_not_run(sharded: nn.Module) -> None:
 def test_the_first_fsdp_is_refused(sharded: nn.Module) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = nn.Sequential(
-        FullyShardedDataParallel(CASES["mlp"].build(), device_id=torch.device("cpu"), use_orig_params=True)
-    )
+    options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    model = nn.Sequential(FullyShardedDataParallel(CASES["mlp"].build(), **options))
     edit = ns.zero_out(ns.select(ns.find_layout(CASES["mlp"].build()), {"0.weight": 0}))
     reason = r"1 of the model's tensors cannot .*\n  0: sharded by FullyShardedDataParallel \(FSDP1\); use fully_shard"
-    for refused in (
-        lambda: ns.group_grad_norms(model, DATA),
-        lambda: ns.apply(edit, model),
-        lambda: ns.evaluate(model, DATA),
-    ):
+    for refused in (ns.group_grad_norms, ns.evaluate, lambda model, _: ns.apply(edit, model)):
         with pytest.raises(ValueError, match=reason):
-            refused()
+            refused(model, DATA)
 
 
 CALLS: dict[str, ErrorRow] = {
