@@ -18,8 +18,8 @@ from neuronsurgery.layers import Layer
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.precision import widened
 from neuronsurgery.rows import HeldRows, rows_digest
+from neuronsurgery.spread import is_spread
 from neuronsurgery.state_dicts import CheckpointError, choose_dictionary, find_dictionaries, wanted_names
-from neuronsurgery.surveys import SHARDED_REASON, is_sharded
 from neuronsurgery.types import Checkpoint
 
 SHOWN = 10
@@ -167,8 +167,8 @@ def checkpoint_rows(neurons: Neurons, checkpoint: Checkpoint) -> tuple[Tensor, .
 
 def _misfit(layer: Layer, tensor: Tensor) -> str:
     """Return why a tensor has no rows for a layer, or ""."""
-    if is_sharded(tensor):
-        return SHARDED_REASON
+    if is_spread(tensor):
+        return "spread over processes; gather it first, tensor.full_tensor()"
     if tuple(tensor.shape) != layer.shape:
         return f"expected shape {layer.shape}, the checkpoint has {tuple(tensor.shape)}"
     if not is_tensor(tensor, layer.shape) or tensor.is_meta:

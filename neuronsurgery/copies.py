@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # missing in torch's own list
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery.caches import ABSENT, Attributes, blank_caches
 from neuronsurgery.errors import inline, warn
+from neuronsurgery.gathering import Gathered, gather_in, plain_class, service_for
 from neuronsurgery.guards import Guard
 from neuronsurgery.habits import CHECKPOINTING, checkpoints_in_training, given_to, type_of, written_by_forward
 from neuronsurgery.objects import held_by_attributes, kept_attributes, uncopyable_within
@@ -35,10 +37,12 @@ from neuronsurgery.parametrized import (
     tensor_attributes,
 )
 from neuronsurgery.rebinding import rebound, rebound_hooks
+from neuronsurgery.serving import Service
+from neuronsurgery.spread import is_spread, refuse_different_data
 from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_unrunnable, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
-from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap
+from neuronsurgery.wrappers import is_a, is_checkpointed, unwrap, without_fsdp
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ def copy_structure(
     memo: dict[int, Any] = {}
     for module in names:
         # Not __new__ of the class: a torch.fx.GraphModule makes a new class there and loses its forward.
-        memo[id(module)] = object.__new__(type(module))
+        memo[id(module)] = object.__new__(plain_class(type(module)))
     _refuse_uninitialised(names)
     for module in names:
         _share(module, memo, buffers, optimizers=not replace)
@@ -93,6 +97,7 @@ def copy_structure(
     copied = {module: memo[id(module)] for module in names}
     for new in copied.values():
         _detach_from_original(new)
+    gather_in(copied, surveyed.model, surveyed.ways())
     return Copy(copied[surveyed.model], copied)
 
 
@@ -122,7 +127,7 @@ def _share(module: nn.Module, memo: dict[int, Any], buffers: Buffers, *, optimiz
     for child in module._modules.values():
         if child is not None and unwrap(child) is not child:
             memo[id(child)] = memo[id(unwrap(child))]
-    for key, value in vars(module).items():
+    for key, value in without_fsdp(vars(module)).items():
         if key.endswith("_hooks") and isinstance(value, dict):
             for hook in value.values():
                 owner = getattr(hook, "__self__", hook)
@@ -216,6 +221,8 @@ class Runner:
         places: for each parameter one path to every module and attribute that hold it, for `functional_call`.
         device: of its first parameter, or None.
         own: the names of the parameters that the copy does not share, since its forward pass writes into them.
+        gathered: of the tensors that FSDP shards, by name, how the copy computes them.
+        service: what gives this process whole weights whenever it asks; None where all are here.
         attributes: of its modules, to be given back after each forward pass.
     """
 
@@ -224,6 +231,8 @@ class Runner:
     places: Mapping[str, tuple[str, ...]]
     device: torch.device | None
     own: frozenset[str] = frozenset()
+    gathered: Mapping[str, Gathered] = field(default_factory=dict)
+    service: Service | None = None
     attributes: Attributes = field(init=False)
     _unguarded: list[bool] = field(init=False, default_factory=list)
 
@@ -242,21 +251,43 @@ class Runner:
             yield
         self._unguarded.append(True)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether some parameters are spread over processes."""
+        return any(map(is_spread, self.parameters.values()))
 
-def make_runner(surveyed: Survey, *, checkpoints: bool = False, blank: bool = True) -> Runner:
+
+def make_runner(
+    surveyed: Survey,
+    *,
+    checkpoints: bool = False,
+    blank: bool = True,
+    spread: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Runner:
     """Return the copy of a model that scores, evaluation and sweeps run: see `computed_copy`.
 
     Args:
         surveyed: the model.
+        spread: whether it may be spread over processes. Where FSDP shards it, all processes serve each other from here
+            on until the public function ends.
         checkpoints: see `computed_copy`.
         blank: see `computed_copy`.
+        process_group: over whose ranks the data are shared out.
 
     Raises:
         TypeError: if an attribute of a module cannot be copied.
-        ValueError: if a tensor is on the meta device or sharded, or not yet initialised; lists all.
+        ValueError: if a tensor is on the meta device or sharded, or not yet initialised (lists all), or if ranks that
+            compute one model together are to give different data.
     """
-    refuse_unrunnable(surveyed)
-    return computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
+    refuse_unrunnable(surveyed, spread=spread)
+    refuse_different_data(
+        (t.parameter for n, t in surveyed.tensors.items() if n not in surveyed.gathered), process_group
+    )
+    runner = computed_copy(surveyed, checkpoints=checkpoints, blank=blank)
+    if runner.service is not None:
+        runner.service.start()
+    return runner
 
 
 @restoring
@@ -291,7 +322,9 @@ def computed_copy(surveyed: Survey, *, checkpoints: bool = False, blank: bool = 
     }
     places = {name: tuple(use.path for use in tensor.uses) for name, tensor in surveyed.tensors.items()}
     own = frozenset(tensor.name for tensor in written)
-    return Runner(copied.model, parameters, places, surveyed.device, own)  # type: ignore[arg-type]  # none is None
+    gathered = surveyed.gathered
+    service = service_for(gathered, {name: surveyed.tensors[name].parameter for name in gathered})
+    return Runner(copied.model, parameters, places, surveyed.device, own, gathered, service)  # type: ignore[arg-type]  # none is None
 
 
 def eval_copy(model: nn.Module) -> nn.Module:

@@ -199,7 +199,8 @@ def find_critical(
     options = _Options(metric, predict, unpack, progress, process_group)
     counts, searched = counted_examples(named, unpack, process_group)
     others = checked_groups(group, against, counts)
-    surveyed, runner, layout = prepared(model, layout, where, extra)
+    spread = "mean" not in kinds and screen != "mask"
+    surveyed, runner, layout = prepared(model, layout, where, extra, spread=spread, process_group=process_group)
     means = find_means(surveyed, runner, layout.layers, named, *options[1:]) if "mean" in kinds else None
     made = Kinds(kinds, layout, means)
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)

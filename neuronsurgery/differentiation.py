@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -40,3 +42,34 @@ def differentiable_rnns(runner: Runner) -> contextlib.AbstractContextManager[Any
     if on_gpu and any(isinstance(module, nn.RNNBase) for module in runner.model.modules()):
         return without_cudnn()
     return contextlib.nullcontext()
+
+
+def differentiated(losses: Tensor, logits: Tensor, leaves: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
+    """Return the gradients of the mean loss."""
+    if not losses.requires_grad:
+        return [None] * len(leaves)
+    if is_float16(logits, leaves):
+        return _scaled_gradients(losses, leaves)
+    # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
+    return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=retain)
+
+
+def is_float16(logits: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether a part of the backward pass may be in float16, which has no numbers under 6e-8."""
+    device = logits.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return cast or any(tensor.dtype == torch.float16 for tensor in (logits, *leaves))
+
+
+def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of the mean loss, its backward pass run on a multiple of it, in float32.
+
+    For a cross entropy l the largest entry of an example's gradient to its logits is 1 - exp(-l): the multiple, a power
+    of two, brings that of the hardest example to about 1. Where this overflows, the mean itself is differentiated.
+    """
+    steepest = -math.expm1(-max(float(losses.detach().max()), 1e-12)) / len(losses)
+    multiple = 2.0 ** max(0, round(-math.log2(steepest)))
+    gradients = torch.autograd.grad(losses.mean() * multiple, leaves, allow_unused=True, retain_graph=True)
+    if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
+    return [None if gradient is None else gradient.float() / multiple for gradient in gradients]

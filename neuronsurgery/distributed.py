@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+
+from neuronsurgery.serving import current_service
 
 T = TypeVar("T")
 
@@ -17,6 +18,8 @@ def exchange(process_group: dist.ProcessGroup | None, error: Exception | None, p
         if error is not None:
             raise error
         return [payload]
+    if (service := current_service()) is not None:
+        service.rest()
     said: list[Any] = [None] * dist.get_world_size(process_group)
     text = None if error is None else f"{type(error).__name__}: {error}"
     dist.all_gather_object(said, (text, payload), group=process_group)
@@ -51,10 +54,3 @@ def agreed(process_group: dist.ProcessGroup | None, make: Callable[[], T], what:
     if any(other != said[0] for other in said):
         raise ValueError(error)
     return made[0]
-
-
-def add_up(process_group: dist.ProcessGroup | None, tensors: Iterable[Tensor]) -> None:
-    """Sum tensors over the ranks, in place."""
-    if process_group is not None:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=process_group)

@@ -3,7 +3,8 @@
 The change of an example's metric m, if the output z of a unit became c at every position t, is to first order the sum
 over t of dm/dz (c - z): c is the bias that stays (zero) or the mean (mean). It is read off the gradients to the
 outputs, so that no gradient to a weight is needed, whatever the number of groups. Where an output is not seen (a
-recurrent layer, an attention's own projection) the same number is the product of the weights' change and gradient.
+recurrent layer, an attention's own projection, a model spread over processes) the same number is the product of the
+weights' change and gradient.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def group_effects(
     if edit not in ("zero", "mean"):
         raise ValueError(f"edit must be 'zero' or 'mean', not {edit!r}")
     unpack = by_key(unpack, group_key)
-    surveyed, runner, layout = prepared(model, layout, where, extra)
+    surveyed, runner, layout = prepared(model, layout, where, extra, spread=edit == "zero", process_group=process_group)
     options = (predict, unpack, progress, process_group)
     means = find_means(surveyed, runner, layout.layers, loaders, *options) if edit == "mean" else None
     if means is not None:
@@ -124,7 +125,13 @@ def group_effects(
 
 
 def prepared(
-    model: nn.Module, layout: Layout | None, where: Where | None, extra: str | Sequence[str] | None
+    model: nn.Module,
+    layout: Layout | None,
+    where: Where | None,
+    extra: str | Sequence[str] | None,
+    *,
+    spread: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Survey, Runner, Layout]:
     """Return the survey of a model, a copy to differentiate, and the layers to score.
 
@@ -138,10 +145,11 @@ def prepared(
             "which this function works"
         )
     surveyed = survey(model)
-    if any(map(is_checkpointed, surveyed.model.modules())) or checkpointing_asleep(surveyed):
+    heard = not (spread and surveyed.is_spread)  # else gradients to the weights are all that is looked at
+    if heard and (any(map(is_checkpointed, surveyed.model.modules())) or checkpointing_asleep(surveyed)):
         warn(
             "gradient checkpointing is off while effects are computed, which look at what layers put out: all "
             "activations of a batch are kept, and smaller batches need less memory"
         )
-    runner = make_runner(surveyed)
+    runner = make_runner(surveyed, checkpoints=not heard, spread=spread, process_group=process_group)
     return surveyed, runner, given_layout(surveyed, runner.parameters, layout, where, extra)

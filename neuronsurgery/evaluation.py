@@ -289,7 +289,7 @@ def evaluate(
     named = named_loaders(loaders)
     error = None
     try:
-        runner = make_runner(survey(model), blank=False)
+        runner = make_runner(survey(model), blank=False, spread=True, process_group=process_group)
         with torch.no_grad(), without_mha_fastpath():
             label = "evaluation" if progress else None
             for groups, batch in iterate_groups(named, device=runner.device, unpack=unpack, progress=label):

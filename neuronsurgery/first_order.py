@@ -6,6 +6,7 @@ with gradients to the weights, and where the two differ these are what counts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from neuronsurgery.distributed import exchange
 from neuronsurgery.errors import EXHAUSTED, checked, checked_function
 from neuronsurgery.evaluation import METRIC
 from neuronsurgery.forward import extract_logits, isolated_forward
+from neuronsurgery.gathering import Gathered
 from neuronsurgery.independence import HALF, dependence
 from neuronsurgery.layers import Layer
 from neuronsurgery.layouts import Layout
@@ -29,6 +31,7 @@ from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import refuse_unshifted_metrics
 from neuronsurgery.means import Holder, Means, zeroed
 from neuronsurgery.outputs import Listener, Place, place_of
+from neuronsurgery.spread import whole
 from neuronsurgery.surveys import Survey
 from neuronsurgery.switches import KERNELS, without_mha_fastpath
 from neuronsurgery.types import Group, Loaders, Metric, Predict
@@ -78,7 +81,8 @@ class Term:
         """Return the effects, float64, shape (count,), from gradients to the weights."""
         if self.holder is not None:
             return self.holder.written(weights, gradients)
-        return zeroed(self.layer, weights[self.layer], gradients[self.layer])
+        gradient = gradients[self.layer]
+        return zeroed(self.layer, whole(weights[self.layer]), None if gradient is None else whole(gradient))
 
     def heard(self, values: Tensor, gradients: Tensor) -> Tensor:
         """Return the effects on each example, shape (n, count), of channels, both of shape (n, positions, channels)."""
@@ -94,7 +98,8 @@ def terms_of(
     terms = []
     for layer, at in layout.starts.items():
         if edit == "zero":
-            place = place_of(layer, surveyed, runner)
+            # Of what is spread over processes outputs may be, too.
+            place = None if runner.is_spread else place_of(layer, surveyed, runner)
             # A norm's own shift and a bias stay where the row is zeroed.
             bias = None if place is None or place.side == "input" else place.module._parameters.get("bias")
             terms.append(Term(layer, start + at, place, None if bias is None else bias.detach(), None))
@@ -232,13 +237,15 @@ class _Pass:
             if self._heard or rest:  # else gradients are taken of one example at a time, below
                 self._refuse_flat(values)
             collected.values = values.detach().double()
-            together = self._gradients(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
+            together: Sequence[Tensor] = ()
+            if self._heard or len(members) == 1:  # else there is nothing to be had of all groups at once
+                together = self._effects(rest, values.sum(), collected.listener.roots, retain=len(members) > 1)
             collected.finish()
         for left, (group, indices) in enumerate(members.items(), start=1):
             if rest:
                 own = values[list(indices)].sum()
-                gradients = together if len(members) == 1 else self._gradients(rest, own, (), left < len(members))
-                for term, effects in zip(rest, self._written_effects(rest, gradients), strict=True):
+                found = together if len(members) == 1 else self._effects(rest, own, (), left < len(members))
+                for term, effects in zip(rest, found, strict=True):
                     self.sums[group][term.span] += effects
         if self._apart and self._written:
             self._add_one_by_one(batch, collected.values, members)
@@ -262,18 +269,25 @@ class _Pass:
 
         return deliver
 
+    def _effects(self, terms: Sequence[Term], of: Tensor, roots: Sequence[Tensor], retain: bool) -> list[Tensor]:
+        """Return by term the effects on a sum of metrics; what is listened to comes by on the way."""
+        served = _Served(terms, self._runner, self._names)
+        with served.listening():
+            gradients = self._gradients(terms, of, roots, retain)
+        weights = {layer: self._tensors[self._names[layer]] for term in terms for layer in term.reads}
+        return [
+            served.effects[term.start] if term.start in served.effects else term.written(weights, gradients)
+            for term in terms
+        ]
+
     def _gradients(
         self, terms: Sequence[Term], of: Tensor, roots: Sequence[Tensor], retain: bool
     ) -> dict[Layer, Tensor | None]:
-        """Return the gradients to the weights that terms read; what is listened to comes by on the way."""
+        """Return the gradients to the weights that terms read."""
         layers = list({layer: None for term in terms for layer in term.reads})
         leaves = [*(self._tensors[self._names[layer]] for layer in layers), *roots]
         found = torch.autograd.grad(of, leaves, allow_unused=True, retain_graph=retain) if leaves else ()
         return dict(zip(layers, found, strict=False))
-
-    def _written_effects(self, terms: Sequence[Term], gradients: Mapping[Layer, Tensor | None]) -> list[Tensor]:
-        weights = {layer: self._tensors[self._names[layer]] for term in terms for layer in term.reads}
-        return [term.written(weights, gradients) for term in terms]
 
     def _add_one_by_one(self, batch: Batch, values: Tensor, members: Mapping[Group, Sequence[int]]) -> None:
         """Add the effects on each example of what is not seen at outputs, from gradients of one example at a time."""
@@ -290,7 +304,7 @@ class _Pass:
         for at, one in self._apart_values(batch, count):
             self._refuse_flat(one)
             last = at == count - 1
-            effects = self._written_effects(terms, self._gradients(terms, one, (), retain=not last))
+            effects = self._effects(terms, one, (), retain=not last)
             for row, own in zip(rows, effects, strict=True):
                 row.append(own)
         return [torch.stack(row) for row in rows]
@@ -334,7 +348,7 @@ class _Pass:
                 rough = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in half)
                 if collected.listener.roots or not placed:  # an attention does not call its own projection
                     self._refuse_flat(values)
-                self._gradients((), values.sum(), collected.listener.roots, retain=False)
+                self._effects((), values.sum(), collected.listener.roots, retain=False)
                 collected.finish()
 
         layers = [layer for term in placed for layer in term.reads]
@@ -363,6 +377,34 @@ class _Pass:
                 f"{found.replace('losses', 'metric')}. An effect is that on one example's metric: give a model and a "
                 f"metric whose examples do not depend on each other"
             )
+
+
+class _Served:
+    """The effects of terms whose weights FSDP shards: each is had of a whole gradient, which is then forgotten.
+
+    Attributes:
+        effects: by where they stand, float64; zero where no gradient comes.
+    """
+
+    def __init__(self, terms: Sequence[Term], runner: Runner, names: Mapping[Layer, str]) -> None:
+        self._service = runner.service
+        self._terms: dict[int, list[tuple[Term, Gathered]]] = {}
+        self.effects: dict[int, Tensor] = {}
+        for term in terms if runner.gathered else ():  # all of them are of zeroing then
+            if (way := runner.gathered.get(names[term.layer])) is not None:
+                self._terms.setdefault(way.number, []).append((term, way))
+                device = runner.device
+                self.effects[term.start] = torch.zeros(term.layer.count, dtype=torch.float64, device=device)
+
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Listen to a backward pass."""
+        return contextlib.nullcontext() if self._service is None else self._service.given_to(self._hear)
+
+    def _hear(self, number: int, gradient: Tensor) -> None:
+        assert self._service is not None
+        for term, way in self._terms.get(number, ()):
+            weight = way.after_steps(self._service.weight(number))
+            self.effects[term.start] += term.written({term.layer: weight}, {term.layer: gradient})
 
 
 class _Collected:

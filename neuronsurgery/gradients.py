@@ -6,8 +6,8 @@ leaves, and `torch.autograd.grad` differentiates: the same numbers as `torch.fun
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns, differentiated, is_float16
+from neuronsurgery.digests import digest
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import agreed, exchange
 from neuronsurgery.errors import EXHAUSTED, inline, warn
@@ -30,6 +31,7 @@ from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrou
 from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
 from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
+from neuronsurgery.spread import is_spread, local
 from neuronsurgery.sums import GroupSum
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import KERNELS, restoring
@@ -57,6 +59,7 @@ class _Objective:
         loss: (logits, targets) -> one loss per example; None is the default.
         predict: the model's output -> logits; None is the default.
         held: the scored parameters that plain attributes hold, too, and where.
+        served: of the leaves that FSDP shards, by their place, the number.
     """
 
     runner: Runner
@@ -66,16 +69,22 @@ class _Objective:
     loss: Loss | None
     predict: Predict | None
     held: Mapping[str, str]
+    served: Mapping[int, int]
+
+    def new_sum(self, group: Group) -> GroupSum:
+        """Return an empty sum of gradients."""
+        return GroupSum(self.leaves.values(), group, self.served, self.runner.service)
 
 
 @dataclass
 class _Seen:
-    """What was seen of the model while it ran: the layers that a gradient came to, and what its outputs look like."""
+    """What was seen while the model ran: the layers that a gradient came to, what its outputs look like, a digest."""
 
     reached: set[str] = field(default_factory=set)
     outputs: bool = False
     probabilities: bool = False
     regrouped: bool = False
+    data: str = ""
 
 
 def _objective(
@@ -85,6 +94,7 @@ def _objective(
     where: Where | None,
     extra: str | Sequence[str] | None,
     predict: Predict | None,
+    process_group: dist.ProcessGroup | None,
 ) -> _Objective:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -92,10 +102,15 @@ def _objective(
             "which this function works"
         )
     surveyed = survey(model)
-    runner = make_runner(surveyed, checkpoints=True)
+    runner = make_runner(surveyed, checkpoints=True, spread=True, process_group=process_group)
     layout = given_layout(surveyed, runner.parameters, layout, where, extra)
     scored = by_layout(runner.parameters, layout, surveyed)
-    refuse_non_finite(norms(scored, layout), layout, "the model's weights are")
+    # Of what is spread each process looks at its own part: its neurons are not here, but what is wrong with them is.
+    parts = {name: None if is_spread(tensor) else tensor for name, tensor in scored.items()}
+    refuse_non_finite(norms(parts, layout), layout, "the model's weights are")
+    wrong = [name for name, t in scored.items() if is_spread(t) and not bool(torch.isfinite(local(t)).all())]
+    if wrong:
+        raise ValueError(f"the model's weights are NaN or infinite in {inline(wrong)}")
     leaves = {name: differentiable(tensor).requires_grad_() for name, tensor in scored.items()}
     first_names = surveyed.first_names(leaves)
     tensors = {name: differentiable(parameter) for name, parameter in runner.parameters.items()}
@@ -103,7 +118,9 @@ def _objective(
     parameters = {f"model.{place}": tensor for name, tensor in tensors.items() for place in runner.places[name]}
     elsewhere = computed_elsewhere(surveyed) | held_elsewhere(surveyed)
     held = {name: at for name, at in elsewhere.items() if name in first_names.values()}
-    return _Objective(runner, layout, leaves, parameters, loss, predict, held)
+    places = enumerate(first_names[name] for name in leaves)
+    served = {place: runner.gathered[name].number for place, name in places if name in runner.gathered}
+    return _Objective(runner, layout, leaves, parameters, loss, predict, held, served)
 
 
 # Gradients of a batch
@@ -120,6 +137,8 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
         seen: what was seen so far; updated.
     """
     batch = move(batch, objective.runner.device)
+    if objective.runner.service is not None:
+        seen.data = digest(seen.data, *map(repr, groups), batch.targets)
     with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
         within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
@@ -129,6 +148,9 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
     for group, (count, gradients) in found.items():
         sums[group].add(count, gradients)
         seen.reached.update(n for n, gradient in zip(objective.leaves, gradients, strict=True) if gradient is not None)
+    if objective.runner.service is not None:
+        reached = objective.runner.service.reached
+        seen.reached.update(name for at, name in enumerate(objective.leaves) if objective.served.get(at) in reached)
 
 
 def _gradients(
@@ -148,45 +170,31 @@ def _gradients(
     found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
     for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
         own = losses if members is None else losses[list(members)]
-        found[group] = len(own), _differentiated(own, logits, list(objective.leaves.values()), retain=left > 0)
+        with _added_up(objective, group, len(own), logits):
+            found[group] = len(own), differentiated(own, logits, list(objective.leaves.values()), retain=left > 0)
     return found
+
+
+def _added_up(
+    objective: _Objective, group: Group, count: int, logits: Tensor
+) -> contextlib.AbstractContextManager[None]:
+    """Have the gradients to what FSDP shards added to the sums of a group, so many times as there are examples.
+
+    Raises:
+        ValueError: in float16, of which gradients are scaled afterwards.
+    """
+    service = objective.runner.service
+    if service is None:
+        return contextlib.nullcontext()
+    if is_float16(logits, list(objective.leaves.values())):
+        raise ValueError("gradients of a sharded model are not taken in float16: use bfloat16 or float32")
+    return service.given_to(service.adding(group, count))
 
 
 def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = extract_logits(isolated_forward(objective.runner, batch), objective.predict, len(batch))
     refuse_unshifted_loss(objective.loss, logits, batch)
     return logits, example_losses(objective.loss, logits, batch.targets)
-
-
-def _differentiated(losses: Tensor, logits: Tensor, leaves: Sequence[Tensor], retain: bool) -> Sequence[Tensor | None]:
-    """Return the gradients of the mean loss."""
-    if not losses.requires_grad:
-        return [None] * len(leaves)
-    if _is_float16(logits, leaves):
-        return _scaled_gradients(losses, leaves)
-    # The mean, not the sum, so that half-precision gradients stay in range whatever the batch size.
-    return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=retain)
-
-
-def _is_float16(logits: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Return whether a part of the backward pass may be in float16, which has no numbers under 6e-8."""
-    device = logits.device.type
-    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return cast or any(tensor.dtype == torch.float16 for tensor in (logits, *leaves))
-
-
-def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradients of the mean loss, its backward pass run on a multiple of it, in float32.
-
-    For a cross entropy l the largest entry of an example's gradient to its logits is 1 - exp(-l): the multiple, a power
-    of two, brings that of the hardest example to about 1. Where this overflows, the mean itself is differentiated.
-    """
-    steepest = -math.expm1(-max(float(losses.detach().max()), 1e-12)) / len(losses)
-    multiple = 2.0 ** max(0, round(-math.log2(steepest)))
-    gradients = torch.autograd.grad(losses.mean() * multiple, leaves, allow_unused=True, retain_graph=True)
-    if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
-    return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
 
 
 # Gradients of groups
@@ -235,7 +243,7 @@ def group_grad_norms(
             one backward pass for each group in it. Such a dependence is looked for in the first batch.
         progress: whether to write a line of progress to standard error.
         process_group: reduce over its ranks, each of which gives its share of the data; every rank gets the same
-            scores. None communicates nothing.
+            scores. None communicates nothing, but for a fully sharded model, whose ranks then give the same data.
 
     Returns:
         Scores of shape (G, M). Groups in the order of the mapping, or ascending.
@@ -267,18 +275,28 @@ def group_grad_norms(
     loaders, unpack = named_loaders(loaders), by_key(unpack, group_key)
     objective = agreed(
         process_group,
-        lambda: _objective(model, loss, layout, where, extra, predict),
+        lambda: _objective(model, loss, layout, where, extra, predict, process_group),
         lambda made: made.layout.digest,
         "the processes score different layers: give each the same model, where= and extra=",
     )
-    seen = _Seen()
+    seen, service, own = _Seen(), objective.runner.service, process_group
+    if service is not None:
+        process_group = service.process_group if own is None else service.checked(own)
     streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums if regroup else _whole_sums
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
     for group, row, count in streams(objective, loaders, seen, unpack, progress, process_group):
         rows[group], counts[group] = row, count
         refuse_non_finite(rows[group], objective.layout, f"the gradients of group {group!r} are")
-    reached = set().union(*exchange(process_group, None, seen.reached))
+    shares = exchange(process_group, None, (seen.reached, seen.data))
+    reached = set().union(*(share[0] for share in shares))
+    if own is None and process_group is not None:  # the same data everywhere, each of them counted by all
+        if any(share[1] != seen.data for share in shares):
+            raise ValueError(
+                f"the model is sharded over {len(shares)} processes, and they were given different data: pass "
+                f"process_group=, over which each gives its share, or the same data everywhere"
+            )
+        counts = {group: count // len(shares) for group, count in counts.items()}
     if seen.probabilities:
         warn(
             "the model's outputs look like probabilities (a softmax inside the model?); the cross entropy of them "
@@ -303,7 +321,7 @@ def _mapped_sums(
     if not names:
         raise ValueError("the mapping of loaders is empty: give at least one group")
     for name in names:
-        total, error = GroupSum(objective.leaves.values()), None
+        total, error = objective.new_sum(name), None
         label = f"gradients of {name}" if progress else None
         try:
             for batch in iterate(loaders.get(name, ()), unpack=unpack, progress=label, grouped=False):
@@ -358,7 +376,7 @@ def _sums_of(
         for groups, batch, last in batches:
             for group in groups:
                 if group not in sums:
-                    sums[group] = GroupSum(objective.leaves.values())
+                    sums[group] = objective.new_sum(group)
                     _warn_of_memory(objective, len(sums))
             _add(sums, objective, batch, groups, seen)
             if last and process_group is None:
@@ -372,7 +390,7 @@ def _sums_of(
         if group in done:
             yield done.pop(group)
             continue
-        total = sums.pop(group) if group in sums else GroupSum(objective.leaves.values())
+        total = sums.pop(group) if group in sums else objective.new_sum(group)
         yield _row(objective, group, total, process_group, None)
 
 

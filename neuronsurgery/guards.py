@@ -6,6 +6,7 @@ Only while code runs that is not known to leave them alone: it costs some micros
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from typing_extensions import Self, override
+
+from neuronsurgery.spread import local
 
 
 def is_guarded() -> bool:
@@ -26,6 +29,13 @@ def guard_edited(tensor: Tensor) -> None:
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Guard):
             mode.add("an edited tensor, which is computed anew at every access", tensor)
+
+
+def guard_gathered(tensor: Tensor) -> None:
+    """Have the same done for a tensor that is gathered at every access, without keeping it."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Guard):
+            mode.watch("a gathered tensor, which is computed anew at every access", tensor)
 
 
 class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is not annotated
@@ -57,6 +67,12 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's clas
             self._names.setdefault(storage, name)
         # The second is the tensor as it is: it keeps the memory, and with it the number that stands for it.
         self._held.append((name, tensor, tensor.detach()))
+
+    def watch(self, name: str, tensor: Tensor) -> None:
+        """Stop writes into one more tensor for as long as it lives."""
+        for storage in _storages(tensor):
+            self._names[storage] = name
+            weakref.finalize(tensor, self._names.pop, storage, None)
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +108,7 @@ class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's clas
 def _storages(tensor: Tensor) -> Iterable[int]:
     """Return the number of a tensor's memory, in a tuple; none where it has none of its own (sparse, wrapped)."""
     try:
-        return (tensor.untyped_storage()._cdata,)
+        return (local(tensor).untyped_storage()._cdata,)
     except (RuntimeError, NotImplementedError):
         return ()
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from neuronsurgery.gathering import plain_class
 from neuronsurgery.parametrized import tensor_attributes
 from neuronsurgery.sources import DATA, FORWARD, SWITCHES, Code, Start, function_of, tree_of
 
@@ -40,8 +41,8 @@ class Habits:
 
 
 def type_of(module: nn.Module) -> Any:  # a class: mypy does not take those for hashable
-    """Return the module's class; of a parametrized one that which torch has derived from."""
-    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+    """Return the module's class; of a parametrized one, or one that FSDP shards, that which it was derived from."""
+    return plain_class(type(module).__bases__[0] if is_parametrized(module) else type(module))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -100,7 +100,7 @@ def hard_batch(
     shapes: set[Any] = set()
     error = None
     try:
-        runner = make_runner(survey(model), blank=False)
+        runner = make_runner(survey(model), blank=False, spread=True, process_group=process_group)
         with torch.no_grad(), without_mha_fastpath():
             batches = iterate(loader, unpack=unpack, progress="hard examples" if progress else None)
             for batch in refuse_partly_grouped(batches) if per_group else batches:

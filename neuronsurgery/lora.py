@@ -25,7 +25,7 @@ from neuronsurgery.layers import COLUMNS, ROWS, Layer
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.plans import TensorPlan, plan
 from neuronsurgery.precision import widened
-from neuronsurgery.surveys import Survey, SurveyedTensor, survey
+from neuronsurgery.surveys import Survey, SurveyedTensor, refuse_spread, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.wrappers import is_a
 
@@ -78,6 +78,7 @@ def save_adapter(edit: Edit, model: nn.Module, folder: str | os.PathLike[str]) -
     """
     surveyed = survey(model)
     planned = plan(edit, surveyed).tensors
+    refuse_spread({name: surveyed.tensors[name].parameter for name in planned})
     _refuse_unadaptable([surveyed.tensors[name] for name in planned], surveyed)
     factors, transposed = {}, []
     for name, tensor_plan in planned.items():

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
+from neuronsurgery.wrappers import without_fsdp
+
 
 def tensors_within(values: Iterable[Any], known: Container[int] = ()) -> Iterator[Tensor]:
     """Yield the tensors that some objects hold at any depth, each once; modules are not entered.
@@ -90,14 +92,15 @@ def kept_attributes(module: nn.Module) -> Mapping[str, Any]:
     """
     # The class that torch gives a parametrized module refuses to be pickled.
     kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
+    attributes = without_fsdp(vars(module))
     pickled, restored = getattr(kind, "__getstate__", None), getattr(kind, "__setstate__", None)
     default = getattr(object, "__getstate__", None)
     if pickled is None or pickled is default or restored is not nn.Module.__setstate__:
-        return vars(module)
+        return attributes
     state = pickled(module)
     registered = ("_parameters", "_buffers", "_modules")
     whole = isinstance(state, dict) and all(state.get(key) is vars(module).get(key) for key in registered)
-    return state if whole else vars(module)
+    return without_fsdp(state) if whole else attributes
 
 
 def held_by_attributes(module: nn.Module, known: Container[int]) -> Iterator[Tensor | Optimizer]:

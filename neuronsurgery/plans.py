@@ -16,6 +16,7 @@ from neuronsurgery.discovery import refuse_unfit
 from neuronsurgery.edits import Edit, Part, ZeroOut, edited_weight, leaves
 from neuronsurgery.errors import checked, inline, listed
 from neuronsurgery.layers import Layer
+from neuronsurgery.spread import is_spread, spread_like, whole
 from neuronsurgery.surveys import Survey, SurveyedTensor, survey
 from neuronsurgery.switches import restoring
 from neuronsurgery.wrappers import same_names
@@ -70,7 +71,12 @@ class TensorPlan:
         return self.zeroed or tuple(edit for edit, _ in self.steps)
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Return the edited tensor: the same shape, dtype and strides, all other rows bit for bit as they were."""
+        """Return the edited tensor: the same shape, dtype and strides, all other rows bit for bit as they were.
+
+        One that is spread over processes is gathered, edited and spread again.
+        """
+        if is_spread(weight):
+            return spread_like(self(whole(weight)), weight)
         edited, device = weight, weight.device
         for edit, parts in self.steps:
             edited = edited_weight(edit, [_on_device(part, device) for part in parts], edited)

@@ -60,7 +60,7 @@ class Origin:
         self.shared = [
             (weakref.ref(use.module), use.attribute, weakref.ref(parameter), tensor.name)
             for tensor in surveyed.tensors.values()
-            if not tensor.parametrized
+            if not tensor.parametrized and tensor.name not in surveyed.gathered  # which FSDP swaps, and swaps back
             for use, parameter in zip(tensor.uses, tensor.parameters, strict=True)
         ]
         self.children = [

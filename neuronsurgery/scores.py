@@ -24,7 +24,8 @@ from neuronsurgery.layers import Layer, doubtful
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.results import ByName, same_fields
-from neuronsurgery.surveys import SHARDED_REASON, Survey, is_sharded, survey
+from neuronsurgery.spread import is_spread, whole
+from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.types import Group, Per, Where
 from neuronsurgery.wrappers import same_names
 
@@ -143,19 +144,30 @@ class Scores(ByName[Group, "Scores"]):
 # Computing
 
 
-def norms(tensors: Mapping[str, Tensor | None], layout: Layout) -> Tensor:
-    """Return the norm of every neuron of a layout, float32, shape (M,), on the CPU; 0 where a tensor is None."""
+def norms(
+    tensors: Mapping[str, Tensor | None], layout: Layout, read: Callable[[str, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return the norm of every neuron of a layout, float32, shape (M,), on the CPU; 0 where a tensor is None.
+
+    Args:
+        tensors: by the names of the layers.
+        layout: the layers.
+        read: (name, tensor) -> what to take the norms of. By default the tensor, which is gathered, one at a time, if
+            it is spread over processes.
+    """
     values = torch.zeros(layout.count, dtype=torch.float32, device="cpu")
+    read = read or (lambda name, tensor: whole(tensor))
     given = [
         (layer, at, t.detach()) for layer, at in layout.starts.items() if (t := tensors[layer.parameter]) is not None
     ]
     for layer, start, tensor in given:
-        values[start : start + layer.count] = layer.lengths(tensor)
+        values[start : start + layer.count] = layer.lengths(read(layer.parameter, tensor))
     outside = doubtful(values)  # of all layers at once: looked at one by one, small layers take longer
     for layer, start, tensor in given if outside.any() else ():
         index = outside[start : start + layer.count].nonzero().flatten()
         if len(index):
-            values[start + index] = layer.safe_lengths(tensor, index.to(tensor.device)).float().cpu()
+            own = read(layer.parameter, tensor)
+            values[start + index] = layer.safe_lengths(own, index.to(own.device)).float().cpu()
     return values
 
 
@@ -214,7 +226,13 @@ def magnitudes(
     surveyed = survey(model)
     values = readable(surveyed)
     layout = given_layout(surveyed, values, layout, where, extra)
-    lengths = norms(by_layout(values, layout, surveyed), layout)
+    first = surveyed.first_names(layer.parameter for layer in layout)
+
+    def read(name: str, weight: Tensor) -> Tensor:
+        gathered = surveyed.gathered.get(first[name])
+        return whole(weight) if gathered is None else gathered.after_steps(whole(weight))  # a view's are edits
+
+    lengths = norms(by_layout(values, layout, surveyed), layout, read)
     refuse_non_finite(lengths, layout, "the model's weights are")
     return Scores(lengths[None], ("all",), (0,), layout, "magnitude")
 
@@ -233,7 +251,7 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
 
     Raises:
         TypeError: if the gradients are no mapping, or the layout is none.
-        ValueError: if a layer has no entry, one of another shape or a sharded one (lists all), or a gradient is NaN or
+        ValueError: if a layer has no entry, one of another shape (lists all), or a gradient is NaN or
             infinite.
 
     Example:
@@ -253,10 +271,7 @@ def grad_norms(gradients: Mapping[str, Tensor | None], layout: Layout) -> Scores
             wrong.append(f"{layer.parameter}: no gradient given")
             continue
         gradient = gradients[keys[layer.parameter]]
-        if is_sharded(gradient):
-            wrong.append(f"{layer.parameter}: {SHARDED_REASON}, e.g. gradient.full_tensor()")
-            continue
-        named[layer.parameter] = None if gradient is None else gradient.to_dense()
+        named[layer.parameter] = gradient if gradient is None or is_spread(gradient) else gradient.to_dense()
         if gradient is not None and tuple(gradient.shape) != layer.shape:
             wrong.append(f"{layer.parameter}: expected shape {layer.shape}, given {tuple(gradient.shape)}")
     if wrong:

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neuronsurgery.distributed import add_up, exchange
+from neuronsurgery.distributed import exchange
 from neuronsurgery.layouts import Layout
 from neuronsurgery.precision import wide_dtype, widened
 from neuronsurgery.scores import norms
+from neuronsurgery.serving import Service, add_up
+from neuronsurgery.spread import local, of_parts, own_part
+from neuronsurgery.types import Group
 
 
 class GroupSum:
     """The gradients of a group, summed over its examples in float32 or wider.
 
     Those of the first batch are kept as they came, of the mean loss: they need no zeros to be added to, and where
-    there is no second batch nothing is computed at all.
+    there is no second batch nothing is computed at all. Of what is spread over processes each sums up its own part.
 
     Args:
         leaves: what is differentiated.
+        name: of the group; the same on all processes.
+        served: the numbers of those leaves whose gradients a service adds up, by their places.
+        service: that service.
 
     Attributes:
         count: the number of examples so far.
     """
 
-    def __init__(self, leaves: Iterable[Tensor]) -> None:
+    def __init__(
+        self, leaves: Iterable[Tensor], name: Group, served: Mapping[int, int], service: Service | None
+    ) -> None:
         self.count = 0
+        self._name, self._served, self._service = name, served, service
         self._leaves = list(leaves)
         self._totals: list[Tensor | None] = [None] * len(self._leaves)
         self._of_mean = False
 
     def add(self, count: int, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of the mean loss over some examples; None is zero."""
+        given = zip(gradients, self._leaves, strict=True)
+        gradients = [None if gradient is None else own_part(gradient, leaf) for gradient, leaf in given]
         if self.count == 0:
             self._totals, self._of_mean = [None if g is None else _as_total(g) for g in gradients], True
         else:
@@ -55,22 +66,29 @@ class GroupSum:
             self._of_mean = False
 
     def _zeros(self, place: int) -> Tensor:
-        leaf = self._leaves[place]
-        return torch.zeros_like(leaf, dtype=wide_dtype(leaf), requires_grad=False)
+        leaf = local(self._leaves[place].detach())
+        return torch.zeros_like(leaf, dtype=wide_dtype(leaf))
 
     def over(self, process_group: dist.ProcessGroup | None, error: Exception | None) -> int:
         """Sum over the ranks, in place, and return the summed count; or raise if one rank has an error."""
         counts: list[int] = exchange(process_group, error, self.count)
         if process_group is not None:
             self._sum_up()
-            totals = [self._zeros(place) if total is None else total for place, total in enumerate(self._totals)]
-            add_up(process_group, totals)
-            self._totals[:] = totals
+            own = [place for place in range(len(self._leaves)) if place not in self._served]
+            for place in own:
+                if self._totals[place] is None:
+                    self._totals[place] = self._zeros(place)
+            add_up(process_group, (self._totals[place] for place in own))  # type: ignore[misc]  # none is None any more
         return sum(counts)
 
     def mean_norms(self, layout: Layout, count: int) -> Tensor:
         """Return the norms of the gradients of the mean loss over all examples, `count` by `over`."""
-        named = dict(zip((layer.parameter for layer in layout), self._totals, strict=True))
+        whole = [None if t is None else of_parts(t, leaf) for t, leaf in zip(self._totals, self._leaves, strict=True)]
+        if self._service is not None:
+            sums = self._service.sums(self._name)
+            for place, number in self._served.items():
+                whole[place] = sums.get(number)
+        named = dict(zip((layer.parameter for layer in layout), whole, strict=True))
         return norms(named, layout) / (1 if self._of_mean else count)
 
 

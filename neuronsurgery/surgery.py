@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from neuronsurgery.copies import computed_copy, copy_structure
 from neuronsurgery.edits import Edit, compose
+from neuronsurgery.gathering import GATHERED
 from neuronsurgery.guards import guard_edited
 from neuronsurgery.objects import tensors_in_attributes
 from neuronsurgery.parametrized import (
@@ -26,7 +27,15 @@ from neuronsurgery.parametrized import (
 )
 from neuronsurgery.plans import Plan, TensorPlan, plan
 from neuronsurgery.refusals import Origin, refuse_writing, release
-from neuronsurgery.surveys import Survey, SurveyedTensor, Use, computed_elsewhere, held_elsewhere, survey
+from neuronsurgery.surveys import (
+    Survey,
+    SurveyedTensor,
+    Use,
+    computed_elsewhere,
+    held_elsewhere,
+    refuse_ungatherable,
+    survey,
+)
 from neuronsurgery.switches import restoring
 from neuronsurgery.types import Buffers
 
@@ -62,6 +71,12 @@ class EditedRows(nn.Module):
     def extra_repr(self) -> str:
         """Return the edits in words."""
         return ", ".join(repr(edit) for edit, _ in self.plan.steps)
+
+
+UNBAKED = (
+    "a fully sharded model has no plain copy: use a view, apply(edit, model); to save the edited weights, put them in "
+    "the place of the model's, {**model.state_dict(), **edited_parameters(edit, model)}"
+)
 
 
 # The three ways to apply
@@ -112,6 +127,7 @@ again, or use bake for an independent copy
     if buffers not in ("own", "shared"):
         raise ValueError(f"buffers must be 'own' or 'shared', not {buffers!r}")
     surveyed = survey(model)
+    refuse_ungatherable(surveyed)
     planned = plan(edit, surveyed)
     refuse_unreachable(planned, held_elsewhere(surveyed))
     refuse_computed(planned, computed_elsewhere(surveyed))
@@ -120,6 +136,11 @@ again, or use bake for an independent copy
     for name, tensor_plan in planned.tensors.items():
         tensor = surveyed.tensors[name]
         uses = [use._replace(module=copied.modules[use.module]) for use in tensor.uses]
+        if name in surveyed.gathered:  # it is computed at every access already
+            for module, attribute, _ in uses:
+                ways = vars(module)[GATHERED]
+                ways[attribute] = ways[attribute].then(tensor_plan)
+            continue
         _parametrize(uses, EditedRows(tensor_plan, origin), tensor.parametrized)
     shared = {name: tensor.parameter for name, tensor in surveyed.tensors.items()}
     for module in copied.model.modules():
@@ -152,6 +173,8 @@ def bake(edit: Edit, model: nn.Module) -> nn.Module:
         (True, ['weight', 'bias'])
     """
     surveyed = survey(model)
+    if surveyed.gathered:
+        raise ValueError(UNBAKED)
     whole = plan(edit, surveyed)
     refuse_computed(whole, computed_elsewhere(surveyed))
     planned = whole.tensors
@@ -212,6 +235,8 @@ def edited_parameters(edit: Edit, model: nn.Module, params: Mapping[str, Tensor]
     refuse_unreachable(planned, held_elsewhere(surveyed))
     refuse_computed(planned, computed_elsewhere(surveyed))
     tensors = [surveyed.tensors[name] for name in planned.tensors]
+    if any(gathered.steps for gathered in surveyed.gathered.values()):
+        raise ValueError("this is a view of a sharded model: compose its edit with this one, and give the model itself")
     wrong = [tensor.name for tensor in tensors if tensor.parametrized]
     if wrong:
         raise ValueError(

@@ -20,9 +20,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from neuronsurgery.caches import computed_attributes
 from neuronsurgery.errors import inline, listed
+from neuronsurgery.gathering import GATHERED, Gathered, Policy, policy_of, reshard
 from neuronsurgery.habits import given_to
 from neuronsurgery.objects import held_by_functions, tensors_in_attributes
 from neuronsurgery.parametrized import originals, parametrizations, tensor_attributes
+from neuronsurgery.spread import is_one_way, is_spread, unreadable_spread
 from neuronsurgery.wrappers import is_a, name_within, same_names, unwrap
 
 HOOKED = (
@@ -36,13 +38,15 @@ HOOKED = (
 """Hooks that compute another tensor from this one, where they keep its name, and what to use in their place."""
 
 SHARDED = (
-    ("DTensor", "torch.distributed.tensor"),
-    ("FlatParameter", "torch.distributed.fsdp._flat_param"),
-    ("ShardedTensor", "torch.distributed._shard.sharded_tensor"),
+    "{} of the model's tensors are sharded over processes: {}. What works on parts is scores of gradients, magnitudes, "
+    "effects by zeroing, hard_batch, evaluate, sweep, judge, find_critical(edits='zero') and apply: for anything else "
+    "use the model as it was before fully_shard or parallelize_module"
 )
-"""Classes of tensors that are spread over processes, and the modules that define them."""
 
-SHARDED_REASON = "sharded over processes (DTensor or FSDP); gather the full model first"
+OFFLOADED = (
+    "offloaded by accelerate, here only while its module runs; give every module a device that it stays on "
+    "(device_map=), or shard the model over processes with fully_shard"
+)
 
 
 # The survey
@@ -111,12 +115,25 @@ class Survey:
         tensors: its tensors by first name, in the order of `named_parameters()`.
         names: every name of a tensor -> its first name.
         modules: its modules and their names, parametrizations too, wrappers taken off.
+        gathered: of the tensors that FSDP shards, by first name, how they become whole.
     """
 
     model: nn.Module
     tensors: Mapping[str, SurveyedTensor]
     names: Mapping[str, str]
     modules: Mapping[nn.Module, str]
+    gathered: Mapping[str, Gathered]
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether some of its tensors are spread over processes."""
+        return any(is_spread(tensor.parameter) for tensor in self.tensors.values())
+
+    def ways(self) -> Iterator[tuple[nn.Module, str, Gathered]]:
+        """Yield every module and attribute that holds a tensor which FSDP shards, and how that becomes whole."""
+        for name, way in self.gathered.items():
+            for module, attribute, _ in self.tensors[name].uses:
+                yield module, attribute, way
 
     @property
     def device(self) -> torch.device | None:
@@ -150,6 +167,7 @@ def survey(model: nn.Module | Survey) -> Survey:
                 f"torch.jit.trace"
             )
         modules.setdefault(module, prefix.removesuffix("."))
+    reshard(modules)
     found = _found(root)
     overlapped = _overlapped(found)
     tensors = {}
@@ -165,7 +183,10 @@ def survey(model: nn.Module | Survey) -> Survey:
             overlapped.get(entry.names[0], ""),
         )
     names = {alias: name for name, tensor in tensors.items() for alias in (name, *tensor.aliases)}
-    return Survey(root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules))
+    gathered = _gathered(root, tensors.values())
+    return Survey(
+        root, MappingProxyType(tensors), MappingProxyType(names), MappingProxyType(modules), MappingProxyType(gathered)
+    )
 
 
 class _Found(NamedTuple):
@@ -248,6 +269,30 @@ def _old_hook(use: Use) -> str:
     return ""
 
 
+def _gathered(root: nn.Module, tensors: Iterable[SurveyedTensor]) -> dict[str, Gathered]:
+    """Return how each tensor that FSDP shards becomes whole, by its first name; that of a view goes on as it does."""
+    policies = dict(_policies(root, None))
+    found = {}
+    for tensor in tensors:
+        use = tensor.uses[0]
+        known = vars(use.module).get(GATHERED, {}).get(use.attribute)
+        policy = policies.get(use.module)
+        if known is not None:
+            found[tensor.name] = known
+        elif policy is not None and is_spread(tensor.parameter):
+            found[tensor.name] = Gathered(tensor.position, policy.param_dtype, policy.reduce_dtype)
+    return found
+
+
+def _policies(module: nn.Module, around: Policy | None) -> Iterator[tuple[nn.Module, Policy | None]]:
+    """Yield every module with the policy of the innermost module around it that FSDP shards."""
+    own = policy_of(module) or around
+    yield module, own
+    for child in module._modules.values():
+        if child is not None:
+            yield from _policies(unwrap(child), own)
+
+
 # What is refused
 
 
@@ -264,26 +309,65 @@ def refuse_unsupported(tensors: Iterable[SurveyedTensor]) -> None:
     )
 
 
-def refuse_unrunnable(surveyed: Survey) -> None:
+HERE = "Give a model that is here as a whole: load what is offloaded, gather what is sharded"
+
+
+def refuse_unrunnable(surveyed: Survey, *, spread: bool = False) -> None:
     """Raise one error that lists every tensor without which the model cannot run here, with the reason.
 
+    Args:
+        surveyed: the model.
+        spread: whether it may be spread over processes.
+
     Raises:
-        ValueError: if a tensor is on the meta device, or sharded.
+        ValueError: if a tensor is on the meta device, or sharded, though it must not or in a way that cannot be read.
     """
-    held = {name: tensor.parameter for name, tensor in surveyed.tensors.items()} | {
-        f"{path}.{attribute}".removeprefix("."): buffer
+    held = {name: (tensor.uses[0].module, tensor.parameter) for name, tensor in surveyed.tensors.items()} | {
+        f"{path}.{attribute}".removeprefix("."): (module, buffer)
         for module, path in surveyed.modules.items()
         for attribute, buffer in module._buffers.items()
         if buffer is not None
     }
-    wrong = [f"{name}: {reason}" for name, tensor in held.items() if (reason := _absent(tensor))]
-    # Between two forward passes FSDP may hold whole tensors, which it takes away again.
-    sharding = [
-        f"{path or 'the model'}: {SHARDED_REASON}"
+    _refuse([f"{name}: {reason}" for name, (at, tensor) in held.items() if (reason := _absent(at, tensor))], HERE)
+    if not spread:
+        refuse_spread({name: tensor for name, (_, tensor) in held.items()})
+    refuse_ungatherable(surveyed)
+
+
+def refuse_spread(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if some tensors are spread over processes; says what works with these.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    sharded = [name for name, tensor in tensors.items() if is_spread(tensor)]
+    if sharded:
+        raise ValueError(SHARDED.format(len(sharded), inline(sharded)))
+
+
+def refuse_ungatherable(surveyed: Survey) -> None:
+    """Raise one error that lists every tensor that FSDP shards in a way that a copy cannot gather, with the reason.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    found = {
+        path or "the model": "sharded by FullyShardedDataParallel (FSDP1); use fully_shard (FSDP2)"
         for module, path in surveyed.modules.items()
-        if any(is_a(module, kind, "torch.distributed.fsdp") for kind in ("FSDPModule", "FullyShardedDataParallel"))
-    ]
-    _refuse(wrong or sharding, "Give a model that is here as a whole: load what is offloaded, gather what is sharded")
+        if is_a(module, "FullyShardedDataParallel", "torch.distributed.fsdp")
+    }
+    weights: dict[str, Any] = {name: surveyed.tensors[name].parameter for name in surveyed.gathered}
+    meshes = {weight.device_mesh for weight in weights.values()}
+    for name, weight in weights.items():
+        if len(meshes) > 1:
+            found[name] = "sharded over a mesh where others are over another one; use one mesh for all"
+        elif not is_one_way(weight):
+            found[name] = "sharded over several dimensions of a mesh; use one, or one and replicas"
+        elif weight.device.type != weight.device_mesh.device_type:
+            found[name] = "offloaded by FSDP (CPUOffloadPolicy); shard it without"
+        elif surveyed.tensors[name].parametrized:
+            found[name] = "sharded and parametrized; remove the parametrization before fully_shard"
+    _refuse([f"{name}: {reason}" for name, reason in found.items()], HERE)
 
 
 def _refuse(wrong: Sequence[str], instead: str) -> None:
@@ -291,16 +375,13 @@ def _refuse(wrong: Sequence[str], instead: str) -> None:
         raise ValueError(f"{len(wrong)} of the model's tensors cannot be read or edited:\n{listed(wrong)}\n{instead}")
 
 
-def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is spread over processes."""
-    return any(is_a(tensor, kind, module) for kind, module in SHARDED)
-
-
-def _absent(tensor: Tensor) -> str:
-    """Return why the values of a tensor are not here, or ""."""
+def _absent(module: nn.Module, tensor: Tensor) -> str:
+    """Return why the values of a tensor that a module holds are not here, or ""."""
     if tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin):
+        if is_a(getattr(module, "_hf_hook", None), "ModelHook", "accelerate.hooks"):
+            return OFFLOADED
         return "on the meta device, so it has no values; load the weights first"
-    return SHARDED_REASON if is_sharded(tensor) else ""
+    return unreadable_spread(tensor)
 
 
 def _unsupported(tensor: SurveyedTensor) -> str:
@@ -314,9 +395,11 @@ def _unsupported(tensor: SurveyedTensor) -> str:
         )
     if isinstance(parameter, UninitializedTensorMixin):
         return "not yet initialised (a lazy module); run the model on one batch first"
-    if reason := _absent(parameter):
+    if reason := _absent(tensor.uses[0].module, parameter):
         return reason
-    if parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not is_spread(parameter) and (
+        parameter.is_quantized or type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
         return f"quantised or otherwise packed ({type(parameter).__name__}); dequantise it first"
     if not parameter.dtype.is_floating_point:
         return f"of dtype {str(parameter.dtype).removeprefix('torch.')}; only real floating-point weights have neurons"

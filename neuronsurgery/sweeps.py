@@ -28,6 +28,7 @@ from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metr
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Edited, plan
 from neuronsurgery.sharing import Shared
+from neuronsurgery.spread import is_spread
 from neuronsurgery.surgery import refuse_computed, refuse_unreachable
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import restoring, without_mha_fastpath
@@ -143,7 +144,7 @@ def sweep(
     error = None
     try:
         shared, predict = _shared(model, predict)
-        runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits)
+        runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits, process_group)
         forward = None if shared is None else shared.rebound(runner)
         with torch.no_grad(), without_mha_fastpath():
             seen = _run(runner, edited, tallies, loaders, predict, unpack, progress, forward)
@@ -194,10 +195,12 @@ class _Seen(NamedTuple):
     reasons: tuple[str, ...]
 
 
-def _planned(model: nn.Module, edits: Mapping[str, Edit]) -> tuple[Runner, dict[Edit, Mapping[str, Tensor]]]:
+def _planned(
+    model: nn.Module, edits: Mapping[str, Edit], process_group: dist.ProcessGroup | None
+) -> tuple[Runner, dict[Edit, Mapping[str, Tensor]]]:
     """Return the model to run, and the edited tensors of each distinct edit."""
     surveyed = survey(model)
-    runner = make_runner(surveyed)
+    runner = make_runner(surveyed, spread=True, process_group=process_group)
     held, computed = held_elsewhere(surveyed), computed_elsewhere(surveyed)
     edited: dict[Edit, Mapping[str, Tensor]] = {BASELINE: {}}
     for label, edit in edits.items():
@@ -225,7 +228,9 @@ def _run(
     """Run the edited models over the data, and add what is measured to the tallies."""
     forward = forward or CheckedForward(runner, predict or default_predict)
     # A capture takes as long as many batches of a small network, and no edits share nothing.
-    run = forward.run if any(edited.values()) else forward.one_by_one
+    run = forward.run if any(edited.values()) and not runner.is_spread else forward.one_by_one
+    if runner.is_spread and any(edited.values()):
+        forward.share_nothing("its weights are spread over processes")
     members: list[Group] = []
     indices: list[int] = []
     label = "sweep" if progress else None
@@ -264,7 +269,7 @@ def _warn_of_unread(
         name: None
         for tensors in edited.values()
         for name in tensors
-        if not torch.equal(tensors[name], runner.parameters[name])
+        if not is_spread(runner.parameters[name]) and not torch.equal(tensors[name], runner.parameters[name])
     }
     unread = [name for name in changed if not forward.reads(batch.args, batch.kwargs, name)]
     if unread:
@@ -361,20 +366,36 @@ def sweep_in_parts(
     metrics, loaders = named_metrics(metric), named_loaders(loaders)
     direction = named_directions(metrics, larger_is_better)[""]
     order = list(loaders) if isinstance(loaders, Mapping) else None
-    forward, base = None, _Tally(metrics)
+    forward: CheckedForward | None = None
+    base = _Tally(metrics)
     for edits in parts:
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
-        seen, error = _Seen([], [], ()), None
-        try:
-            runner, edited = _planned(model, edits)
-            if forward is None:
-                forward = CheckedForward(runner, predict or default_predict)
-            else:
-                forward.start_again()
-                del edited[BASELINE]
-            with torch.no_grad(), without_mha_fastpath():
-                seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
-        except Exception as raised:
-            error = raised
-        shares = exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
+        forward, shares = _part(model, edits, tallies, loaders, predict, unpack, process_group, forward)
         yield _gathered("", direction, edits, tallies, shares, order, process_group)
+
+
+@restoring
+def _part(
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    tallies: Mapping[Edit, _Tally],
+    loaders: Loaders,
+    predict: Predict | None,
+    unpack: Unpack | None,
+    process_group: dist.ProcessGroup | None,
+    forward: CheckedForward | None,
+) -> tuple[CheckedForward | None, list[Share]]:
+    """Return what was captured, and what each rank has seen, once the edits of a part are in the tallies."""
+    seen, error = _Seen([], [], ()), None
+    try:
+        runner, edited = _planned(model, edits, process_group)
+        if forward is None:
+            forward = CheckedForward(runner, predict or default_predict)
+        else:
+            forward.start_again()
+            del edited[BASELINE]
+        with torch.no_grad(), without_mha_fastpath():
+            seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
+    except Exception as raised:
+        error = raised
+    return forward, exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))

@@ -67,6 +67,15 @@ def undoing(action: Callable[[], None]) -> Iterator[None]:
         undo()
 
 
+def finally_do(action: Callable[[], None]) -> None:
+    """Do something when the public function that is running ends, whatever happens.
+
+    Args:
+        action: what to do; doing it twice must be doing it once.
+    """
+    _NOTED.undo.append(_Once(action))
+
+
 def restoring(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function, which gives back the state of its thread and of the process even if it is interrupted."""
 

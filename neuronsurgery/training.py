@@ -20,6 +20,7 @@ from neuronsurgery.errors import checked, counted, listed
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.parametrized import parametrizations
 from neuronsurgery.plans import plan
+from neuronsurgery.spread import is_spread
 from neuronsurgery.surgery import EditedRows
 from neuronsurgery.surveys import SurveyedTensor, survey
 from neuronsurgery.switches import restoring
@@ -208,6 +209,8 @@ def _refuse_untrainable(chosen: list[SurveyedTensor], optimizer: Optimizer, all_
     for tensor in chosen:
         if _is_computed(tensor):
             wrong.append(f"{tensor.name}: computed by a parametrization, from tensors that have no such rows")
+        elif is_spread(tensor.parameter):
+            wrong.append(f"{tensor.name}: sharded over processes; train_only holds whole parameters")
         elif not all_but and not any(id(parameter) in known for parameter in tensor.parameters):
             wrong.append(f"{tensor.name}: not among the optimiser's parameters")
         elif not all_but and not tensor.trainable:

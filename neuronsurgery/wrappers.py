@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -67,6 +69,43 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 def _is_on(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False))
+
+
+# Fully sharded models
+
+FSDP = "torch.distributed.fsdp"
+"""Where `fully_shard` is from."""
+
+FSDP_ATTRIBUTES = ("__composable_api_state_key", "_is_fsdp_managed", "_fsdp_use")
+"""What the names of the attributes begin with that it puts into modules."""
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Return whether `fully_shard` was called on a module."""
+    return is_a(module, "FSDPModule", FSDP)
+
+
+def without_fsdp(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the attributes of a module without the state and the hooks that `fully_shard` has put there."""
+    if "_is_fsdp_managed_module" not in attributes:
+        return attributes
+    return {
+        key: OrderedDict((k, hook) for k, hook in value.items() if not _is_of_fsdp(hook))
+        if key.endswith("_hooks") and isinstance(value, dict)
+        else value
+        for key, value in attributes.items()
+        if not key.startswith(("__composable_api_state_key", "_is_fsdp_managed", "_fsdp_use"))
+        and not _is_of_fsdp(value)
+    }
+
+
+def _is_of_fsdp(value: object) -> bool:
+    """Return whether a hook or a replaced method is what `fully_shard` has put there."""
+    if not callable(value) or isinstance(value, nn.Module):
+        return False
+    owner = getattr(value, "__self__", None)
+    at = (getattr(value, "__module__", ""), type(owner).__module__)
+    return any(str(module).startswith(FSDP) for module in at)
 
 
 # Names of others

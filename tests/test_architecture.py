@@ -21,8 +21,9 @@ import neuronsurgery
 
 PACKAGE = Path(neuronsurgery.__file__).parent
 ORDER = [
-    *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches", "distributed"),
-    *("paired", "objects", "parametrized", "guards", "rebinding", "sources", "habits", "caches", "wrappers"),
+    *("types", "errors", "checks", "results", "digests", "draws", "atomic", "precision", "switches"),
+    *("wrappers", "spread", "serving", "distributed", "paired", "objects", "parametrized", "guards", "gathering"),
+    *("rebinding", "sources", "habits", "caches"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
     *("sums", "gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),

@@ -288,14 +288,15 @@ NUMBERS: dict[str, ErrorRow] = {
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nn.Module]:
-    """One weight as a DTensor, on a mesh of this process alone."""
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    """Sharded by FSDP over two meshes of this process alone."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
 
     rendezvous = tmp_path_factory.mktemp("mesh") / "meeting"
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=0, world_size=1)
     model = CASES["mlp"].build()
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), init_device_mesh("cpu", (1,))))  # type: ignore[index,union-attr]
-    yield model
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "parts")))  # type: ignore[index,call-overload]
+    yield fully_shard(model)
     dist.destroy_process_group()
 
 
@@ -339,12 +340,27 @@ def test_weights_that_cannot_be_read_are_refused(build: Callable[[], nn.Module],
         ns.group_grad_norms(model, DATA)
 
 
-def test_sharded_weights_are_refused(sharded: nn.Module) -> None:
-    reason = r"sharded over processes \(DTensor or FSDP\); gather the full model first"
-    for refused in (lambda: ns.group_grad_norms(sharded, DATA), lambda: ns.magnitudes(sharded)):
-        with pytest.raises(ValueError, match=REFUSED.format(reason)):
+def test_what_is_sharded_over_two_meshes_is_not_run(sharded: nn.Module) -> None:
+    layout = ns.find_layout(sharded)
+    edit = ns.zero_out(ns.select(layout, {"0.weight": 0}))
+    reason = r"4 of the model's tensors cannot .*\n  0\.weight: sharded over a mesh where others are over"
+    for refused in (lambda: ns.group_grad_norms(sharded, DATA), lambda: ns.apply(edit, sharded)):
+        with pytest.raises(ValueError, match=reason):
             refused()
-    assert ns.magnitudes(sharded, where="2.*").layout.count == 3
+    assert torch.equal(ns.magnitudes(sharded).values, ns.magnitudes(CASES["mlp"].build()).values)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_first_fsdp_is_refused(sharded: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    model = nn.Sequential(FullyShardedDataParallel(CASES["mlp"].build(), **options))
+    edit = ns.zero_out(ns.select(ns.find_layout(CASES["mlp"].build()), {"0.weight": 0}))
+    reason = r"1 of the model's tensors cannot .*\n  0: sharded by FullyShardedDataParallel \(FSDP1\); use fully_shard"
+    for refused in (ns.group_grad_norms, ns.evaluate, lambda model, _: ns.apply(edit, model)):
+        with pytest.raises(ValueError, match=reason):
+            refused(model, DATA)
 
 
 CALLS: dict[str, ErrorRow] = {

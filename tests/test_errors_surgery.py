@@ -315,11 +315,11 @@ def lazy(mesh: Any) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
 
 
-def sharded(mesh: Any) -> nn.Module:
-    from torch.distributed.tensor import Shard, distribute_tensor
+def in_sums(mesh: Any) -> nn.Module:
+    from torch.distributed.tensor import DTensor, Partial
 
     model = plain()
-    model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh, [Shard(0)]))
+    model[1].weight = nn.Parameter(DTensor.from_local(model[1].weight.detach(), mesh, [Partial()]))
     return model
 
 
@@ -329,7 +329,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
     "bytes": (in_bytes, "of dtype uint8; only real floating-point weights have neurons"),
     "complex": (complex_, "of dtype complex64; only real"),
     "lazy": (lazy, r"not yet initialised \(a lazy module\); run the model on one batch first"),
-    "sharded": (sharded, r"sharded over processes \(DTensor or FSDP\); gather the full model first"),
+    "in sums": (in_sums, r"spread over processes as sums of which each has a part .*; redistribute it"),
 }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -286,7 +287,7 @@ EDITING: dict[str, Callable[[nn.Module], object]] = {
 }
 READING: dict[str, Callable[[nn.Module], object]] = {"find_layout": ns.find_layout, "magnitudes": ns.magnitudes}
 SCRIPTED = "is a compiled TorchScript module, .*: give the model as it was before torch.jit.script or torch.jit.trace"
-SHARDED = r"sharded over processes \(DTensor or FSDP\); gather the full model first"
+SHARDED = r"4 of the model's tensors are sharded over processes: 0\.weight, 0\.bias, 2\.weight, 2\.bias\. What"
 META = "on the meta device, so it has no values; load the weights first(.*\n)+Give a model that is here as a whole"
 FLOAT8 = r"1 of the .*\n  0\.weight: of dtype float8_e4m3fn, too narrow to compute in; use bfloat16 or wider"
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
@@ -300,8 +301,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]
     "partly scripted": (scripted_within, {**RUNNING, **EDITING, **READING}, TypeError, f"module '0' {SCRIPTED}"),
     "offloaded": (offloaded, RUNNING, ValueError, rf"2\.weight: {META}"),
     "a buffer on meta": (meta_buffer, RUNNING, ValueError, rf"1 of the .*\n  table: {META}"),
-    "sharded": (sharded, {**RUNNING, **EDITING, **READING}, ValueError, rf"0\.weight: {SHARDED}"),
-    "sharded, but whole for now": (unsharded_for_now, RUNNING, ValueError, rf"the model: {SHARDED}"),
+    "sharded": (
+        sharded,
+        {name: RUNNING[name] for name in ("silence", "residual_branches", "eval_copy")},
+        ValueError,
+        SHARDED,
+    ),
+    "sharded, baked": (
+        sharded,
+        {"bake": EDITING["bake"]},
+        ValueError,
+        "a fully sharded model has no plain copy: use a",
+    ),
     "eight bits": (in_eight_bits, {**EDITING, **READING}, ValueError, FLOAT8),
     "eight bits, scored": (
         in_eight_bits,
@@ -333,13 +344,18 @@ def test_weights_of_eight_bits_run_where_nothing_is_computed_of_them() -> None:
     assert ns.group_grad_norms(model, DATA, where="2.weight").values.min() > 0
 
 
-def test_sharded_gradients_and_checkpoints_are_refused() -> None:
-    model = sharded()
-    model(X).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    text = rf"2 layers .*\n  0\.weight: {SHARDED}, e\.g\. gradient\.full_tensor\(\)"
-    refuses(lambda: ns.grad_norms(gradients, LAYOUT), ValueError, text)
-    refuses(lambda: ns.rewind(NEURONS, model.state_dict()), ValueError, rf"0\.weight: {SHARDED}")
+def test_what_fsdp_holds_as_a_whole_for_now_is_read_as_it_is() -> None:
+    model = unsharded_for_now()
+    assert not isinstance(model[0].weight, DTensor)
+    logits = model(X)
+    assert torch.equal(ns.apply(ns.compose(), model)(X), logits)
+    assert ns.evaluate(model, DATA, metric=ns.margin).average == pytest.approx(ns.margin(logits, Y).mean().item())
+    assert torch.equal(model(X), logits)
+
+
+def test_sharded_checkpoints_are_refused() -> None:
+    text = r"0\.weight: spread over processes; gather it first, tensor\.full_tensor\(\)"
+    refuses(lambda: ns.rewind(NEURONS, sharded().state_dict()), ValueError, text)
 
 
 # --- targets --------------------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from neuronsurgery.batches import map_tensors
 from neuronsurgery.copies import Runner
 from neuronsurgery.errors import CaptureError, inline, warn
 from neuronsurgery.forward import default_predict, random_state_kept
+from neuronsurgery.gathering import edited_in
 from neuronsurgery.graph.export import capture, evaluating
 from neuronsurgery.graph.fills import Fills
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
 from neuronsurgery.graph.replay import Graph, as_parameter, bound
 from neuronsurgery.graph.schedules import Label, Schedule, run, schedule
-from neuronsurgery.plans import Edited
+from neuronsurgery.plans import Edited, TensorPlan
 from neuronsurgery.precision import same_bits
 from neuronsurgery.switches import KERNELS
 from neuronsurgery.types import Predict
@@ -149,6 +150,10 @@ class CheckedForward:
             self.reasons.discard(NOT_WORTH)
             yield from self._shared(args, kwargs, {label: edits[label] for label in left})
 
+    def share_nothing(self, reason: str) -> None:
+        """Note why forward passes are not shared, and warn of it once."""
+        self._warn(reason)
+
     def capture_now(self) -> None:
         """Have the next forward pass captured, however little there is to run."""
         self._spent = WORTH
@@ -220,7 +225,8 @@ class CheckedForward:
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
             parameters = self._runner.parameters
             # A parameter that the forward writes into is a state, as buffers are.
-            weights = {name: changed[name] if name in changed else edited[name] for name in edited}
+            plans = self._gathered_plans(edited)
+            weights = {n: changed[n] if n in changed else edited[n] for n in edited if n not in plans}
             weights |= {name: changed.get(name, parameters[name]).clone() for name in self._runner.own - set(edited)}
             weights = {name: as_parameter(weight, parameters[name]) for name, weight in weights.items()}
             given = {**weights, **buffers}
@@ -228,7 +234,7 @@ class CheckedForward:
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             try:
-                with self._runner.guarded():
+                with self._runner.guarded(), edited_in(self._runner.model, self._runner.places, plans):
                     output = functional_call(self._runner.model, placed, args, kwargs, tie_weights=False)
                 logits = self._predict(output)
             finally:
@@ -238,6 +244,11 @@ class CheckedForward:
             if not same_bits(given[name], changed.get(name, tensor)):
                 changed[name] = given[name]
         return logits
+
+    def _gathered_plans(self, edited: Mapping[str, Tensor]) -> dict[str, TensorPlan]:
+        """Return what an edit does to the weights that FSDP shards: it is done when one of them is gathered."""
+        plans = edited.plans if isinstance(edited, Edited) else {}
+        return {name: plan for name, plan in plans.items() if name in self._runner.gathered}
 
     # Which graph, if any
 

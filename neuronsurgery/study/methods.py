@@ -30,7 +30,7 @@ from neuronsurgery.objectives import group_dro, supervised_contrastive
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
 from neuronsurgery.study.readers import FromDisk, ImageBatches
-from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest, made_once
+from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest
 from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Loader, Where
 from neuronsurgery.wrappers import unwrap
@@ -182,7 +182,7 @@ class ContrastivePruning:
         """See `Method`."""
         if self.statistics == "frozen":
             _freeze_norms(model)
-        neurons = made_once(lambda: self.choose(model, seed, epoch))
+        neurons = self.choose(model, seed, epoch)
         buffers: Literal["own", "shared"] = "own" if self.statistics == "own" else "shared"
         twin = ns.apply(ns.zero_out(neurons), model, buffers=buffers)
         return lambda network, images: (network(images), twin(images))

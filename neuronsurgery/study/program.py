@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from neuronsurgery.study import data
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
-from neuronsurgery.study.options import UsageError
 from neuronsurgery.study.pictures import pictures_of
 from neuronsurgery.study.progress import TRAINING, Steps, steps_of
 from neuronsurgery.study.readers import (
@@ -59,7 +56,6 @@ from neuronsurgery.study.training import (
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
-    distributed,
     read_trajectory,
     train,
 )
@@ -95,8 +91,6 @@ def study(given: Mapping[str, Any]) -> int:
         raise FileExistsError(f"--out {path} is a file: name a folder, which is made if it is missing")
     with contextlib.ExitStack() as held:
         finished = _run_seeds(options, path, held) if options.seeds > 1 else _run_one(options, path, held)
-        if finished is None:
-            return 0  # another process of torchrun: the first one goes on alone
         print(finished)
         print(report(path))
     print(f"{time.perf_counter() - started:.0f} s")
@@ -114,10 +108,9 @@ def _usual_folder(options: Options) -> Path:
     return Path("runs") / f"{name}-seed{last}"
 
 
-def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str | None:
-    """Return the tables of one run; None on all processes but the first."""
-    run = _run(options, path, held)
-    return None if run is None else summary(run)
+def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str:
+    """Return the tables of one run."""
+    return summary(_run(options, path, held))
 
 
 def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
@@ -127,36 +120,24 @@ def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
     finished = {}
     for place, seed in enumerate(seeds, start=1):
         sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
-        run = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
-        assert run is not None, "several seeds are of one process"
-        finished[seed] = run
+        finished[seed] = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
     write_results(path, together := combine(finished))
     return summary(together)
 
 
-def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run | None:
-    """Return the results of one run, which is taken up where its folder has it; None on all processes but the first.
+def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run:
+    """Return the results of one run, which is taken up where its folder has it.
 
-    Under `torchrun` the processes share the training by empirical risk minimisation, and the first one keeps other runs
-    out of the folder, until `held` is closed. Of several seeds, `first` is the first one.
+    Other runs are kept out of the folder until `held` is closed. Of several seeds, `first` is the first one.
     """
     dataset = _dataset(options, verify=first in (None, options.seed))
     refuse_missing_groups(dataset, options)
     built = build_model(options.arch, len(set(dataset.train.targets.tolist())), options.weights, options.seed)
     per_step = _refuse_misfit(built.model, dataset, options)
-    with distributed(options.device) as rank:
-        if rank == 0:
-            folder = _taken_up(options, path, digests(dataset), held, first)
-            print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
-            folder.steps = _steps(folder, dataset, built, per_step)
-        if dist.is_initialized():
-            dist.barrier()
-        if rank > 0:
-            folder = RunFolder(path, options)
-        trained = _train(folder, dataset, built)
-    if rank > 0:
-        return None
-    run = _surgery(folder, dataset, built, trained)
+    folder = _taken_up(options, path, digests(dataset), held, first)
+    print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
+    folder.steps = _steps(folder, dataset, built, per_step)
+    run = _surgery(folder, dataset, built, _train(folder, dataset, built))
     if first is not None:
         report(path)
     return run
@@ -271,7 +252,7 @@ def _hardware(settings: Settings) -> Hardware:
 
 
 def _dataset(options: Options, verify: bool) -> Any:
-    """Return the data set; of images on disk, the first process decodes all of them if they are to be verified."""
+    """Return the data set; of images on disk, all are decoded if they are to be verified."""
     if options.data in EMBEDDED:
         held_out = QUICK_HELD_OUT if options.data == "synthetic" else {}
         counts = QUICK_COUNTS | held_out if options.quick else None
@@ -282,7 +263,7 @@ def _dataset(options: Options, verify: bool) -> Any:
             options.root,
             size=options.size,
             loading=Loading(options.workers, options.pin_memory),
-            verify=verify and not options.no_verify and int(os.environ.get("RANK", "0")) == 0,
+            verify=verify and not options.no_verify,
             **{name: value for name, value in chosen.items() if value is not None},
         )
         dataset = dataset.normalized(options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD)
@@ -298,17 +279,11 @@ def make_options(given: Mapping[str, Any]) -> Options:
 
     Args:
         given: the options that stand on the command line, by the fields of `Options`.
-
-    Raises:
-        UsageError: if several seeds are asked of several processes.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if given.get("seeds", 1) > 1 and processes > 1:
-        raise UsageError("--seeds is for one process: under torchrun give one --seed at a time")
     name = given.get("data", "synthetic")
     recipe, arch = _recipe(given), given.get("arch", DEFAULTS[name].arch)
     chosen: dict[str, Any] = {**vars(recipe), "arch": arch, "preset": "adam" if name in EMBEDDED else name}
-    chosen |= _lengths(given, recipe.epochs) | {"processes": processes}
+    chosen |= _lengths(given, recipe.epochs)
     if name not in EMBEDDED and "size" not in given:
         chosen["size"] = input_size(arch)
     if name == "folder":

@@ -123,7 +123,7 @@ class RunFolder:
         settings: what is asked for.
         overwrite: delete the files of another run that is there, instead of refusing; files that no run makes stay.
         data: a digest of each split's images, targets and groups, by its name, to be the same whenever the run is taken
-            up; None where they are not known, as on all processes but the first.
+            up; None where they are not known.
 
     Raises:
         ValueError: if the folder holds a run of other settings, of other images or another version, or files that are
@@ -468,13 +468,9 @@ def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, A
         if found.get(key) != expected[key]
     ]
     if differing:
-        count = settings.get("processes", 1)
-        again = f"start it with as many processes again (torchrun --nproc-per-node {count}), " if count > 1 else ""
-        alone = "start it again without torchrun, " if count == 1 else ""
-        elsewhere = settings.get("processes") != expected["settings"]["processes"]
         raise ValueError(
-            f"{path} holds another run; {'; '.join(differing)}: {(again or alone) if elsewhere else ''}choose another "
-            f"folder with --out, or delete that run with --overwrite"
+            f"{path} holds another run; {'; '.join(differing)}: choose another folder with --out, or delete that run "
+            f"with --overwrite"
         )
 
 

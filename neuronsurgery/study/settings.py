@@ -114,7 +114,6 @@ class Settings:
         device: of training; None is the CPU.
         bf16: whether training was under autocast to bfloat16.
         channels_last: whether images and weights were laid out channels last.
-        processes: how many shared the training.
     """
 
     data: str = option(
@@ -226,7 +225,6 @@ class Settings:
     weight_decay: float = 0.0
     momentum: float = 0.0
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"
-    processes: int = 1
 
     @property
     def recipe(self) -> Recipe:

@@ -1,7 +1,7 @@
 """Training by any method, with a checkpoint per epoch, which resumes to the same bits wherever it was killed.
 
 What a step minimises is a `Method`: empirical risk here, the paper's fine-tuning and those it is compared with in
-`methods`. Which images it is given is a `Source`. Under a process group each process takes its part of every batch.
+`methods`. Which images it is given is a `Source`.
 
 A run folder holds `checkpoints/epoch-000.safetensors` (before training) to `epoch-N`, and `optimizer.safetensors`: the
 state of optimiser and method after the epoch that its header names. Each file is complete or absent. The optimiser's
@@ -11,33 +11,27 @@ same bits, because the batches of an epoch depend on (seed, epoch) alone.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
+from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from neuronsurgery.atomic import replaced_atomically
-from neuronsurgery.distributed import exchange
 from neuronsurgery.study.data import Augmentation, Batches, Split, batches, raw_bits
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -51,8 +45,6 @@ Passes: TypeAlias = Callable[[nn.Module, Tensor], Outputs]
 
 State: TypeAlias = Mapping[str, Tensor]
 """What a method carries from step to step; saved with the optimiser."""
-
-T = TypeVar("T")
 
 _METHOD: Final = "method"
 """Stands before the names of a method's tensors in the optimiser's file, where those of the optimiser have a number."""
@@ -169,15 +161,14 @@ class Method(Protocol):
         """The passes of this epoch's steps, as the model's weights and (seed, epoch) alone decide.
 
         The model comes in training mode and may be put into another one for this epoch. The passes are called with
-        this model, or with `DistributedDataParallel` around it: gradients must come by way of the module passed in,
-        or of views of this model.
+        this model.
         """
         ...
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """What is to be minimised, a scalar with a gradient to the outputs; and the state of the next step.
 
-        A function of tensors: outputs, targets and groups are of the whole batch, in its order, on every process.
+        A function of tensors: outputs, targets and groups are of the whole batch, in its order.
         """
         ...
 
@@ -241,15 +232,6 @@ def train(
     taken up after its last finished epoch; a finished run is only loaded. On one machine, with one number of threads,
     the weights are the same bits whether or not a run was interrupted.
 
-    Under an initialised process group (see `distributed`) every process must make this call with the same arguments,
-    and sees the same folder; the first one writes and reports. Each loads every batch and runs its part of it; the
-    outputs are gathered, so that losses are of the whole batch, and the gradient is averaged. With a network that
-    treats every image by itself this is training in one process, but for the rounding of sums. Not so with
-    batch norm: it normalises by the part that the process has, and the running statistics are averaged over the
-    processes after each epoch; dropout is drawn for each process. An unfinished run is taken up to the same bits by
-    two processes; with more, the order of sums may change the last one. An error of one process is raised in all of
-    them where it is met in loading images or files; elsewhere the others fail when it leaves the process group.
-
     Args:
         model: the initialised network; its parameters must be floating point, its output logits (B, classes).
         source: the training images: a split in memory, or what else can give batches by (seed, epoch).
@@ -262,34 +244,32 @@ def train(
         progress: called after each epoch, once its files are written.
 
     Returns:
-        The trained copy, in evaluation mode; the same on every process.
+        The trained copy, in evaluation mode.
 
     Raises:
-        ValueError: if the recipe is unknown, `folder` holds a run of other arguments or files that cannot be read, or
-            the processes have different arguments.
+        ValueError: if the recipe is unknown, or `folder` holds a run of other arguments or files that cannot be read.
         FileNotFoundError: if the checkpoint to go on from is missing.
-        RuntimeError: if another process failed; says which and why.
     """
     folder = Path(folder)
     if isinstance(source, Split):
         source = Embedded(source, augmentation)
-    processes = _Processes.current()
     trained = copy.deepcopy(model).train().to(hardware.device)
     if hardware.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
     optimizer = _make_optimizer(trained, recipe)
-    run = _describe_run(trained, source, recipe, seed, method, hardware, processes)
-    finished = _take_up(trained, optimizer, folder, run, processes)
+    run = _describe_run(trained, source, recipe, seed, method, hardware)
+    finished = _resume(trained, optimizer, folder, run)
+    _remove_unfinished(folder)
     if finished is None:
         finished = _Finished(0, (), method.initial_state())
-        processes.first(partial(_conclude_epoch, trained, optimizer, folder, finished, run))
-    loop = _Loop(trained, processes.wrap(trained), optimizer, recipe, method, hardware, processes)
+        _conclude_epoch(trained, optimizer, folder, finished, run)
+    loop = _Loop(trained, optimizer, recipe, method, hardware)
     for epoch in range(finished.epoch + 1, recipe.epochs + 1):
         started = time.perf_counter()
         loss, accuracy, state = loop.run_epoch(source, seed, epoch, finished)
         report = EpochReport(epoch, recipe.epochs, loss, accuracy, time.perf_counter() - started)
         finished = _Finished(epoch, (*finished.losses, loss), state)
-        processes.first(partial(_conclude_epoch, trained, optimizer, folder, finished, run, report, progress))
+        _conclude_epoch(trained, optimizer, folder, finished, run, report, progress)
     return trained.eval()
 
 
@@ -342,143 +322,6 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str], epoch: int
     return loaded.eval()
 
 
-# Several processes
-
-
-@contextlib.contextmanager
-def distributed(device: str | None = None) -> Iterator[int]:
-    """Yields the rank of this process, 0 where it is alone; in between, `train` works as one of `WORLD_SIZE` processes.
-
-    For programs that `torchrun` starts, which says by environment variables who takes part:
-
-        with distributed() as rank:
-            trained = train(model, source, folder)
-        if rank == 0:
-            ...  # the rest, alone
-
-    The process group is there inside only: after an error in one process the others do not wait for it, but fail in
-    turn. A group that is there already is used and left alone.
-
-    Args:
-        device: what the model is trained on. With "cuda" each process gets the GPU of its `LOCAL_RANK`.
-
-    Raises:
-        ValueError: if `WORLD_SIZE` is above 1, but the variables to meet the others by are missing.
-    """
-    if dist.is_initialized():
-        yield dist.get_rank()
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield 0
-        return
-    if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
-
-
-def made_once(make: Callable[[], T]) -> T:
-    """What `make` gives on the first of the processes that train together, on all of them; an error too.
-
-    For what a method decides by computing: the last bit of a score may differ between two machines.
-    """
-    processes = _Processes.current()
-    made = processes.together(lambda: make() if processes.rank == 0 else None)[0]
-    assert processes.rank > 0 or made is not None
-    return made  # type: ignore[return-value]  # the first process has made it
-
-
-@dataclass(frozen=True, eq=False)
-class _Processes:
-    """The processes that train together: this one alone, or all of the default process group.
-
-    A batch of B images is dealt out like cards; where B is no multiple of the number of processes, the first images
-    are dealt again and their outputs not looked at, so that every process has as many.
-    """
-
-    rank: int = 0
-    count: int = 1
-    group: dist.ProcessGroup | None = None
-
-    @classmethod
-    def current(cls) -> _Processes:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-
-    def together(self, action: Callable[[], T]) -> list[T]:
-        """What the action gives on each process; an error on one of them is raised on all."""
-        if self.group is None:
-            return [action()]
-        value, error = None, None
-        try:
-            value = action()
-        except Exception as raised:
-            error = raised
-        return exchange(self.group, error, value)
-
-    def first(self, action: Callable[[], None]) -> None:
-        """Runs the action on the first process only; an error in it is raised on all."""
-        self.together(lambda: action() if self.rank == 0 else None)
-
-    def iterate(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of a loader; where it fails on one process it does on all, and none waits for another."""
-        if self.group is None:
-            yield from loader
-            return
-        assert isinstance(loader, Sized), "a Source gives batches that have a length"
-        batches = iter(loader)
-        for _ in range(len(loader)):
-            batch: list[Batch] = []
-            self.together(lambda: batch.append(next(batches)))  # noqa: B023  # called at once
-            yield batch[0]
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to run: one that averages the gradients of the processes at each backward pass."""
-        if self.group is None:
-            return model
-        # Buffers are averaged after each epoch instead: to overwrite them before a pass breaks a step of two passes.
-        known = inspect.signature(DistributedDataParallel).parameters
-        option: dict[str, Any] = {
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-        }
-        return DistributedDataParallel(model, **option)
-
-    def share(self, images: Tensor) -> Tensor:
-        """The images of a batch that this process runs."""
-        if self.group is None:
-            return images
-        dealt = -(-len(images) // self.count) * self.count
-        return images[torch.arange(self.rank, dealt, self.count) % len(images)]
-
-    def gather(self, rows: Tensor, count: int) -> Tensor:
-        """The rows (count, ...) of the whole batch in its order, a gradient going to those of this process.
-
-        Every process computes the same loss from them, so that none needs to be sent the gradients of its own rows.
-        """
-        if self.group is None:
-            return rows
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-        shares = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(shares, rows.detach(), group=self.group)
-        shares[self.rank] = rows
-        return torch.stack(shares, dim=1).flatten(0, 1)[:count]
-
-    def average_buffers(self, model: nn.Module) -> None:
-        """Replaces the floating-point buffers, in place, by their means over the processes."""
-        if self.group is None:
-            return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer, group=self.group)
-                buffer /= self.count
-
-
 # One epoch
 
 
@@ -516,52 +359,45 @@ class _Finished:
 
 @dataclass(frozen=True, eq=False)
 class _Loop:
-    """What stays the same from epoch to epoch. `network` is `model`, or what runs it on several processes."""
+    """What stays the same from epoch to epoch."""
 
     model: nn.Module
-    network: nn.Module
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     method: Method
     hardware: Hardware
-    processes: _Processes
 
     def run_epoch(self, source: Source, seed: int, epoch: int, finished: _Finished) -> tuple[float, float, State]:
         """Trains the model in place for one epoch; mean loss, accuracy, and the method's state."""
-        others = (self.processes.rank,) if self.processes.rank else ()
         with torch.random.fork_rng(devices=[]):
             # Only dropout draws from this state. Not torch.manual_seed: that would reseed the GPUs too.
-            torch.default_generator.manual_seed(int(raw_bits(1, "dropout", seed, epoch, *others)[0]) >> 1)
+            torch.default_generator.manual_seed(int(raw_bits(1, "dropout", seed, epoch)[0]) >> 1)
             self.model.train()
             passes = self.method.begin_epoch(self.model, seed, epoch)
             loader = source.epoch(self.recipe.batch_size, seed, epoch)
             assert isinstance(loader, Sized), "a Source gives batches that have a length"
             state, total_loss, correct, seen = finished.state, 0.0, 0, 0
-            for step, batch in enumerate(self.processes.iterate(loader), start=(epoch - 1) * len(loader)):
+            for step, batch in enumerate(loader, start=(epoch - 1) * len(loader)):
                 for group in self.optimizer.param_groups:
                     group["lr"] = _rate(self.recipe, step, self.recipe.epochs * len(loader), finished.losses)
                 loss, right, state = self._step(passes, batch, state)
                 total_loss += loss * len(batch[1])
                 correct += right
                 seen += len(batch[1])
-        self.processes.average_buffers(self.model)
         return total_loss / seen, correct / seen, state
 
     def _step(self, passes: Passes, batch: Batch, state: State) -> tuple[float, int, State]:
         """One step of the optimiser; the loss, the number of right answers, and the method's state."""
         device = next(self.model.parameters()).device
-        images = self.processes.share(batch[0]).to(device, non_blocking=True)
-        targets, groups = (part.to(device, non_blocking=True) for part in batch[1:])
+        images, targets, groups = (part.to(device, non_blocking=True) for part in batch)
         if self.hardware.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.enable_grad():
             with torch.autocast(device.type, torch.bfloat16, enabled=self.hardware.bfloat16):
-                rows = passes(self.network, images)
-            outputs = tuple(self.processes.gather(part, len(targets)) for part in rows)
+                outputs = passes(self.model, images)
             loss, state = self.method.loss(outputs, targets, groups, state)
             self.optimizer.zero_grad()
-            # Each process has the gradient by way of its own images; they are summed, where DDP takes the mean.
-            (self.processes.count * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.optimizer.step()
         return loss.item(), int((outputs[0].argmax(dim=1) == targets).sum()), state
 
@@ -597,7 +433,6 @@ def _describe_run(
     seed: int,
     method: Method,
     hardware: Hardware,
-    processes: _Processes,
 ) -> dict[str, object]:
     """All that the weights depend on, as JSON values: two runs with equal descriptions are the same run.
 
@@ -612,8 +447,6 @@ def _describe_run(
     }
     if described := method.describe():
         said["method"] = described
-    if processes.count > 1:
-        said["processes"] = processes.count
     plain: dict[str, object] = json.loads(json.dumps(said))  # as it will be read back: no tuples
     return plain
 
@@ -653,28 +486,10 @@ def _conclude_epoch(
         progress(report)
 
 
-def _take_up(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    run: Mapping[str, object],
-    processes: _Processes,
-) -> _Finished | None:
-    """Loads the last finished epoch into model and optimiser, on every process or on none; None where there is none."""
-    finished = processes.together(partial(_resume, model, optimizer, folder, run))[processes.rank]
-    found = processes.together(lambda: (json.dumps(run), None if finished is None else finished.epoch))
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"{folder}: the processes train different runs or see different folders, "
-            f"{' against '.join(map(str, found))}: give every process the same arguments and a folder that all see"
-        )
-    processes.first(lambda: _remove_unfinished(folder))
-    return finished
-
-
 def _resume(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, run: Mapping[str, object]
 ) -> _Finished | None:
+    """Loads the last finished epoch into model and optimiser; None where there is none."""
     if not _optimizer_path(folder).exists():
         return None
     moments, header = _read(_optimizer_path(folder))

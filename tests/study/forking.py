@@ -26,7 +26,7 @@ from neuronsurgery.study import cli, program, report  # noqa: F401  # for all th
 from study.little_study import tiny_resnet
 
 TIMEOUT = 600
-LATE_IMPORTS = ("sklearn.datasets", "sklearn.linear_model", "sklearn.metrics", "torch.distributed.run")
+LATE_IMPORTS = ("sklearn.datasets", "sklearn.linear_model", "sklearn.metrics")
 
 Forked: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
 """Calls a function "module.name" with strings in a process of its own, and returns how it ended."""

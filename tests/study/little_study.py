@@ -54,17 +54,6 @@ def study(*arguments: str) -> int:
     return cli.main(arguments)
 
 
-def study_of_two(*arguments: str) -> None:
-    """As by `torchrun --standalone --nproc-per-node 2`, whose workers are forked here."""
-    from torch.distributed import run
-    from torch.distributed.launcher import elastic_launch
-
-    standalone = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "study")
-    options = [*standalone, "--nproc-per-node", "2", "--start-method", "fork", "study"]
-    config, _, _ = run.config_from_args(run.parse_args(options))
-    assert elastic_launch(config, study)(*arguments) == {0: 0, 1: 0}
-
-
 def study_on_a_full_disk(*arguments: str) -> int:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # a checkpoint is larger
     return study(*arguments)

@@ -22,12 +22,11 @@ from neuronsurgery.study import data, experiments, models, program, readers, set
 from neuronsurgery.study.claims import judge
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.network import small_resnet
-from neuronsurgery.study.options import UsageError, parse
+from neuronsurgery.study.options import parse
 from neuronsurgery.study.program import make_options
 from neuronsurgery.study.settings import Options
 from neuronsurgery.study.table import read_run
 from neuronsurgery.study.training import RECIPES, load_checkpoint
-from study.forking import Forked
 from study.little_study import tiny_resnet
 from study.test_readers import make_birds
 
@@ -291,16 +290,6 @@ def test_a_split_and_an_experiment_are_added_to_a_run_that_is_there(tmp_path: Pa
         assert set(after.rows(experiment=name)["split"]) == {"train", "test"}
 
 
-@pytest.mark.xdist_group("forked")
-def test_two_processes_train_together_and_the_first_goes_on(forked: Forked, tmp_path: Path) -> None:
-    done = forked("study.little_study.study_of_two", *FEW[:-1], "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder: ") == 1
-    assert len(read_run(tmp_path / "run").rows(experiment="1a"))
-    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-001.safetensors"
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint).values())
-
-
 WRONG_USAGE = {
     "": "no command: neuronsurgery study|audit|report|show, or neuronsurgery --help",
     "stduy": "there is no command 'stduy': did you mean study?",
@@ -528,13 +517,6 @@ def test_images_on_disk_get_the_size_that_the_network_is_made_for(options: tuple
     chosen = asked("--data", "folder", "--root", "x", *options)
     assert chosen.size == size
     assert (chosen.table, chosen.label_column) == ("metadata.csv", "label")
-
-
-def test_several_processes_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert asked().processes == 3
-    with pytest.raises(UsageError, match=r"--seeds is for one process: under torchrun give one --seed at a time"):
-        asked("--seeds", "2")
 
 
 def on_disk(root: Path, *options: str) -> list[str]:

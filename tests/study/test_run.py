@@ -214,15 +214,6 @@ def test_other_images_or_labels_are_refused_by_the_names_of_their_splits(tmp_pat
     assert json.loads((tmp_path / "run.json").read_text())["data"] == before
 
 
-def test_a_run_of_several_processes_says_how_to_start_it_again(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "many", Settings(processes=4))
-    with pytest.raises(ValueError, match=r"processes: this run 1, the folder 4: start it with as many .*per-node 4\)"):
-        RunFolder(tmp_path / "many", Settings())
-    RunFolder(tmp_path / "one", Settings())
-    with pytest.raises(ValueError, match=r"start it again without torchrun, choose another folder"):
-        RunFolder(tmp_path / "one", Settings(processes=2))
-
-
 def test_the_recipe_is_that_of_the_settings() -> None:
     assert Settings().recipe == RECIPES["adam"]
     assert Settings(optimizer="sgd", momentum=0.5, epochs=3).recipe == Recipe("sgd", momentum=0.5, epochs=3)

@@ -1,24 +1,17 @@
 """Training: the same weights for the same arguments, whatever interrupted it."""
 
-import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
-import socket
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,12 +19,7 @@ from torch import Tensor, nn
 from neuronsurgery.study import training
 from neuronsurgery.study.data import Augmentation, Split, raw_bits, synthetic
 from neuronsurgery.study.methods import (
-    ContrastiveBatches,
-    ContrastivePruning,
-    CorrectNContrast,
-    GroupBalanced,
     GroupDro,
-    unaugmented,
 )
 from neuronsurgery.study.network import SmallResNet, small_resnet
 from neuronsurgery.study.training import (
@@ -41,11 +29,9 @@ from neuronsurgery.study.training import (
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
-    distributed,
     load_checkpoint,
     train,
 )
-from study.forking import Forked
 from study.little_study import tiny_resnet
 
 EPOCHS = 4
@@ -440,240 +426,3 @@ def test_progress_prints_one_line_to_stderr(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "epoch   3/30  loss 0.2500  accuracy  87.5 %  1.3 s\n"
-
-
-# Two processes
-
-RANKS = 2
-of_two_processes = pytest.mark.xdist_group("forked")  # which leave their files once
-PROCESS_RECIPE = Recipe("sgd", learning_rate=0.1, momentum=0.9, epochs=3, batch_size=15, schedule="plateau")
-
-
-def plain_network() -> nn.Module:
-    """Without batch norm: every image by itself."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
-
-
-def method_arguments(name: str) -> dict[str, Any]:
-    split = make_split()
-    source = Embedded(split, Augmentation())
-    if name == "group DRO":
-        return {"source": GroupBalanced(source), "method": GroupDro(4, step_size=0.5)}
-    if name == "correct-n-contrast":
-        return {"source": ContrastiveBatches(source, split.groups % 2), "method": CorrectNContrast()}
-    if name == "contrastive pruning":
-        return {"source": source, "method": ContrastivePruning(unaugmented(source), fraction=0.1, sample=8)}
-    return {"source": source}
-
-
-METHODS = ("erm", "group DRO", "correct-n-contrast", "contrastive pruning")
-
-
-def train_by(name: str, folder: Path, **changes: Any) -> nn.Module:
-    arguments = {"recipe": PROCESS_RECIPE, "seed": 1} | method_arguments(name) | changes
-    return train(arguments.pop("model", None) or plain_network(), arguments.pop("source"), folder, **arguments)
-
-
-class BreaksOnRankOne:
-    """A source, or a network, that fails on the second process only, in the second batch."""
-
-    def __init__(self, source: Embedded) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def describe(self) -> dict[str, object]:
-        return self.source.describe()
-
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Any]:
-        return BreakingBatches(list(self.source.epoch(size, seed, epoch)))
-
-
-class BreakingBatches(list[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(super().__iter__()):
-            if number == 1 and dist.get_rank() == 1:
-                raise OSError("the disk is gone")
-            yield batch
-
-
-class BreakingNetwork(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network, self.calls = plain_network(), 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == 2 and dist.get_rank() == 1:
-            raise ArithmeticError("out of memory, say")
-        logits: Tensor = self.network(images)
-        return logits
-
-
-def kill_and_resume(folder: Path) -> nn.Module:
-    with pytest.raises((KilledError, RuntimeError), match="killed here"):
-        train_by("contrastive pruning", folder, model=tiny_resnet(0), progress=kill_after(2))
-    return train_by("contrastive pruning", folder, model=tiny_resnet(0))
-
-
-def fail_to_write(folder: Path) -> nn.Module:
-    replace_file = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    os.replace = full  # type: ignore[assignment]
-    try:
-        return train_by("erm", folder)
-    finally:
-        os.replace = replace_file
-
-
-DONE: dict[str, Callable[[Path], nn.Module]] = {
-    **{name: partial(train_by, name) for name in METHODS},
-    "small batches": lambda folder: train_by("erm", folder, recipe=replace(PROCESS_RECIPE, batch_size=41)),
-    "batch norm": lambda folder: train_by("contrastive pruning", folder, model=tiny_resnet(0)),
-    "resumed": kill_and_resume,
-    "dropout": lambda folder: train_by("erm", folder, model=nn.Sequential(nn.Dropout(), plain_network())),
-}
-FAILED: dict[str, tuple[Callable[[Path], nn.Module], str, str]] = {
-    "a source": (
-        lambda folder: train_by("erm", folder, source=BreaksOnRankOne(method_arguments("erm")["source"])),
-        r"RuntimeError: another process failed, so none has a result:\nrank 1: OSError: the disk is gone",
-        "OSError: the disk is gone",
-    ),
-    "a network": (
-        lambda folder: train_by("erm", folder, model=BreakingNetwork()),
-        "RuntimeError: .*",
-        "ArithmeticError: out of memory, say",
-    ),
-    "other arguments": (
-        lambda folder: train_by("erm", folder, seed=dist.get_rank()),
-        'ValueError: .*different runs or see different folders, .*"seed": 0, .* against .*"seed": 1, ',
-        "ValueError: .*give every process the same arguments and a folder that all see",
-    ),
-    "a full disk": (
-        fail_to_write,
-        "OSError: .*No space left on device",
-        r"RuntimeError: another process failed, so none has a result:\nrank 0: OSError: .*No space left",
-    ),
-    "progress": (
-        lambda folder: train_by("erm", folder, progress=kill_after(1)),
-        "KilledError: killed here",
-        r"RuntimeError: another process failed, so none has a result:\nrank 0: KilledError: killed here",
-    ),
-}
-
-
-def work(rank: int, folder: str, ports: list[str]) -> None:
-    """What each process does; the variables are those that torchrun sets."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions; says itself it is no error
-    free = iter(ports)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "localhost", "MASTER_PORT": next(free)}
-    results: dict[str, Any] = {}
-    with distributed() as given:
-        assert given == rank
-        for name, run_case in DONE.items():
-            results[name] = run_case(Path(folder) / name).state_dict()
-    assert not dist.is_initialized()
-    for name, (run_case, *_) in FAILED.items():
-        os.environ["MASTER_PORT"] = next(free)
-        try:
-            with distributed():
-                run_case(Path(folder) / name)
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"
-    assert not dist.is_initialized()
-    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(results))
-
-
-def fork_ranks(folder: str, *ports: str) -> None:
-    mp.start_processes(work, (folder, list(ports)), nprocs=RANKS, start_method="fork")  # type: ignore[no-untyped-call]
-
-
-@pytest.fixture(scope="module")
-def folder(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes have left their files and results."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(1 + len(FAILED))]
-        for found in sockets:
-            found.bind(("localhost", 0))
-        ports = [str(found.getsockname()[1]) for found in sockets]
-    done = forked("study.test_training.fork_ranks", str(folder), *ports)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def result(folder: Path, rank: int, name: str) -> Any:
-    return pickle.loads((folder / f"{rank}.pickle").read_bytes())[name]
-
-
-@of_two_processes
-@pytest.mark.parametrize("name", DONE)
-def test_two_processes_return_the_same_bits(name: str, folder: Path) -> None:
-    state = result(folder, 0, name)
-    assert same_tensors(state, result(folder, 1, name))
-    last = checkpoint_epochs(folder / name)[-1]
-    assert last == PROCESS_RECIPE.epochs
-    assert same_tensors(state, load_file(checkpoint_path(folder / name, last)))
-
-
-@of_two_processes
-@pytest.mark.parametrize("name", [*METHODS, "small batches"])
-def test_two_processes_train_as_one_does(name: str, folder: Path, tmp_path: Path) -> None:
-    alone = DONE[name](tmp_path).state_dict()
-    together = result(folder, 0, name)
-    for key, value in plain_network().state_dict().items():
-        torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-5)
-        assert (alone[key] - value).abs().max() > 1e-3
-    met = [training.read_trajectory(path)[1:] for path in (tmp_path, folder / name)]
-    assert all(one == pytest.approx(two, rel=1e-4) for one, two in zip(*met, strict=True))
-
-
-@of_two_processes
-def test_two_processes_resume_to_the_same_bits(folder: Path) -> None:
-    assert same_folder(folder / "batch norm", folder / "resumed")
-
-
-@of_two_processes
-def test_batch_norm_is_not_that_of_one_process(folder: Path, tmp_path: Path) -> None:
-    """Or the docstring would say too little; the running statistics are means of both processes', and near."""
-    alone, together = DONE["batch norm"](tmp_path).state_dict(), result(folder, 0, "batch norm")
-    key = "stem_norm.running_var"
-    assert not torch.allclose(alone[key], together[key], rtol=1e-4)
-    torch.testing.assert_close(alone[key], together[key], rtol=0.3, atol=1e-3)
-
-
-@of_two_processes
-@pytest.mark.parametrize("name", FAILED)
-def test_an_error_of_one_process_is_one_of_both(name: str, folder: Path) -> None:
-    for rank, text in enumerate(FAILED[name][1:]):
-        assert re.match(text, result(folder, rank, name), re.DOTALL), result(folder, rank, name)
-
-
-@of_two_processes
-def test_a_run_of_two_processes_is_not_taken_up_by_one(folder: Path) -> None:
-    with pytest.raises(ValueError, match="another run; processes: expected None, found 2"):
-        train_by("erm", folder / "erm")
-
-
-def test_a_process_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with distributed() as rank:
-        assert rank == 0
-        assert not dist.is_initialized()
-
-
-def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="environment variable RANK expected"), distributed():
-        pass
