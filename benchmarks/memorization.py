@@ -29,15 +29,14 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 import neuronsurgery as ns
 from neuronsurgery.memorization import kept_outcomes
 from neuronsurgery.study import readers
-from neuronsurgery.study.claims import student_quantile
 from neuronsurgery.study.data import Integers, digits, raw_bits, synthetic
 from neuronsurgery.study.experiments import DRAW_SEED, SIZES, studied
-from neuronsurgery.study.figures import signed
 from neuronsurgery.study.models import DEFAULTS, build_model
 from neuronsurgery.study.run import RunFolder, at_work
 from neuronsurgery.study.settings import Settings
@@ -47,6 +46,13 @@ from neuronsurgery.study.training import RECIPES, EpochReport, Hardware, Recipe,
 from neuronsurgery.types import Fit
 
 Row: TypeAlias = dict[str, Any]
+
+
+def signed(value: float, decimals: int = 1) -> str:
+    """Return a change as it is read: with its sign, and none where it rounds to 0."""
+    text = f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    return text if abs(value) >= 1e-9 else f"{0:.{decimals}f}"
+
 
 MODELS: Final = 40
 """Of 2397 images, one or another was in all subsets of 24 models for 7 seeds of 20, of 40 models for none."""
@@ -310,7 +316,7 @@ def contrast(ensemble: Ensemble, weights: Tensor, cells: Tensor, name: str) -> R
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / degrees for part, degrees in parts)
     degrees = max(1, int(variance**2 / spread)) if spread else models - 1
-    half = student_quantile((1 + LEVEL) / 2, degrees) * math.sqrt(variance)
+    half = float(stdtrit(degrees, (1 + LEVEL) / 2)) * math.sqrt(variance)
     low, high = mean - half, mean + half
     return {
         "mean": mean,
