@@ -2,14 +2,35 @@
 
 from pathlib import Path
 
-from neuronsurgery.study.figures import GREY, HIGHLIGHT, Mark, Series, dot_rows
+from neuronsurgery.study.pages import Look, exports
+from neuronsurgery.study.pages.charts import dots
 
-groups = ["landbird on land", "landbird on water", "waterbird on land", "waterbird on water"]
-gradient = (Mark(-69), Mark(-55), Mark(11), Mark(0))
-judged = (Mark(0, -0.32, 0.32), Mark(4.35, -3.91, 12.25), Mark(-42.86, -66.87, -8.13), Mark(0, -1.04, 1.04))
-series = [
-    Series("3 neurons of the largest gradient", gradient, GREY),
-    Series("3 neurons searched for, and judged on other images", judged, HIGHLIGHT),
-]
-svg = dot_rows("Two cuts meant for the waterbirds on land", groups, series, axis="change of accuracy, points")
-Path(__file__).with_suffix(".svg").write_text(svg)
+GROUPS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
+CUTS = {
+    "3 neurons of the largest gradient": [(-69, None, None), (-55, None, None), (11, None, None), (0, None, None)],
+    "3 neurons searched for, judged on other images": [
+        (0, -0.32, 0.32),
+        (4.35, -3.91, 12.25),
+        (-42.86, -66.87, -8.13),
+        (0, -1.04, 1.04),
+    ],
+}
+
+
+def draw() -> bytes:
+    """Return the picture."""
+    rows = [
+        {"cut": cut, "group": group, "value": value, "low": low, "high": high, "values": []}
+        for cut, changes in CUTS.items()
+        for group, (value, low, high) in zip(GROUPS, changes, strict=True)
+    ]
+    look = Look(list(CUTS), field="cut")
+    figure = dots(
+        "judged", "", "", rows, look, axis="change of accuracy, points", by="group", columns={"group": "group"}
+    )
+    (picture,) = exports([figure]).values()
+    return picture
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".svg").write_bytes(draw())

@@ -457,9 +457,9 @@ def test_waterbirds_from_pre_trained_weights_have_the_authors_settings_in_both_s
                 assert row["settings"]["epoch"] == early
     files = {path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != "tables"}
     assert files <= set(made_files(tmp_path / "run"))
-    before = (tmp_path / "run" / "results.json").read_bytes()
+    before = (tmp_path / "run" / "table.csv").read_bytes()
     assert main(command) == 0
-    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    assert (tmp_path / "run" / "table.csv").read_bytes() == before
 
 
 # Deep feature reweighting

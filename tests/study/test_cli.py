@@ -562,11 +562,11 @@ def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
     assert sum(run.about["counts"]["held-out"]) == 3
     assert run.about["counts"]["test"] == [1, 2, 0, 2]
     assert len(run.rows(experiment="accuracy", split="test")) == 3
-    before = (out / "results.json").read_bytes()
+    before = files_of(out)
     table.write_text(table.read_text().replace(",0,1,1,/", ",0,1,0,/"))
     assert main(command) == 1
     assert "images, classes or groups are not what they were in validation: put" in capsys.readouterr().err
-    assert (out / "results.json").read_bytes() == before
+    assert files_of(out) == before
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -583,10 +583,10 @@ def test_seeds_of_data_without_test_images_and_seeds_that_would_fall_out(
     capsys.readouterr()
     assert main(["show", str(out / "results.json")]) == 0
     assert capsys.readouterr().out.startswith("results of waterbirds, seeds 0, 1\n  groups: landbird on land, ")
-    before = (out / "results.json").read_bytes()
+    before = files_of(out)
     assert main(on_disk(table.parent, "--seeds", "2", "--seed", "5", "--out", str(out))) == 1
     assert "holds runs of the seeds 0, 1, of which 0, 1 would fall out" in capsys.readouterr().err
-    assert (out / "results.json").read_bytes() == before
+    assert files_of(out) == before
 
 
 @reads_few_run
@@ -605,11 +605,11 @@ def test_a_checkpoint_that_was_deleted_is_named(
 def test_another_run_in_the_folder_is_refused_unless_overwritten(
     copied_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (copied_run / "results.json").read_bytes()
+    before = files_of(copied_run)
     command = [*FEW[:-2], "1b", "--seed", "1", "--out", str(copied_run)]
     assert main(command) == 1
     assert "holds another run; --seed: this run 1, the folder 0" in capsys.readouterr().err
-    assert (copied_run / "results.json").read_bytes() == before
+    assert files_of(copied_run) == before
     assert main([*command, "--overwrite"]) == 0
     assert read_run(copied_run).about["settings"]["seed"] == 1
 

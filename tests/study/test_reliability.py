@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_comes_to_th
     for name, value in (("FEWEST", 7), ("GROWTH", 1), ("SECONDS", 1e9)):  # parts of seven edits, however fast it is
         monkeypatch.setattr(experiments, name, value)
     path = shutil.copytree(whole_run[0], tmp_path / "run")
-    for name in (*(f"experiments/{name}.json" for name in REDONE), "results.json", "report.html"):
+    for name in (*(f"experiments/{name}.json" for name in REDONE), "results.json", "table.csv", "report.html"):
         (path / name).unlink()
     command = ["study", "--quick", "--experiments", "1a", "1b", "1f", "1g", "--out", str(path)]
     done: list[str] = []
@@ -106,7 +106,8 @@ def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_comes_to_th
     assert kills == len(done) // 10 > 2
     assert len(set(done)) == len(done)
     assert {Path(each.partition(":")[0]).name for each in done} == set(REDONE)
-    assert (path / "results.json").read_bytes() == (whole_run[0] / "results.json").read_bytes()
+    for name in ("results.json", "table.csv"):
+        assert (path / name).read_bytes() == (whole_run[0] / name).read_bytes()
     assert files_in(path) == files_in(whole_run[0])
     assert not (path / "parts").exists()
 

@@ -23,6 +23,7 @@ from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
 from neuronsurgery.study.training import RECIPES, Recipe
 from study.forking import Forked
 
+RESULTS = ("results.json", "table.csv")
 SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--stages", "1", "2", "--experiments", "1b", "1a")
 
 
@@ -30,9 +31,10 @@ SHORT = ("study", "--quick", "--epochs", "2", "--data", "digits", "--stages", "1
 def test_ten_kills_at_random_moments_leave_the_same_results(forked: Forked, tmp_path: Path) -> None:
     done = forked("study.killing.kill_and_go_on", str(tmp_path), "2", "5", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    whole = (tmp_path / "whole" / "results.json").read_bytes()
+    whole = [(tmp_path / "whole" / name).read_bytes() for name in RESULTS]
     for number in range(2):
-        assert (tmp_path / f"broken-{number}" / "results.json").read_bytes() == whole, done.stdout
+        found = [(tmp_path / f"broken-{number}" / name).read_bytes() for name in RESULTS]
+        assert found == whole, done.stdout
 
 
 @pytest.mark.xdist_group("forked")
