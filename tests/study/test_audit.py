@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, models
-from neuronsurgery.study.audit import Audit, Loaded, audit, plan
+from neuronsurgery.study.audit import Audit, Loaded, audit, plan, write_audit
 from neuronsurgery.study.audit.command import examples_of, network_of, run
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.settings import AuditOptions
 from neuronsurgery.study.table import read_csv
 from neuronsurgery.study.training import Recipe, train
 from study.little_study import tiny_resnet
+from study.test_report import BROWSER, in_browser
 
 CLASSES = ["landbird", "waterbird"]
 COUNTS = {"train": (150, 24, 24, 90), "validation": (60,) * 4, "test": (4,) * 4}
@@ -264,6 +265,18 @@ def test_the_command_writes_a_page_a_table_and_the_edits(
     first = {name: value for name, value in table.row(0, named=True).items() if value is not None}
     assert {"stage", "experiment", "group", "measure", "value", "low", "high", "n"} == set(first)
     assert (first["experiment"], first["group"], first["n"]) == ("classes", "class 0", 60)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_in_a_browser_nothing_is_cut_off(
+    width: int, trained: tuple[nn.Module, data.DataSet], found: Audit, tmp_path: Path
+) -> None:
+    page = write_audit(found, loaded(trained[1]), tmp_path / "audit")
+    seen = in_browser(page, width, tmp_path)
+    assert seen["charts"] == len(list((tmp_path / "audit" / "figures").iterdir())) >= 1
+    assert (seen["beyond"], seen["faults"]) == ([], [])
+    assert seen["faint"][0] == 0 < seen["faint"][1]
 
 
 def test_a_plan_does_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

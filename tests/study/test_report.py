@@ -466,13 +466,15 @@ async function probe() {
   await pause();
   const found = {charts: document.querySelectorAll(".chart svg").length, beyond: beyond()};
   const menu = [...document.querySelectorAll("#chart-cuts .vega-bind")].map(e => e.querySelector("select"))[1];
-  const shapes = () => document.querySelector("#chart-cuts svg .mark-symbol.role-mark").innerHTML;
-  const before = shapes();
-  menu.selectedIndex = 0;
-  menu.dispatchEvent(new Event("input", {bubbles: true}));
-  menu.dispatchEvent(new Event("change", {bubbles: true}));
-  await pause();
-  found.chosen = before !== shapes();
+  if (menu) {
+    const shapes = () => document.querySelector("#chart-cuts svg .mark-symbol.role-mark").innerHTML;
+    const before = shapes();
+    menu.selectedIndex = 0;
+    menu.dispatchEvent(new Event("input", {bubbles: true}));
+    menu.dispatchEvent(new Event("change", {bubbles: true}));
+    await pause();
+    found.chosen = before !== shapes();
+  }
   const faint = () => [...document.querySelectorAll("#chart-accuracy svg .mark-symbol.role-mark path")]
     .filter(path => Number(path.getAttribute("opacity") ?? 1) < 0.5).length;
   found.faint = [faint()];
