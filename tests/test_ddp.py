@@ -19,7 +19,7 @@ import neuronsurgery as ns
 
 pytestmark = pytest.mark.xdist_group("forked")  # its fixtures are made once, by one process
 
-RANKS, STEPS, ALONE = 2, 2, 200
+RANKS, STEPS, ALONE = 2, 2, 1000
 MODELS = ("mlp", "attention", "weight_norm")
 
 
