@@ -189,13 +189,15 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
         "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
         "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
     }
+    run = Run.of(results)
     for name, stage in stages.items():
         if name in settings.stages:
             results |= stage()
             if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
                 results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
-            write_results(folder.path, Run.of(results))
-    return Run.of(results)
+            run = Run.of(results)
+            write_results(folder.path, run)
+    return run
 
 
 def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:

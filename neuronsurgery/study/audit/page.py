@@ -13,7 +13,7 @@ from neuronsurgery.atomic import write_atomically
 from neuronsurgery.study.audit.examples import Examples
 from neuronsurgery.study.audit.results import Audit, Row
 from neuronsurgery.study.pages import Figure, Look, exports, render
-from neuronsurgery.study.pages.charts import dots
+from neuronsurgery.study.pages.charts import dots, interval, points
 from neuronsurgery.study.table import COLUMNS, csv_of
 
 SHOWN: Final = 12
@@ -60,7 +60,7 @@ def figures_of(audit: Audit) -> list[Figure]:
             {
                 **_row(row),
                 "kind": row["experiment"],
-                "fragile": _percent(flagged.get((row["experiment"], row["group"]))),
+                "fragile": points(flagged.get((row["experiment"], row["group"]))),
             }
             for row in accuracies
         ]
@@ -101,18 +101,8 @@ def figures_of(audit: Audit) -> list[Figure]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    ends = [_percent(row[name]) for name in ("low", "high")]
-    said = {"name": row["group"], "value": _percent(row["value"]), "low": ends[0], "high": ends[1]}
-    return {
-        **said,
-        "values": [],
-        "interval": None if None in ends else f"{ends[0]:.1f} to {ends[1]:.1f}",
-        "n": row["n"],
-    }
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2) + 0.0
+    numbers = {name: points(row[name]) for name in ("value", "low", "high")}
+    return {"name": row["group"], **numbers, "values": [], "interval": interval(row), "n": row["n"]}
 
 
 def html_of(audit: Audit, examples: Examples, figures: list[Figure]) -> str:

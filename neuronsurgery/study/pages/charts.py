@@ -170,6 +170,18 @@ def figure(
     return Figure(name, title, note, chart, rows, columns, chosen)
 
 
+def points(share: float | None) -> float | None:
+    """Return a share or a change in percent, with two digits and no negative zero."""
+    return None if share is None else round(100 * share, 2) + 0.0
+
+
+def interval(row: Row) -> str | None:
+    """Return the ends of a row's interval, "low" and "high", in percent; None where it has none."""
+    if row["low"] is None:
+        return None
+    return f"{100 * row['low'] + 0.0:.1f} to {100 * row['high'] + 0.0:.1f}"
+
+
 def tooltip(columns: Mapping[str, str]) -> list[Any]:
     """Return what hovering shows: every column of the table."""
     return [alt.Tooltip(name, type="nominal", title=heading) for name, heading in columns.items()]

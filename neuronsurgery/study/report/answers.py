@@ -19,8 +19,6 @@ LINKS: Final[Mapping[str, str]] = {
 }
 """By experiment, the figure that shows more of it."""
 
-UNITS: Final[Mapping[str, str]] = {"points": "points", "%": "%", "layers": "layers"}
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -60,8 +58,7 @@ def answers(run: Run, records: Sequence[Mapping[str, Any]] | None = None) -> lis
 
 
 def _answer(run: Run, record: Mapping[str, Any]) -> Answer:
-    unit = UNITS[record["unit"]]
-    number = "" if record["mean"] is None else f"{_signed(record['mean'], record['unit'])} {unit}"
+    number = "" if record["mean"] is None else f"{_signed(record['mean'], record['unit'])} {record['unit']}"
     return Answer(
         record["question"],
         record["verdict"],

@@ -6,6 +6,7 @@ points or percent; what it says is how to read them, for what was found stands i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,7 +21,9 @@ from neuronsurgery.study.pages.charts import (
     Look,
     columns_of_layers,
     dots,
+    interval,
     lines,
+    points,
     scatter,
     strips,
 )
@@ -77,24 +80,13 @@ def _rows(run: Run, table: pl.DataFrame, **more: Callable[[Row], Any]) -> list[R
         if row.get("seeds", len(run.seeds)) < len(run.seeds):
             continue
         label = look.label(row["group"]) if row.get("group") else None
-        found: Row = {"group": label} | {name: _points(row[name]) for name in ("value", "low", "high")}
-        found["values"] = [_points(value) for value in row["values"] or ()]
+        found: Row = {"group": label} | {name: points(row[name]) for name in ("value", "low", "high")}
+        found["values"] = [points(value) for value in row["values"] or ()]
         found["interval"] = interval(row)
         found["n"], found["p"] = row.get("n"), p_text(row.get("p"))
         found["neurons"] = names_of(row.get("names"))
         made.append(found | {name: make(row) for name, make in more.items()})
     return made
-
-
-def _points(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2) + 0.0
-
-
-def interval(row: Mapping[str, Any]) -> str | None:
-    """Return the ends of an interval in points."""
-    if row["low"] is None:
-        return None
-    return f"{100 * row['low'] + 0.0:.1f} to {100 * row['high'] + 0.0:.1f}"
 
 
 def p_text(p: float | None) -> str | None:
@@ -113,10 +105,13 @@ def names_of(names: str | None) -> str | None:
 CHANGE: Final = {"group": "group", "value": "change, points", "interval": INTERVAL, "p": "p", "n": "images"}
 """The columns of a figure of changes: p is McNemar's exact test, of several draws their median."""
 
+DIFFERENCE: Final = {"value": "difference, points", "interval": INTERVAL}
+"""The columns of a figure of differences, beside those that say between what."""
 
-def _comparisons(rows: Sequence[Row], kind: str = "interval") -> str:
+
+def _comparisons(rows: Sequence[Row]) -> str:
     count = sum(row["low"] is not None for row in rows)
-    return f"{count} {kind}s in all, of which about {0.05 * count:.0f} exclude 0 by chance alone."
+    return f"{count} intervals in all, of which about {0.05 * count:.0f} exclude 0 by chance alone."
 
 
 def _over(run: Run) -> str:
@@ -234,8 +229,8 @@ def _matched(run: Run) -> list[Figure]:
                 "k": k,
                 "kind": kind,
                 "split": split,
-                "value": _points(float(found["value"].to_numpy().mean())),
-                "drawn": [_points(value) for value in values],
+                "value": points(float(found["value"].to_numpy().mean())),
+                "drawn": [points(value) for value in values],
                 "p": ", ".join(str(p_text(p)) for p in ps),
                 "draws": f"{draws[0]} ({min(distinct)} different)",
             }
@@ -259,7 +254,11 @@ def _matched(run: Run) -> list[Figure]:
             axis="change of the group's own accuracy, points",
             by="group",
             columns=columns,
-            choices=(Choice("k", "top", 3), Choice("kind", "random from the", "same layers")),
+            choices=(
+                Choice("k", "top", 3),
+                Choice("kind", "random from the", "same layers"),
+                Choice("split", "images:", run.split),
+            ),
         )
     ]
 
@@ -474,31 +473,41 @@ def arms(run: Run) -> list[Figure]:
 def _differences(run: Run, said: Mapping[str, Row]) -> list[Figure]:
     """Return over seeds how far each of the paper's arms is above each control in the worst group."""
     own, controls = ([arm for arm in said if said[arm]["family"] == family] for family in ("paper", "control"))
-    worst = run.rows(experiment="arms", measure="worst group").with_columns(pl.lit(None, pl.String).alias("group"))
-    found = differences(run, worst, [(arm, control) for arm in own for control in controls])
+    columns = {"arm": "method", "control": "control", "rule": "epoch chosen by", **DIFFERENCE}
+    return _compared(
+        run,
+        run.rows(experiment="arms", measure="worst group"),
+        [(arm, control) for arm in own for control in controls],
+        "differences",
+        "The paper's fine-tuning minus its controls, seed by seed",
+        "Right of 0 the worst test group is better than under the control.",
+        look=Look(own, field="arm", colours=OTHER_COLOURS),
+        axis="difference of the worst test group, points",
+        columns=columns,
+    )
+
+
+def _compared(
+    run: Run,
+    table: pl.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    name: str,
+    title: str,
+    note: str,
+    *,
+    look: Look,
+    axis: str,
+    columns: Mapping[str, str],
+    aside: bool = True,
+) -> list[Figure]:
+    """Return a figure of `differences`, with what it is called and drawn as by `dots`; none of one seed."""
+    found = differences(run, table, pairs)
     if found.is_empty():
         return []
-    rows = _rows(
-        run,
-        found,
-        arm=lambda row: row["selector"],
-        control=lambda row: row["control"],
-        rule=lambda row: row["rule"],
-    )
-    columns = {"arm": "method", "control": "control", "rule": "epoch chosen by", "value": "difference, points"}
-    return [
-        dots(
-            "differences",
-            "The paper's fine-tuning minus its controls, seed by seed",
-            f"{_over(run)} Right of 0 the worst test group is better than under the control. {_comparisons(rows)}",
-            rows,
-            Look(own, field="arm", colours=OTHER_COLOURS),
-            axis="difference of the worst test group, points",
-            by="control",
-            columns={**columns, "interval": INTERVAL},
-            choices=(Choice("rule", "epoch chosen by", _rule(found)),),
-        )
-    ]
+    fields = {"arm": "selector", "control": "control", "rule": "rule"}
+    rows = _rows(run, found, **{field: operator.itemgetter(column) for field, column in fields.items()})
+    said, choices = f"{_over(run)} {note} {_comparisons(rows)}", (Choice("rule", "epoch chosen by", _rule(found)),)
+    return [dots(name, title, said, rows, look, axis=axis, by="control", columns=columns, choices=choices, aside=aside)]
 
 
 def _rule(found: pl.DataFrame) -> str | None:
@@ -521,7 +530,7 @@ def _epochs(run: Run, said: Mapping[str, Row]) -> list[Figure]:
             "arm": row["selector"],
             "family": FAMILIES[said[row["selector"]]["family"]],
             "epoch": row["epoch"],
-            "value": _points(row["value"]),
+            "value": points(row["value"]),
             "worst": row["worst"] if len(run.seeds) == 1 else None,
             "seeds": row["seeds"],
         }
@@ -586,22 +595,17 @@ def _detection(run: Run) -> list[Figure]:
 def _detection_differences(run: Run) -> list[Figure]:
     """Return over seeds how far the AUC of the knockout is above that of every other score."""
     found = run.rows(experiment="detection", measure="AUC", split="train")
-    others = [name for name in found["selector"].unique(maintain_order=True) if name != KNOCKOUT]
-    above = differences(run, found, [(KNOCKOUT, name) for name in others])
-    if above.is_empty():
-        return []
-    return [
-        dots(
-            "detection-differences",
-            "AUC of the knockout minus that of every other score, seed by seed",
-            f"{_over(run)} Right of 0 the knockout finds the group better.",
-            _rows(run, above, control=lambda row: row["control"]),
-            look_of(run),
-            axis="difference of the AUC, points",
-            by="control",
-            columns={"control": "other score", "group": "group", "value": "difference, points", "interval": INTERVAL},
-        )
-    ]
+    return _compared(
+        run,
+        found,
+        [(KNOCKOUT, name) for name in found["selector"].unique(maintain_order=True) if name != KNOCKOUT],
+        "detection-differences",
+        "AUC of the knockout minus that of every other score, seed by seed",
+        "Right of 0 the knockout finds the group better.",
+        look=look_of(run),
+        axis="difference of the AUC, points",
+        columns={"control": "other score", "group": "group", **DIFFERENCE},
+    )
 
 
 def _cloud(run: Run) -> list[Figure]:
@@ -671,26 +675,18 @@ def _mitigation(run: Run) -> list[Figure]:
 def _retraining_differences(run: Run) -> list[Figure]:
     """Return over seeds how far retraining on inferred groups is above every other way."""
     worst = run.rows(experiment="mitigation", measure="worst group")
-    others = [name for name in worst["selector"].unique(maintain_order=True) if name != RETRAINED]
-    worst = worst.with_columns(pl.lit(None, pl.String).alias("group"))
-    found = differences(run, worst, [(RETRAINED, name) for name in others])
-    if found.is_empty():
-        return []
-    rows = _rows(run, found, arm=lambda row: row["selector"], control=lambda row: row["control"])
-    columns = {"control": "other way", "value": "difference, points", "interval": INTERVAL}
-    return [
-        dots(
-            "retraining-differences",
-            "Retrained on inferred groups, minus every other way, seed by seed",
-            f"{_over(run)} Right of 0 the worst test group is better than with the other way.",
-            rows,
-            Look([RETRAINED], field="arm", colours=OTHER_COLOURS),
-            axis="difference of the worst test group, points",
-            by="control",
-            columns=columns,
-            aside=False,
-        )
-    ]
+    return _compared(
+        run,
+        worst,
+        [(RETRAINED, name) for name in worst["selector"].unique(maintain_order=True) if name != RETRAINED],
+        "retraining-differences",
+        "Retrained on inferred groups, minus every other way, seed by seed",
+        "Right of 0 the worst test group is better than with the other way.",
+        look=Look([RETRAINED], field="arm", colours=OTHER_COLOURS),
+        axis="difference of the worst test group, points",
+        columns={"control": "other way", **DIFFERENCE},
+        aside=False,
+    )
 
 
 SECTIONS: Final = (

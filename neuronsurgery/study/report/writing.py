@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from neuronsurgery.atomic import locked, write_atomically
 from neuronsurgery.study.claims import judge
@@ -16,8 +16,6 @@ from neuronsurgery.study.report.answers import answers
 from neuronsurgery.study.report.sections import every_figure, figures_of
 from neuronsurgery.study.run import LOCK
 from neuronsurgery.study.table import Run, checked
-
-PARTS: Final[Mapping[str, str]] = {"1": "Stage 1", "2": "Stage 2", "fragility": "fragility"}
 
 
 def write_report(run: Run, folder: Path) -> Path:
@@ -118,16 +116,14 @@ def settings_words(settings: Mapping[str, Any]) -> str:
     """
     parts = []
     for name, value in settings.items():
+        words = name.replace("_", " ")
         if isinstance(value, Mapping):
             said = settings_words(value)
-            parts += [said] if name == "recipe" else [f"{name.replace('_', ' ')} ({said})"]
+            parts.append(said if name == "recipe" else f"{words} ({said})")
+        elif isinstance(value, float):
+            parts.append(f"{words} {value:g}")
         elif value is not None:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            parts.append(
-                f"{name.replace('_', ' ')} {shown:g}"
-                if isinstance(shown, float)
-                else f"{name.replace('_', ' ')} {shown}"
-            )
+            parts.append(f"{words} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return ", ".join(parts)
 
 
