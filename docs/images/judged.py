@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from neuronsurgery.study.pages import Look, exports
-from neuronsurgery.study.pages.charts import dots
+from neuronsurgery.study.pages import Figure, Look, exports
 
 GROUPS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 CUTS = {
@@ -25,10 +24,8 @@ def draw() -> bytes:
         for group, (value, low, high) in zip(GROUPS, changes, strict=True)
     ]
     look = Look(list(CUTS), field="cut")
-    figure = dots(
-        "judged", "", "", rows, look, axis="change of accuracy, points", by="group", columns={"group": "group"}
-    )
-    (picture,) = exports([figure]).values()
+    figure = Figure(rows, look, axis="change of accuracy, points", by="group", columns={"group": "group"})
+    (picture,) = exports({"judged": figure}).values()
     return picture
 
 

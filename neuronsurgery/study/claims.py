@@ -1,26 +1,25 @@
 """What the paper claims and what is asked beside it, each as one number per run, and what several runs say.
 
-A claim is a measure of one run and the side of a bound on which it is claimed to lie. Over several seeds it *holds*
-where the whole 95 % interval of the mean lies on that side, it *does not hold* where all of it lies on the other, and
-else it is *undecided*. The interval is Student's, over the seeds; every measure and bound stood before the seeds were
-looked at. The claims of 1h have rules of their own, see `Question`. The claims of the first screen of a report are
-those with a `question`.
+A claim is a row of `claims.csv`: a measure of one run, and the side of a bound on which it is claimed to lie. Over
+several seeds it *holds* where the whole 95 % interval of the mean lies on that side, it *does not hold* where all of it
+lies on the other, and else it is *undecided*. The interval is Student's, over the seeds; every measure and bound stood
+before the seeds were looked at. Claims of 1h have rules of their own. Those with a question are the first screen of a
+report, with what their number is told to be.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import polars as pl
 
-from neuronsurgery.study.queries import auc_interval, mean_interval, sensitive_layers, sum_interval, verdict
-from neuronsurgery.study.table import Run, where
+from neuronsurgery.study.queries import LEVEL, auc_interval, mean_interval, sensitive_layers, sum_interval, verdict
+from neuronsurgery.study.table import Row, Run, where
 
-CONTINUED: Final = "ERM continued"
+CONTINUED: Final = "ERM continued, chosen"
 PRUNED: Final = "pruned by gradient"
 KNOCKOUT: Final = "knockout"
 RETRAINED: Final = "inferred by knockout"
@@ -28,372 +27,195 @@ RULES: Final = ("worst group", "inferred groups", "class labels", "last epoch")
 """Rules that choose an epoch: the one that looks at most labels comes first."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One claim about some groups.
+class Number(NamedTuple):
+    """What a measure comes to in one run."""
 
-    Attributes:
-        experiment: what the table must have rows of: "accuracy", "1a" to "1g", "arms", "detection", "mitigation".
-        text: the claim, in words.
-        unit: of the measure: "points", "layers" or "%".
-        measure: (run of one seed, group) -> the number; None where this run has none.
-        of: about which groups the claim is: "minority" or "every group".
-        splits: whose accuracies of every group it needs.
-        side: on which side of the bound the number is claimed to be.
-        bound: in the unit.
-        question: what the first screen of the report asks by it; empty: it is not on it.
-        told: what the number is, for the first screen.
-        interval: (run of one seed, group) -> the 95 % interval over the examples of a single run; None where there is
-            none. Over seeds it is Student's.
-        paper: whether the paper claims it.
-    """
-
-    experiment: str
-    text: str
-    unit: Literal["points", "layers", "%"]
-    measure: Callable[[Run, str], float | None]
-    of: Literal["minority", "every group"] = "minority"
-    splits: tuple[str, ...] = ()
-    side: Literal["above", "below"] = "above"
-    bound: float = 0.0
-    question: str = ""
-    told: str = ""
-    interval: Callable[[Run, str], tuple[float, float] | None] = lambda run, group: None
-    paper: bool = True
+    value: float | None
+    low: float | None = None
+    """The ends of the 95 % interval over the examples, where there is one."""
+    high: float | None = None
+    lacking: str = ""
+    """Why there is no value: the verdict then."""
 
 
-def judge(run: Run) -> list[dict[str, Any]]:
-    """Return one record per claim and group: the value of every seed, their mean, interval and a verdict.
+Amount: TypeAlias = Callable[[Run, str], float | None]
+"""(run of one seed, group) -> a number; None where the run has no rows for it."""
 
-    Args:
-        run: of one seed or of several; claims are left out that some seed has no rows for, or images of any group in a
-            split whose accuracies they need. A claim of 1h that some seed has no number for has none, and the reason as
-            its verdict.
+
+Measure: TypeAlias = Callable[[Run, str], Number | float | None]
+"""As an `Amount`, perhaps with an interval, or why there is no value."""
+
+CLAIMS: Final = pl.read_csv(Path(__file__).with_suffix(".csv")).fill_null("").to_dicts()
+"""By column: of which experiment the table must have rows; the key of `MEASURES`, its unit, the side of the bound;
+whether it is about every group or the minority; whether the paper claims it; the claim in words."""
+
+
+def judge(run: Run) -> list[Row]:
+    """Return one record per claim and group of a run of one or more seeds: every seed's value, the mean, a verdict.
+
+    Claims are left out that some seed has no rows for. A claim of 1h that some seed has no number for has none, and the
+    reason as its verdict.
     """
     runs = [run.of_seed(seed) for seed in run.seeds]
-    records = []
-    for claim in CLAIMS:
-        if all(_can_be_judged(claim, one) for one in runs):
-            for group in run.minority if claim.of == "minority" else run.groups:
-                values = [claim.measure(one, group) for one in runs]
-                if None not in values:
-                    judged = _judged(claim, [float(value or 0) for value in values])
-                    alone = claim.interval(run, group) if len(runs) == 1 else None
-                    judged |= {} if alone is None else {"low": alone[0], "high": alone[1]}
-                    records.append({**_said(claim), "group": group, **judged})
-    if all("1h" in one.experiments for one in runs):
-        records += [_answered(question, runs, group) for question in QUESTIONS for group in run.minority]
-    return records
+    records = (
+        _judged(claim, runs, group)
+        for claim in CLAIMS
+        if all(claim["experiment"] in one.experiments for one in runs)
+        for group in (run.minority if claim["of"] == "minority" else run.groups)
+    )
+    return [record for record in records if record]
 
 
-def _can_be_judged(claim: Claim, run: Run) -> bool:
-    known = run.rows(experiment="accuracy")
-    complete = all(set(where(known, split=split)["group"]) == set(run.groups) for split in claim.splits)
-    return claim.experiment in run.experiments and complete
+def _judged(claim: Row, runs: Sequence[Run], group: str) -> Row | None:
+    found = [MEASURES[claim["measure"]](run, group) for run in runs]
+    numbers = [one if isinstance(one, Number) else Number(one) for one in found if one is not None]
+    if len(numbers) < len(runs):
+        return None
+    record = {**claim, "group": group, "values": [number.value for number in numbers]}
+    record |= dict.fromkeys(("mean", "low", "high"))
+    values = [number.value for number in numbers if number.value is not None]
+    if len(values) < len(runs):
+        return {**record, "verdict": next(number.lacking for number in numbers if number.lacking)}
+    record["mean"] = statistics.fmean(values)
+    if len(runs) == 1:
+        return {**record, "low": numbers[0].low, "high": numbers[0].high, "verdict": "one seed only"}
+    level = QUESTIONS_LEVEL if claim["experiment"] == "1h" else LEVEL
+    record["low"], record["high"] = mean_interval(values, level)
+    record |= {} if level == LEVEL else {"level": level}
+    if rule := VERDICTS.get(claim["measure"]):
+        return {**record, "verdict": rule(record, runs)}
+    return {**record, "verdict": verdict(values, bound=claim["bound"], side=claim["side"], level=level)}
 
 
-def _said(claim: Claim) -> dict[str, Any]:
-    said = ("experiment", "text", "unit", "side", "bound", "question", "told", "paper")
-    return {name: getattr(claim, name) for name in said}
+# Measures: the paper's have no sign, and are means over k, layers and draws
 
 
-def _judged(claim: Claim, values: Sequence[float]) -> dict[str, Any]:
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
-    found = {"values": list(values), "mean": statistics.fmean(values), "low": low, "high": high}
-    return {**found, "verdict": verdict(values, bound=claim.bound, side=claim.side)}
-
-
-# Measures
+def _mean(values: pl.Series) -> float | None:
+    return 100 * statistics.fmean(values.to_list()) if len(values) else None
 
 
 def _changes(run: Run, experiment: str, **which: Any) -> pl.DataFrame:
     return run.rows(experiment=experiment, split=run.split, measure="change", **which)
 
 
-def _mean(table: pl.DataFrame) -> float | None:
-    """Return the mean size of changes in points: the paper's measure has no sign."""
-    return None if table.is_empty() else 100 * float(table["value"].abs().to_numpy().mean())
+def effect(experiment: str, **which: Any) -> Amount:
+    """Return the measure of how much a group changes, in points, under neurons that its own gradient chose."""
+
+    def mean_change(run: Run, group: str) -> float | None:
+        chosen = {"selector": "gradient", "chosen_for": group, **which}
+        return _mean(_changes(run, experiment, group=group, **chosen)["value"].abs())
+
+    return mean_change
 
 
-def _effect(run: Run, group: str, experiment: str, **which: Any) -> float | None:
-    """Return the mean change of a group under the neurons that its own gradient chose, over k, layers and draws."""
-    which = {"selector": "gradient", "chosen_for": group, **which}
-    return _mean(_changes(run, experiment, group=group, **which))
+def minus(measure: Amount, other: Amount, times: float = 1.0) -> Amount:
+    """Return the measure of how far one is above another, or above a part of it."""
+
+    def difference(run: Run, group: str) -> float | None:
+        one, two = measure(run, group), other(run, group)
+        return None if one is None or two is None else one - times * two
+
+    return difference
 
 
-def _difference(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one - other
+def beyond_majority(measure: Amount) -> Amount:
+    """Return the measure of how much larger another is for a group than for the majority groups on their mean."""
+
+    def majority(run: Run, _: str) -> float | None:
+        others = [measure(run, name) for name in run.majority]
+        known = [other for other in others if other is not None]
+        return statistics.fmean(known) if known and len(known) == len(others) else None
+
+    return minus(measure, majority)
 
 
-def _over_majority(run: Run, group: str, measure: Callable[[Run, str], float | None]) -> float | None:
-    """Return how much larger a measure is for a group than for the majority groups on their mean."""
-    others = [measure(run, name) for name in run.majority]
-    if not others or None in others:
-        return None
-    return _difference(measure(run, group), statistics.fmean(float(value or 0) for value in others))
-
-
-def _accuracy(run: Run, group: str, split: str) -> float:
-    return 100 * float(run.rows(experiment="accuracy", split=split, group=group)["value"].item())
-
-
-def _gap(run: Run, group: str) -> float:
-    return _accuracy(run, group, "train") - _accuracy(run, group, "test")
-
-
-def _matched_control(run: Run, group: str) -> float | None:
-    """Return the mean change of a group under random neurons of the same layers, as many as its critical ones."""
-    return _effect(run, group, "1g", selector="same layers")
+def _training_accuracy(run: Run, group: str) -> float | None:
+    return _mean(run.rows(experiment="accuracy", split="train", group=group)["value"])
 
 
 def _random_control(run: Run, group: str) -> float | None:
     """Return the mean change of a group under random neurons, up to 0.3 % of the model."""
-    return _mean(_changes(run, "1g", group=group).filter(pl.col("fraction") <= 0.003))
+    return _mean(_changes(run, "1g", group=group).filter(pl.col("fraction") <= 0.003)["value"].abs())
 
 
-def _in_last_bins(run: Run, group: str, chosen_by: str) -> float | None:
-    ranks = run.rows(experiment="1b", split=run.split, group=group, selector=chosen_by, fraction=0.05)["value"]
-    return 100 * float((ranks > 90).to_numpy().mean()) if len(ranks) else None
+def in_last_bins(chosen_by: str) -> Amount:
+    """Return the measure of how many, in percent, of a group's top 5 % are in the top tenth by the other criterion."""
+
+    def share(run: Run, group: str) -> float | None:
+        found = run.rows(experiment="1b", split=run.split, group=group, selector=chosen_by, fraction=0.05)["value"]
+        return _mean(found > 90)
+
+    return share
 
 
 def _sensitive(run: Run, group: str) -> float | None:
     """Return the number of layers that are sensitive for a group, on the mean over the distances of 1f."""
     counted = where(sensitive_layers(run.table), split=run.split, with_norm=False, group=group)["sensitive"]
-    return float(counted.to_numpy().mean()) if len(counted) else None
+    return statistics.fmean(counted.to_list()) if len(counted) else None
 
 
-LARGEST: Final = {"std": 0.02}
-"""The largest of the paper's scales: where its random edits show the most."""
+# Measures with an interval over the examples of a single run
 
 
-def _more_than_majority(experiment: str, **which: Any) -> Callable[[Run, str], float | None]:
-    return functools.partial(_over_majority, measure=lambda run, group: _effect(run, group, experiment, **which))
+def _sum(*terms: tuple[float, Mapping[str, Any]]) -> Number:
+    """Return a weighted sum of shares in points, its interval from those of its rows where all have one."""
+    value = 100 * sum(weight * row["value"] for weight, row in terms)
+    if any(row["low"] is None for _, row in terms):
+        return Number(value)
+    low, high = sum_interval([(100 * weight, row["value"], row["low"], row["high"]) for weight, row in terms])
+    return Number(value, low, high)
 
 
-def _by_magnitude(run: Run, group: str) -> float | None:
-    return _effect(run, group, "1a", selector="magnitude", chosen_for="all")
-
-
-def _beyond_others(run: Run, group: str) -> float | None:
-    """Return how much more a group loses under its own top neurons than the other group that loses most, mean of k."""
-    cut = _changes(run, "1a", selector="gradient", chosen_for=group)
-    own, others = where(cut, group=group), cut.filter(pl.col("group") != group)
-    worst = others.group_by("k").agg(pl.col("value").min().alias("worst"))
-    nets = own.join(worst, on="k").select(pl.col("worst") - pl.col("value")).to_series()
-    return 100 * float(nets.to_numpy().mean()) if len(nets) else None
-
-
-def _fine_tuned(run: Run, _: str) -> float | None:
-    """Return by how much the pruned twin's worst group is above that of ERM continued at its best rate, in points."""
-    for rule in RULES:
-        arms = run.rows(experiment="arms", rule=rule, measure="worst group")
-        paper, plain = (where(arms, selector=name)["value"] for name in (PRUNED, f"{CONTINUED}, chosen"))
-        if len(paper) and len(plain):
-            return 100 * float(paper.item() - plain.item())
-    return None
-
-
-def _detected(run: Run, group: str) -> float | None:
-    """Return the AUC of the knockout within a group's class, among the training images, in percent."""
-    found = run.rows(experiment="detection", split="train", selector=KNOCKOUT, measure="AUC", group=group)["value"]
-    return 100 * float(found.item()) if len(found) else None
-
-
-def _retrained(run: Run, _: str) -> float | None:
-    """Return by how much retraining on inferred groups lifts the worst test group above that of ERM, in points."""
-    rows = run.rows(experiment="mitigation", measure="worst group")
-    own, plain = (where(rows, selector=name)["value"] for name in (RETRAINED, "ERM"))
-    return 100 * float(own.item() - plain.item()) if len(own) and len(plain) else None
-
-
-# Intervals over the examples of a single run
-
-
-def _term(weight: float, row: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    return 100 * weight, row["value"], row["low"], row["high"]
-
-
-def _gap_interval(run: Run, group: str) -> tuple[float, float]:
-    weights = {group: 1.0, **dict.fromkeys(run.majority, -1.0 / len(run.majority))}
+def _gap(run: Run, group: str) -> Number | None:
+    """Return by how much training accuracy is above test accuracy, beyond the majority groups on their mean."""
+    weights = {group: 1.0, **{name: -1 / len(run.majority) for name in run.majority}}
     rows = run.rows(experiment="accuracy", split=("train", "test"), group=tuple(weights)).to_dicts()
-    return sum_interval([_term(weights[row["group"]] * (1 if row["split"] == "train" else -1), row) for row in rows])
+    if len(weights) == 1 or len(rows) < 2 * len(weights):
+        return None
+    return _sum(*((weights[row["group"]] * (1 if row["split"] == "train" else -1), row) for row in rows))
 
 
-def _beyond_others_interval(run: Run, group: str) -> tuple[float, float]:
-    """Return the mean over k of the ends of each net: the cuts of one, two and three neurons rise and fall together."""
-    cut = _changes(run, "1a", selector="gradient", chosen_for=group)
-    ends = []
-    for _, rows in cut.group_by("k"):
-        own = where(rows, group=group).to_dicts()[0]
-        worst = min(rows.filter(pl.col("group") != group).to_dicts(), key=lambda row: float(row["value"]))
-        ends.append(sum_interval([_term(-1.0, own), _term(1.0, worst)]))
-    return statistics.fmean(low for low, _ in ends), statistics.fmean(high for _, high in ends)
+def _beyond_others(run: Run, group: str) -> Number | None:
+    """Return how much more a group loses under its own top neurons than the other group that loses most.
+
+    It is the mean over k, and so are its ends: the cuts of one, two and three neurons rise and fall together.
+    """
+    nets = []
+    for _, rows in _changes(run, "1a", selector="gradient", chosen_for=group).group_by("k", maintain_order=True):
+        worst = rows.filter(pl.col("group") != group).sort("value").to_dicts()[0]
+        nets.append(_sum((-1.0, where(rows, group=group).to_dicts()[0]), (1.0, worst)))
+    means = pl.DataFrame(nets, ["value", "low", "high", "lacking"], orient="row").select("value", "low", "high").mean()
+    return Number(*means.row(0)) if nets else None
 
 
-def _worst_interval(rows: pl.DataFrame, one: str, other: str) -> tuple[float, float]:
-    found = [where(rows, selector=name).to_dicts()[0] for name in (one, other)]
-    return sum_interval([_term(1.0, found[0]), _term(-1.0, found[1])])
+def _lift(run: Run, one: str, other: str, **which: Any) -> Number | None:
+    """Return by how much the worst group of one method is above that of another."""
+    rows = {row["selector"]: row for row in run.rows(measure="worst group", **which).to_dicts()}
+    return _sum((1.0, rows[one]), (-1.0, rows[other])) if one in rows and other in rows else None
 
 
-def _fine_tuned_interval(run: Run, _: str) -> tuple[float, float] | None:
-    for rule in RULES:
-        arms = run.rows(experiment="arms", rule=rule, measure="worst group")
-        if {PRUNED, f"{CONTINUED}, chosen"} <= set(arms["selector"]):
-            return _worst_interval(arms, PRUNED, f"{CONTINUED}, chosen")
-    return None
+def _fine_tuned(run: Run, _: str) -> Number | None:
+    """Return by how much the pruned twin is above ERM continued at its best rate, by the first rule that has both."""
+    found = (_lift(run, PRUNED, CONTINUED, experiment="arms", rule=rule) for rule in RULES)
+    return next((number for number in found if number), None)
 
 
-def _detected_interval(run: Run, group: str) -> tuple[float, float]:
-    row = run.rows(experiment="detection", split="train", selector=KNOCKOUT, measure="AUC", group=group).to_dicts()[0]
-    counts = run.rows(experiment="detection", split="train", selector=KNOCKOUT, measure="of its class", group=group)
-    low, high = auc_interval(row["value"], row["n"], int(counts["value"].item()) - row["n"])
-    return 100 * low, 100 * high
+def _retrained(run: Run, _: str) -> Number | None:
+    return _lift(run, RETRAINED, "ERM", experiment="mitigation")
 
 
-def _retrained_interval(run: Run, _: str) -> tuple[float, float]:
-    return _worst_interval(run.rows(experiment="mitigation", measure="worst group"), RETRAINED, "ERM")
+def _detected(run: Run, group: str) -> Number | None:
+    """Return the AUC of the knockout within a group's class, among the training images, in percent."""
+    found = run.rows(experiment="detection", split="train", selector=KNOCKOUT, group=group).to_dicts()
+    rows = {row["measure"]: row for row in found}
+    if "AUC" not in rows:
+        return None
+    auc, positives = rows["AUC"]["value"], rows["AUC"]["n"]
+    low, high = auc_interval(auc, positives, int(rows["of its class"]["value"]) - positives)
+    return Number(100 * auc, 100 * low, 100 * high)
 
 
-CLAIMS: Final = (
-    Claim(
-        "accuracy",
-        "training accuracy is near 100 %",
-        "%",
-        lambda run, group: _accuracy(run, group, "train"),
-        splits=("train",),
-        bound=95.0,
-    ),
-    Claim(
-        "accuracy",
-        "the gap between training and test accuracy is larger than in majority groups",
-        "points",
-        lambda run, group: _over_majority(run, group, _gap),
-        splits=("train", "test"),
-        question="Is the rare group remembered rather than learned?",
-        told="training minus test accuracy, beyond what it is in the majority groups",
-        interval=_gap_interval,
-    ),
-    Claim(
-        "1a",
-        "zeroing the top-1 to 3 by the group's gradient changes it more than majority groups change under theirs",
-        "points",
-        _more_than_majority("1a"),
-    ),
-    Claim(
-        "1a",
-        "zeroing the top-1 to 3 by magnitude changes it more than majority groups",
-        "points",
-        lambda run, group: _over_majority(run, group, _by_magnitude),
-    ),
-    Claim(
-        "1a",
-        "zeroing the top-1 to 3 by the group's gradient takes more from it than from any other group",
-        "points",
-        _beyond_others,
-        question="Does the paper's cut hit it more than any other group?",
-        told="what its top 1 to 3 neurons by gradient take from it, beyond what they take from any other group",
-        interval=_beyond_others_interval,
-        paper=False,
-    ),
-    Claim(
-        "1b",
-        "most of the top 5 % by gradient are among the top tenth by magnitude",
-        "%",
-        lambda run, group: _in_last_bins(run, group, "gradient"),
-        bound=50.0,
-    ),
-    Claim(
-        "1b",
-        "most of the top 5 % by magnitude are among the top tenth by gradient",
-        "%",
-        lambda run, group: _in_last_bins(run, group, "magnitude"),
-        bound=50.0,
-    ),
-    Claim(
-        "1c",
-        "random initialisation (std 0.02) of its critical neurons changes it more than majority groups",
-        "points",
-        _more_than_majority("1c", **LARGEST),
-    ),
-    Claim(
-        "1c",
-        "random initialisation changes it at least half as much as zeroing",
-        "points",
-        lambda run, group: _difference(_effect(run, group, "1c", **LARGEST), (_effect(run, group, "1a") or 0) / 2),
-    ),
-    Claim(
-        "1d",
-        "random noise (std 0.02) on its critical neurons changes it more than majority groups",
-        "points",
-        _more_than_majority("1d", **LARGEST),
-    ),
-    Claim(
-        "1d",
-        "random noise changes it less than zeroing",
-        "points",
-        lambda run, group: _difference(_effect(run, group, "1a"), _effect(run, group, "1d", **LARGEST)),
-    ),
-    Claim(
-        "1e",
-        "zeroing the top-1 to 3 within a layer changes it more than majority groups, on the mean over layers",
-        "points",
-        _more_than_majority("1e"),
-    ),
-    Claim(
-        "1f",
-        "more layers are sensitive to rewinding for it than for majority groups, on the mean over distances",
-        "layers",
-        lambda run, group: _over_majority(run, group, _sensitive),
-    ),
-    Claim(
-        "1g",
-        "its critical neurons change it more than random ones of the same layers",
-        "points",
-        lambda run, group: _difference(_effect(run, group, "1a"), _matched_control(run, group)),
-    ),
-    Claim(
-        "1g",
-        "random neurons, up to 0.3 % of the model, change it by less than a point",
-        "points",
-        _random_control,
-        "every group",
-        side="below",
-        bound=1.0,
-    ),
-    Claim(
-        "arms",
-        "fine-tuning against the pruned twin has a better worst group than ERM continued at its best rate",
-        "points",
-        _fine_tuned,
-        question="Does fine-tuning against the pruned twin beat ERM at its best rate?",
-        told="worst test group, against ERM trained on for as many epochs",
-        interval=_fine_tuned_interval,
-    ),
-    Claim(
-        "detection",
-        "the cut of the last residual stage ranks it above the rest of its class (AUC)",
-        "%",
-        _detected,
-        bound=50.0,
-        question="Does fragility, which needs no group labels, find the rare group?",
-        told="area under the curve within its class; 50 is chance",
-        interval=_detected_interval,
-        paper=False,
-    ),
-    Claim(
-        "mitigation",
-        "the last layer retrained on inferred groups has a better worst group than ERM",
-        "points",
-        _retrained,
-        question="Does retraining the last layer on inferred groups help the worst group?",
-        told="worst test group, against the trained network",
-        interval=_retrained_interval,
-        paper=False,
-    ),
-)
-
-
-# Experiment 1h
+# Experiment 1h: sets of at most three neurons, found on half A and judged on half B
 
 QUESTIONS_LEVEL: Final = 1 - 0.05 / 6
 """Three claims about two groups: each interval misses its mean in a sixth of 5 % of all cases."""
@@ -404,128 +226,84 @@ WORST_OTHER: Final = -2.0
 NOT_MEMORY: Final = 15.0
 
 
-@dataclass(frozen=True)
-class Question:
-    """One claim of 1h, about sets of at most three neurons, found on half A and judged on half B.
-
-    Attributes:
-        text: the claim, in words.
-        question: what the first screen of the report asks by it.
-        told: what the number is, for the first screen.
-        measure: the rows of a run's 1h, and a group -> its number in points; or why it has none: the verdict then.
-        verdict: what the numbers of the seeds, their limits and what the sets took from others say.
-    """
-
-    text: str
-    question: str
-    told: str
-    measure: Callable[[pl.DataFrame, str], float | str]
-    verdict: Callable[[Mapping[str, Any]], str]
-
-
-def _answered(question: Question, runs: Sequence[Run], group: str) -> dict[str, Any]:
-    """Return the record of a claim of 1h about a group, as those of the paper's, with its level."""
-    tables = [where(run.table, experiment="1h") for run in runs]
-    values = [question.measure(table, group) for table in tables]
-    said = {"experiment": "1h", "text": question.text, "unit": "points", "side": "above", "bound": 0.0, "group": group}
-    said |= {"question": question.question, "told": question.told, "paper": False}
-    lacking = [value for value in values if isinstance(value, str)]
-    if lacking:
-        given = [None if isinstance(value, str) else value for value in values]
-        return {**said, "values": given, "mean": None, "low": None, "high": None, "verdict": lacking[0]}
-    numbers = [float(value) for value in values]
-    low, high = mean_interval(numbers, QUESTIONS_LEVEL) if len(numbers) > 1 else (None, None)
-    others = [100 * _of_set(table, group)["worst_other"] for table in tables]
-    if len(runs) == 1 and question.measure is _net:
-        rows = where(tables[0], selector="critical", group=group, k=SIZE, measure="net").to_dicts()
-        low, high = (100 * rows[0][end] if rows else None for end in ("low", "high"))
-    found = {"values": numbers, "mean": statistics.fmean(numbers), "low": low, "high": high, "worst_other": others}
-    if len(runs) == 1:
-        return {**said, **found, "verdict": "one seed only"}
-    return {**said, **found, "level": QUESTIONS_LEVEL, "verdict": question.verdict(found)}
-
-
-def _of_set(table: pl.DataFrame, group: str, control: str | None = None) -> dict[str, float]:
-    """Return the numbers of a set of three neurons by measure, of a group or of one of its controls."""
+def _of_set(run: Run, group: str, control: str | None = None) -> dict[str, Row]:
+    """Return the rows of a set of three neurons by measure, of a group or of one of its controls."""
     which = {"selector": "matched" if control else "critical", "group": control or group}
+    rows = run.rows(experiment="1h", chosen_for=group, k=SIZE, **which).to_dicts()
     # A change of another group's accuracy has that group's name.
-    rows = where(table, chosen_for=group, **which).filter(pl.col("k").is_null() | (pl.col("k") == SIZE))
-    return {
-        **{row["measure"]: row["value"] for row in rows.iter_rows(named=True) if row["measure"] != "change"},
-        "neurons": (rows["neurons"].drop_nulls().to_list() or [0])[0],
-    }
+    return {row["measure"]: row for row in rows}
 
 
-def _net(table: pl.DataFrame, group: str) -> float | str:
+def _net(run: Run, group: str) -> Number:
     """Return the net of a group on half B; 0 where no set was found."""
-    own = _of_set(table, group)
-    return "too few" if "net" not in own else 100 * own["net"] if own["neurons"] else 0.0
+    net = _of_set(run, group).get("net")
+    return _sum((1.0, net)) if net else Number(None, lacking="too few")
 
 
-def _beyond_controls(table: pl.DataFrame, group: str) -> float | str:
+def _beyond_controls(run: Run, group: str) -> Number:
     """Return by how much the net of a group is above the mean net of its controls, of the one that there is perhaps."""
-    net, rows = _net(table, group), where(table, chosen_for=group, selector="matched")
-    every = [_of_set(table, group, name) for name in rows["group"].unique().sort().to_list()]
-    controls = [control for control in every if "net" in control]
-    if isinstance(net, str) or not controls:
-        return net if isinstance(net, str) else "no control"
-    return net - statistics.fmean(100 * control["net"] if control["neurons"] else 0.0 for control in controls)
+    net = _net(run, group).value
+    controls = run.rows(experiment="1h", chosen_for=group, selector="matched", measure="net", k=SIZE)["value"]
+    mean = _mean(controls)
+    if net is None or mean is None:
+        return Number(None, lacking="too few" if net is None else "no control")
+    return Number(net - mean)
 
 
-def _memory(table: pl.DataFrame, group: str) -> float | str:
+def _memory(run: Run, group: str) -> Number:
     """Return by how much the share of right images that are lost is higher on half B than on the test images."""
-    own = _of_set(table, group)
+    own = _of_set(run, group)
     if "net" not in own:
-        return "too few"
-    if not own["neurons"]:
-        return 0.0  # nothing is cut, and nothing lost
-    if own.get("right_lost") is None or own.get("test_right_lost") is None:
-        return "none right"
-    return 100 * (own["right_lost"] - own["test_right_lost"])
+        return Number(None, lacking="too few")
+    if not own["net"]["neurons"]:
+        return Number(0.0)  # nothing is cut, and nothing lost
+    if not {"right_lost", "test_right_lost"} <= own.keys():
+        return Number(None, lacking="none right")
+    return Number(100 * (own["right_lost"]["value"] - own["test_right_lost"]["value"]))
 
 
-def _selective(found: Mapping[str, Any]) -> str:
+def _selective(record: Row, runs: Sequence[Run]) -> str:
     """Return the verdict of (a): a mean net of 30 points or more, certainly above 0, and at most 2 from any other."""
+    others = [100 * _of_set(run, record["group"])["worst_other"]["value"] for run in runs]
     # Two points and thirty themselves count, whatever their last bit.
-    spared = statistics.fmean(found["worst_other"]) >= WORST_OTHER - 1e-9
-    if found["mean"] >= NET - 1e-9 and found["low"] > 0 and spared:
+    if record["mean"] >= NET - 1e-9 and record["low"] > 0 and statistics.fmean(others) >= WORST_OTHER - 1e-9:
         return "holds"
-    return "does not hold" if found["high"] < NET else "undecided"
+    return "does not hold" if record["high"] < NET else "undecided"
 
 
-def _above(found: Mapping[str, Any]) -> str:
-    return "holds" if found["low"] > 0 else "does not hold" if found["high"] <= 0 else "undecided"
+def _more_where_seen(record: Row, _: Sequence[Run]) -> str:
+    return "holds" if record["low"] > 0 else "does not hold" if record["high"] < NOT_MEMORY else "undecided"
 
 
-def _more_where_seen(found: Mapping[str, Any]) -> str:
-    return "holds" if found["low"] > 0 else "does not hold" if found["high"] < NOT_MEMORY else "undecided"
+LARGEST: Final = {"std": 0.02}
+"""The largest of the paper's scales: where its random edits show the most."""
 
+MEASURES: Final[Mapping[str, Measure]] = {
+    "training accuracy": _training_accuracy,
+    "gap": _gap,
+    "own cut": beyond_majority(effect("1a")),
+    "magnitude": beyond_majority(effect("1a", selector="magnitude", chosen_for="all")),
+    "own cut beyond others": _beyond_others,
+    "gradient by magnitude": in_last_bins("gradient"),
+    "magnitude by gradient": in_last_bins("magnitude"),
+    "random init": beyond_majority(effect("1c", **LARGEST)),
+    "random init and zeroing": minus(effect("1c", **LARGEST), effect("1a"), times=0.5),
+    "noise": beyond_majority(effect("1d", **LARGEST)),
+    "noise and zeroing": minus(effect("1a"), effect("1d", **LARGEST)),
+    "own cut by layer": beyond_majority(effect("1e")),
+    "rewinding": beyond_majority(_sensitive),
+    "random of the same layers": minus(effect("1a"), effect("1g", selector="same layers")),
+    "random of the model": _random_control,
+    "fine-tuning": _fine_tuned,
+    "knockout": _detected,
+    "retraining": _retrained,
+    "net": _net,
+    "net beyond controls": _beyond_controls,
+    "memory": _memory,
+}
 
-QUESTIONS: Final = (
-    Question(
-        "(a) three neurons found on half A take at least 30 points more from it than from any other group on half B, "
-        "where no other group loses more than 2",
-        "Does a set of three neurons carry it and nobody else?",
-        "what a set found on other images takes from it, beyond what it takes from any other group",
-        _net,
-        _selective,
-    ),
-    Question(
-        "(b) they take more from it than sets found alike for majority images of the same margins take from these",
-        "Is that more than sets found alike for majority images that are as hard?",
-        "its net beyond that of the controls",
-        _beyond_controls,
-        _above,
-    ),
-    Question(
-        "(c) they are memory: a larger share of its right images is lost on half B than on test images",
-        "Is what the set carries memory of training images?",
-        "its right images that are lost: training images minus test images",
-        _memory,
-        _more_where_seen,
-    ),
-)
-"""What 1h asks of each minority group. Where nothing was found for a group, its net is 0."""
+VERDICTS: Final = {"net": _selective, "memory": _more_where_seen}
+"""By measure, the verdict of several seeds where it is not by the bound alone."""
 
 
 def render(records: Iterable[Mapping[str, Any]]) -> str:
@@ -534,15 +312,13 @@ def render(records: Iterable[Mapping[str, Any]]) -> str:
     Intervals of another level than 95 % name it.
     """
     lines = ["| | claim | group | per seed | mean [95 %] | |", "|---|---|---|---|---|---|"]
-    for record in records:
-        bound = "" if record["bound"] == 0 else f" ({record['side']} {record['bound']:g} {record['unit']})"
-        values = ", ".join("-" if value is None else f"{value:.1f}" for value in record["values"])
-        interval = "-"
-        if record["low"] is not None:
-            level = f" ({100 * record['level']:.2f} %)" if "level" in record else ""
-            interval = f"{record['mean']:.1f} [{record['low']:.1f}, {record['high']:.1f}]{level} {record['unit']}"
-        lines.append(
-            f"| {record['experiment']} | {record['text']}{bound} | {record['group']} | {values} | {interval} | "
-            f"**{record['verdict']}** |"
-        )
+    for one in records:
+        bound = "" if one["bound"] == 0 else f" ({one['side']} {one['bound']:g} {one['unit']})"
+        values = ", ".join("-" if value is None else f"{value:.1f}" for value in one["values"])
+        level = f" ({100 * one['level']:.2f} %)" if "level" in one else ""
+        mean = "-"
+        if one["low"] is not None:
+            mean = f"{one['mean']:.1f} [{one['low']:.1f}, {one['high']:.1f}]{level} {one['unit']}"
+        said = (one["experiment"], one["text"] + bound, one["group"], values, mean, f"**{one['verdict']}**")
+        lines.append(f"| {' | '.join(said)} |")
     return "\n".join(lines)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import polars as pl
 
 from neuronsurgery.study.claims import judge, render
 from neuronsurgery.study.queries import over_draws, over_seeds
-from neuronsurgery.study.table import Run, where
+from neuronsurgery.study.table import Row, Run, where
 
 
 def summary(run: Run) -> str:
@@ -19,46 +18,42 @@ def summary(run: Run) -> str:
     last layers; of several seeds each number is a mean, with Student's 95 % interval.
     """
     several = run.about.get("kind") == "seeds"
-    tables = [_accuracies(run)]
-    if not several:
-        tables += [_cuts(run), _controls(run)]
-    tables += [_sets(run)]
+    tables = [_accuracies(run), *([] if several else [_cuts(run), _controls(run)]), _sets(run)]
     if several and not {f"1{letter}" for letter in "abcdefgh"}.isdisjoint(run.experiments):
         tables.append(render(judge(run)))
-    tables += [_arms(run), _retrained(run)]
-    return "\n\n".join([*filter(None, tables), _last_line(run)])
-
-
-def _last_line(run: Run) -> str:
-    if run.about.get("kind") == "seeds":
-        said = f"Means over {len(run.seeds)} seeds [Student's 95 % interval]; - where some seed has none."
-    else:
+    said = f"Means over {len(run.seeds)} seeds [Student's 95 % interval]; - where some seed has none."
+    if not several:
         counts = run.about["counts"][run.split]
         steps = ", ".join(f"{100 / count:.2g}" if count else "-" for count in counts)
         said = f"One image is {steps} points in these groups."
-    return f"{said} Every number is in table.csv."
+    tables += [_arms(run), _retrained(run), f"{said} Every number is in table.csv."]
+    return "\n\n".join(filter(None, tables))
 
 
 def _accuracies(run: Run) -> str:
     found = over_seeds(run, run.rows(experiment="accuracy"))
     rows = [[f"{split} images", *map(str, counts)] for split, counts in run.about["counts"].items()]
-    for split in found["split"].unique(maintain_order=True):
-        rows.append([f"{split} accuracy, %", *_per_group(run, where(found, split=split))])
+    for (split,), one in found.group_by("split", maintain_order=True):
+        rows.append([f"{split} accuracy, %", *_cells(run, one, "group", run.groups)])
     return _table("Empirical risk minimisation", ["", *run.groups], rows)
 
 
-def _per_group(run: Run, rows: pl.DataFrame) -> list[str]:
-    """The accuracies in percent, and a dash for groups without images, which have none."""
-    by_group = {row["group"]: row for row in rows.iter_rows(named=True)}
-    return [_percent(run, by_group.get(name)) for name in run.groups]
+def _cells(run: Run, rows: pl.DataFrame, column: str, names: Iterable[str], sign: str = "") -> list[str]:
+    """The numbers of some rows, in the order of these names in a column."""
+    by_name = rows.rows_by_key(column, named=True, unique=True)
+    return [_number(run, by_name.get(name), sign) for name in names]
 
 
-def _percent(run: Run, row: dict[str, Any] | None) -> str:
-    """A share in percent, or its mean over seeds with the interval; a dash where some seed has none."""
+def _number(run: Run, row: Row | None, sign: str = "") -> str:
+    """A share in percent or points, or its mean over seeds with the interval; a dash where some seed has none."""
     if row is None or row["value"] is None or row["seeds"] < len(run.seeds):
         return "-"
     ends = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if len(run.seeds) > 1 else ""
-    return f"{100 * row['value']:.1f}{ends}"
+    return (_points(row["value"]) if sign else f"{100 * row['value']:.1f}") + ends
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f}" if round(100 * change, 1) else "0.0"
 
 
 def _cuts(run: Run) -> str:
@@ -73,75 +68,57 @@ def _cuts(run: Run) -> str:
 
 def _controls(run: Run) -> str:
     changes = run.rows(experiment="1g", split=run.split, measure="change").filter(pl.col("fraction").is_not_null())
-    together = over_draws(changes) if len(changes) else changes
+    far = pl.when(pl.col("low").abs() >= pl.col("high").abs()).then("low").otherwise("high")
     rows = []
-    for (fraction, neurons), cut in together.group_by("fraction", "neurons", maintain_order=True):
-        draws, means = cut["draws"][0], cut["value"]
-        far = [max(low, high, key=abs) for low, high in zip(cut["low"], cut["high"], strict=True)]
-        cells = [f"{_points(mean)} ({_points(one)})" for mean, one in zip(means, far, strict=True)]
-        rows.append(
-            [f"{100 * float(str(fraction)):g} % ({neurons} neuron{'s' * (neurons != 1)}, {draws} draws)", *cells]
-        )
+    for (share, count), cut in over_draws(changes).group_by("fraction", "neurons", maintain_order=True):
+        name = f"{100 * float(str(share)):g} % ({count} neuron{'s' * (count != 1)}, {cut['draws'][0]} draws)"
+        pairs = cut.select("value", far).iter_rows()
+        rows.append([name, *(f"{_points(mean)} ({_points(farthest)})" for mean, farthest in pairs)])
     return _table("1g  Zero random other neurons: mean change (largest), points", ["", *run.groups], rows)
 
 
 def _sets(run: Run) -> str:
-    found = over_seeds(run, run.rows(experiment="1h"))
+    found = over_seeds(run, run.rows(experiment="1h")).filter(pl.col("measure") != "change")
     rows = []
-    keys = ("chosen_for", "selector", "group", "k")
-    for (chosen_for, selector, group, k), one in found.filter(pl.col("measure") != "change").group_by(
-        keys, maintain_order=True
+    for (chosen_for, selector, group, k), one in found.group_by(
+        "chosen_for", "selector", "group", "k", maintain_order=True
     ):
-        by_measure = {row["measure"]: row for row in one.iter_rows(named=True)}
         name = f"{group} like {chosen_for}" if selector == "matched" else str(group)
-        if "net" not in by_measure:
-            rows.append([f"{name}: {by_measure['impossible']['note']}", *("-" * 4)])
+        net = where(one, measure="net").to_dicts()
+        if not net:
+            rows.append([f"{name}: {where(one, measure='impossible')['note'].item()}", *("-" * 4)])
             continue
-        p = by_measure["net"]["p"]
-        cells = [_signed(run, by_measure.get(measure)) for measure in ("own", "worst_other", "net")]
-        size = "" if len(run.seeds) > 1 else f" ({by_measure['net']['neurons']} found)"
-        rows.append([f"{name}, k = {k}{size}", *cells, "-" if p is None else f"{p:.2f}"])
+        size = "" if len(run.seeds) > 1 else f" ({net[0]['neurons']} found)"
+        cells = _cells(run, one, "measure", ("own", "worst_other", "net"), sign="+")
+        rows.append([f"{name}, k = {k}{size}", *cells, "-" if net[0]["p"] is None else f"{net[0]['p']:.2f}"])
     title = "1h  Critical sets found on half A: what they take on half B, points; p among random sets"
     return _table(title, ["", "own", "worst other", "net", "p"], rows)
 
 
-def _signed(run: Run, row: dict[str, Any] | None) -> str:
-    if row is None or row["seeds"] < len(run.seeds):
-        return "-"
-    ends = f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]" if len(run.seeds) > 1 else ""
-    return f"{_points(row['value'])}{ends}"
-
-
 def _arms(run: Run) -> str:
-    found = over_seeds(run, run.rows(experiment="arms", measure="worst group"))
     rules = list(run.about.get("stage_two", {}).get("selections", ()))
-    rows = []
-    for arm in run.about.get("stage_two", {}).get("arms", ()) and found["selector"].unique(maintain_order=True):
-        by_rule = {row["rule"]: row for row in where(found, selector=arm).iter_rows(named=True)}
-        rows.append([str(arm), *(_percent(run, by_rule.get(rule)) for rule in rules)])
+    found = over_seeds(run, run.rows(experiment="arms", measure="worst group"))
+    by_arm = found.group_by("selector", maintain_order=True)
+    rows = [[str(arm), *_cells(run, one, "rule", rules)] for (arm,), one in by_arm]
     return _table("Stage 2  Worst group of the test images, %; epoch chosen by", ["", *rules], rows)
 
 
 def _retrained(run: Run) -> str:
-    rows = []
     every = over_seeds(run, run.rows(experiment="mitigation", split="test"))
-    for row in run.about.get("fragility", {}).get("mitigation", ()):
-        own = where(every, selector=row["name"])
-        worst = where(own, measure="worst group").to_dicts()
-        cells = _per_group(run, where(own, measure="accuracy"))
-        rows.append([row["name"], _percent(run, worst[0] if worst else None), *cells])
+    worst, accuracies = where(every, measure="worst group"), where(every, measure="accuracy")
+    names = [row["name"] for row in run.about.get("fragility", {}).get("mitigation", ())]
+    rows = [
+        [name, shown, *_cells(run, where(accuracies, selector=name), "group", run.groups)]
+        for name, shown in zip(names, _cells(run, worst, "selector", names), strict=True)
+    ]
     return _table("Last layer retrained: test accuracy, %", ["", "worst group", *run.groups], rows)
-
-
-def _points(change: float) -> str:
-    return f"{100 * change:+.1f}" if round(100 * change, 1) else "0.0"
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as text; nothing of one without rows."""
     if not rows:
         return ""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in [header, *rows]

@@ -10,15 +10,17 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import polars as pl
+import polars.selectors as cs
 
 Results: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]
+Parsed = TypeVar("Parsed")
 
 SCHEMA: Final = 2
 TABLE: Final = "table.csv"
@@ -26,30 +28,17 @@ RESULTS: Final = "results.json"
 
 COLUMNS: Final[Mapping[str, Any]] = {
     "seed": pl.Int64,
-    "stage": pl.String,
-    "experiment": pl.String,
-    "split": pl.String,
-    "selector": pl.String,
-    "chosen_for": pl.String,
-    "edit": pl.String,
+    **dict.fromkeys(("stage", "experiment", "split", "selector", "chosen_for", "edit"), pl.String),
     "k": pl.Int64,
-    "fraction": pl.Float64,
-    "std": pl.Float64,
-    "relative_std": pl.Float64,
+    **dict.fromkeys(("fraction", "std", "relative_std"), pl.Float64),
     "layer": pl.String,
     "distance": pl.Int64,
     "with_norm": pl.Boolean,
     "draw": pl.Int64,
     "rule": pl.String,
-    "epoch": pl.Int64,
-    "neurons": pl.Int64,
-    "names": pl.String,
-    "group": pl.String,
-    "measure": pl.String,
-    "value": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "p": pl.Float64,
+    **dict.fromkeys(("epoch", "neurons"), pl.Int64),
+    **dict.fromkeys(("names", "group", "measure"), pl.String),
+    **dict.fromkeys(("value", "low", "high", "p"), pl.Float64),
     "n": pl.Int64,
     "note": pl.String,
 }
@@ -79,10 +68,9 @@ class Run:
     @classmethod
     def of(cls, results: Results) -> Run:
         """Return the run of what its stages returned: the entries of `describe_run` and of each stage."""
-        seed = results["settings"].get("seed", 0)
         rows = itertools.chain(_accuracies(results), _stage_one(results), _stage_two(results), _fragility(results))
-        about = {**_about(results), "schema": SCHEMA}
-        return cls(about, pl.DataFrame([{"seed": seed, **row} for row in rows], schema=dict(COLUMNS)))
+        seed = results["settings"].get("seed", 0)
+        return cls(_about(results), pl.DataFrame([{"seed": seed, **row} for row in rows], schema=dict(COLUMNS)))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -123,69 +111,60 @@ class Run:
 
     def of_seed(self, seed: int) -> Run:
         """Return one of several seeds as a run."""
-        about = {key: value for key, value in self.about.items() if key not in ("kind", "seeds")}
+        about = _without(self.about, ("kind", "seeds"))
         return Run({**about, "settings": {**about["settings"], "seed": seed}}, self.rows(seed=seed))
 
 
 def where(table: pl.DataFrame, **equal: Any) -> pl.DataFrame:
     """Return the rows of a table whose columns are equal to these values; None: empty; a tuple: one of these."""
-    for name, value in equal.items():
-        if value is None:
-            chosen = pl.col(name).is_null()
-        else:
-            chosen = pl.col(name).is_in(value) if isinstance(value, tuple) else pl.col(name) == value
-        table = table.filter(chosen)
-    return table
+    chosen = (
+        pl.col(name).is_in(value) if isinstance(value, tuple) else pl.col(name).eq_missing(value)
+        for name, value in equal.items()
+    )
+    return table.filter(*chosen)
 
 
 def combine(runs: Mapping[int, Run]) -> Run:
-    """Return the runs of several seeds as one.
-
-    Args:
-        runs: by seed.
+    """Return the runs of several seeds, by seed, as one.
 
     Raises:
         ValueError: if there are fewer than two, or they are not of one data set and one way of training.
     """
     if len(runs) < 2:
         raise ValueError(f"combine needs the results of at least two seeds, not of {len(runs)}")
-    first = next(iter(runs.values())).about
-    differing = [
-        key
-        for run in runs.values()
-        for key in sorted(set(first["settings"]) - {"seed"})
-        if run.about["settings"].get(key) != first["settings"][key]
-    ]
+    abouts = {seed: run.about for seed, run in runs.items()}
+    first = next(iter(abouts.values()))
+    asked = {key: value for key, value in sorted(first["settings"].items()) if key != "seed"}
+    differing = [key for about in abouts.values() for key in asked if about["settings"].get(key) != asked[key]]
     if differing:
         raise ValueError(f"the runs differ in {', '.join(dict.fromkeys(differing))}: only the seed may differ")
     about = {**first, "kind": "seeds", "seeds": list(runs)}
     if "stage_two" in first:
-        about["stage_two"] = {**first["stage_two"], **_every_arm([run.about["stage_two"] for run in runs.values()])}
-        about["stage_two"]["not_inferred"] = _said_by_seeds(runs, "stage_two", "not_inferred")
-    if any("impossible" in run.about.get("fragility", {}) for run in runs.values()):
-        about["fragility"] = {**first["fragility"], "impossible": _said_by_seeds(runs, "fragility", "impossible")}
+        arms = _every_arm([one["stage_two"]["arms"] for one in abouts.values()])
+        not_inferred = _said_by_seeds(abouts, "stage_two", "not_inferred")
+        about["stage_two"] = {**first["stage_two"], "arms": arms, "not_inferred": not_inferred}
+    if impossible := _said_by_seeds(abouts, "fragility", "impossible"):
+        about["fragility"] = {**first["fragility"], "impossible": impossible}
     return Run(about, pl.concat([run.table.with_columns(seed=pl.lit(seed)) for seed, run in runs.items()]))
 
 
-def _every_arm(stages: Sequence[Results]) -> dict[str, list[Row]]:
+def _every_arm(stages: Sequence[Sequence[Row]]) -> list[Row]:
     """Return the arms of all seeds, in the order of the seed that has most; "impossible" says in how many seeds."""
-    ordered = sorted((stage["arms"] for stage in stages), key=len, reverse=True)
-    arms = {arm["name"]: arm for column in ordered for arm in reversed(column)}
-    names = dict.fromkeys(arm["name"] for column in ordered for arm in column)
+    every: dict[str, list[Row]] = {}
+    for arm in itertools.chain(*sorted(stages, key=len, reverse=True)):
+        every.setdefault(arm["name"], []).append(arm)
     found = []
-    for name in names:
-        arm = {key: value for key, value in arms[name].items() if key != "impossible"}
-        every = [next((one for one in stage["arms"] if one["name"] == name), {"impossible": ""}) for stage in stages]
-        failed = [one["impossible"] for one in every if "impossible" in one]
-        why = next(filter(None, failed), "no variant could be trained")
-        found.append({**arm, **({"impossible": f"in {len(failed)} of {len(stages)} seeds: {why}"} if failed else {})})
-    return {"arms": found}
+    for arms in every.values():
+        lacking = len(stages) - sum("impossible" not in arm for arm in arms)
+        why = next((arm["impossible"] for arm in arms if arm.get("impossible")), "no variant could be trained")
+        said = {"impossible": f"in {lacking} of {len(stages)} seeds: {why}"} if lacking else {}
+        found.append({**_without(arms[-1], ("impossible",)), **said})
+    return found
 
 
-def _said_by_seeds(runs: Mapping[int, Run], stage: str, key: str) -> str | None:
-    said = {seed: run.about[stage].get(key) for seed, run in runs.items()}
-    found = "; ".join(f"seed {seed}: {text}" for seed, text in said.items() if text)
-    return found or None
+def _said_by_seeds(abouts: Mapping[int, Results], stage: str, key: str) -> str | None:
+    said = {seed: about.get(stage, {}).get(key) for seed, about in abouts.items()}
+    return "; ".join(f"seed {seed}: {text}" for seed, text in said.items() if text) or None
 
 
 # Files
@@ -211,24 +190,25 @@ def read_run(folder: Path) -> Run:
         raise FileNotFoundError(
             f"{folder} has no {' and no '.join(missing)}: run `neuronsurgery study --out {folder}` to its end first"
         )
+    about = checked(_parsed(folder / RESULTS, _object))
+    return Run(about, _parsed(folder / TABLE, read_csv))
+
+
+def _parsed(file: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
     try:
-        about = json.loads((folder / RESULTS).read_text())
-    except ValueError as error:
-        raise _damaged(folder / RESULTS, str(error)) from error
-    if not isinstance(about, dict):
-        raise _damaged(folder / RESULTS, f"a {type(about).__name__}, where an object was expected")
-    checked(about)
-    try:
-        table = read_csv((folder / TABLE).read_bytes())
+        return parse(file.read_bytes())
     except (pl.exceptions.PolarsError, ValueError) as error:
-        raise _damaged(folder / TABLE, str(error).splitlines()[0]) from error
-    return Run(about, table)
+        raise ValueError(
+            f"{file} is damaged ({str(error).splitlines()[0]}): delete it and run the study again, which goes on from "
+            f"what is in the folder"
+        ) from error
 
 
-def _damaged(file: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{file} is damaged ({why}): delete it and run the study again, which goes on from what is in the folder"
-    )
+def _object(data: bytes) -> Row:
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, where an object was expected")
+    return found
 
 
 def checked(about: Results) -> Results:
@@ -255,70 +235,65 @@ def csv_of(table: pl.DataFrame) -> bytes:
 
     Names that a spreadsheet would take for a formula stand behind an apostrophe: they come from tables and folders.
     """
-    safe = table.with_columns(
-        pl.when(pl.col(name).str.contains(FORMULA)).then("'" + pl.col(name)).otherwise(pl.col(name)).alias(name)
-        for name, dtype in table.schema.items()
-        if dtype == pl.String
-    )
-    file = io.BytesIO()
-    safe.write_csv(file)
-    return file.getvalue()
+    text = cs.string()
+    quoted = pl.when(text.str.contains(FORMULA)).then(pl.lit("'") + text).otherwise(text)
+    return table.with_columns(quoted.name.keep()).write_csv().encode()
 
 
 def read_csv(data: bytes) -> pl.DataFrame:
     """Return the table of which `csv_of` gave these bytes."""
-    table = pl.read_csv(io.BytesIO(data), schema=dict(COLUMNS))
-    return table.with_columns(
-        pl.col(name).str.strip_prefix("'") for name, dtype in COLUMNS.items() if dtype == pl.String
-    )
+    return pl.read_csv(io.BytesIO(data), schema=dict(COLUMNS)).with_columns(cs.string().str.strip_prefix("'"))
 
 
 # From results to rows
+
+
+def _only(entries: Results, names: Iterable[str]) -> Row:
+    return {name: entries[name] for name in names if name in entries}
+
+
+def _without(entries: Results, names: Collection[str]) -> Row:
+    return {name: value for name, value in entries.items() if name not in names}
 
 
 def _about(results: Results) -> Row:
     """Return the entries that are no numbers of a result."""
     named = [*("version", "settings", "environment", "network", "groups", "minority", "counts", "expected_counts")]
     named += ["layers", "neurons", "intervals", "missing_distances", "pictures"]
-    about = {name: results[name] for name in named if name in results}
-    if results.get("stage_two"):
-        about["stage_two"] = _about_stage_two(results["stage_two"])
-    if results.get("fragility"):
-        about["fragility"] = _about_fragility(results["fragility"])
-    return about
-
-
-def _about_stage_two(stage: Results) -> Row:
-    kept = ("name", "family", "text", "labels", "choice", "held_out", "settings", "impossible")
-    said = {key: value for key, value in stage.items() if key not in ("arms", "train_counts")}
-    return {**said, "arms": [{key: arm[key] for key in kept if key in arm} for arm in stage["arms"]]}
-
-
-def _about_fragility(stage: Results) -> Row:
-    numbers = ("detection", "flagged", "damage", "points", "mitigation")
-    said = {key: value for key, value in stage.items() if key not in numbers}
-    kept = ("name", "labels", "images", "chosen", "impossible")
-    rows = stage.get("mitigation", ())
-    return {**said, "mitigation": [{key: row[key] for key in kept if key in row} for row in rows]}
+    about = _only(results, named)
+    if stage := results.get("stage_two"):
+        kept = ["name", "family", "text", "labels", "choice", "held_out", "settings", "impossible"]
+        arms = [_only(arm, kept) for arm in stage["arms"]]
+        about["stage_two"] = {**_without(stage, ("arms", "train_counts")), "arms": arms}
+    if stage := results.get("fragility"):
+        said = _without(stage, ("detection", "flagged", "damage", "points", "mitigation"))
+        kept = ["name", "labels", "images", "chosen", "impossible"]
+        about["fragility"] = {**said, "mitigation": [_only(row, kept) for row in stage.get("mitigation", ())]}
+    return {**about, "schema": SCHEMA}
 
 
 def _accuracies(results: Results) -> Iterator[Row]:
-    said = {"stage": "training", "experiment": "accuracy", "measure": "accuracy"}
     for split, values in results.get("accuracy", {}).items():
-        yield from ({**said, "split": split, **row} for row in _by_group(results, split, values))
+        yield from _by_group(results, split, values, stage="training", experiment="accuracy")
     for point in results.get("trajectory") or ():
+        said = {"stage": "training", "experiment": "trajectory", "split": "train", "epoch": point["epoch"]}
         for measure in ("loss", "accuracy"):
             if point.get(measure) is not None:
-                row = {"stage": "training", "experiment": "trajectory", "split": "train", "epoch": point["epoch"]}
-                yield {**row, "measure": measure, "value": point[measure]}
+                yield {**said, "measure": measure, "value": point[measure]}
 
 
-def _by_group(results: Results, split: str, values: Sequence[float]) -> Iterator[Row]:
+def _by_group(results: Results, split: str, values: Sequence[float], **said: Any) -> Iterator[Row]:
     """Yield the accuracy of every group that has examples in a split, with Wilson's 95 % interval."""
     counts = dict(zip(map(str, results["groups"]), results["counts"][split], strict=True))
-    present = [name for name, count in counts.items() if count]
-    for name, value in zip(present, values, strict=True):
-        yield {"group": name, "n": counts[name], **share(value, counts[name])}
+    present = {name: count for name, count in counts.items() if count}
+    for (name, count), value in zip(present.items(), values, strict=True):
+        yield {**said, "split": split, "measure": "accuracy", "group": name, "n": count, **share(value, count)}
+
+
+def _worst(by_group: Iterable[Row]) -> Row:
+    """Return a row about the worst group, whose name is its note."""
+    worst = min(by_group, key=lambda row: row["value"])
+    return {**worst, "measure": "worst group", "group": None, "note": worst["group"]}
 
 
 def share(value: float, count: int) -> dict[str, float]:
@@ -345,15 +320,18 @@ def _stage_one(results: Results) -> Iterator[Row]:
 def _interventions(experiment: str, records: Iterable[Results]) -> Iterator[Row]:
     """Yield the change of each group's accuracy under each edit, after minus before."""
     for record in records:
-        said = {name: record.get(name) for name in SETTING}
-        said |= {"selector": record["criterion"], "edit": EDITS[experiment], "neurons": record.get("neurons")}
-        said["names"] = ";".join(record.get("names", ())) or None
-        yield from ({**said, **_changed(change)} for change in record["changes"])
+        said = {**_only(record, SETTING), "selector": record["criterion"], "edit": EDITS[experiment]}
+        yield from _changes(record, {**said, **_neurons(record)})
 
 
-def _changed(change: Results) -> Row:
-    found = {name: change.get(name) for name in ("low", "high", "p")}
-    return {"group": change["group"], "measure": "change", "value": change["change"], "n": change.get("count"), **found}
+def _neurons(record: Results) -> Row:
+    return {"neurons": record.get("neurons"), "names": ";".join(record.get("names", ())) or None}
+
+
+def _changes(record: Results, said: Row) -> Iterator[Row]:
+    for change in record["changes"]:
+        found = _only(change, ("group", "low", "high", "p"))
+        yield {**said, "measure": "change", "value": change["change"], "n": change.get("count"), **found}
 
 
 def _ranks(records: Iterable[Results]) -> Iterator[Row]:
@@ -364,46 +342,41 @@ def _ranks(records: Iterable[Results]) -> Iterator[Row]:
             yield {**said, "draw": place, "group": record["group"], "measure": "percentile", "value": percentile}
 
 
+OF_SETS: Final = (
+    *("own", "worst_other", "right_lost", "test_own", "test_worst_other", "test_right_lost"),
+    *("searched", "judged", "distinct", "gap", "largest_gap", "unmatched"),
+)
+"""What is known of a set of 1h beside its net: on the half that it was judged on, and on the test images."""
+
+
 def _sets(records: Iterable[Results]) -> Iterator[Row]:
-    """Yield what is known of each set of 1h: on the half that it was judged on, and on the test images."""
-    shares = ("own", "worst_other", "right_lost", "test_own", "test_worst_other", "test_right_lost")
     for record in records:
-        said = {"selector": "matched" if record["control"] else "critical", "chosen_for": record["chosen_for"]}
-        said |= {"group": record["control"] or record["chosen_for"], "k": record["k"]}
-        said |= {"edit": ";".join(record.get("kinds", ())) or None, "neurons": record.get("neurons")}
-        said["names"] = ";".join(record.get("names", ())) or None
+        control, chosen_for = record["control"], record["chosen_for"]
+        said = {"selector": "matched" if control else "critical", "chosen_for": chosen_for, "k": record["k"]}
+        said |= {"group": control or chosen_for, "edit": ";".join(record.get("kinds", ())) or None, **_neurons(record)}
         if "impossible" in record:
             yield {**said, "measure": "impossible", "note": record["impossible"]}
             continue
         net = {"value": record["net"], "low": record["net_low"], "high": record["net_high"], "p": record["p_value"]}
         yield {**said, "measure": "net", **net, "n": record["draws"], "note": record["sentence"]}
-        counts = {"searched": record["searched"], "judged": record["judged"], "distinct": record["distinct"]}
-        gaps = {name: record.get(name) for name in ("gap", "largest_gap", "unmatched")}
-        every = {**{name: record.get(name) for name in shares}, **counts, **gaps}
-        yield from ({**said, "measure": name, "value": value} for name, value in every.items() if value is not None)
-        if record["control"] is None:
-            yield from ({**said, **_changed(change)} for change in record["changes"])
-
-
-AVERAGES: Final = ("plain", "balanced", "train-weighted")
+        known = {name: value for name, value in _only(record, OF_SETS).items() if value is not None}
+        yield from ({**said, "measure": name, "value": value} for name, value in known.items())
+        if control is None:
+            yield from _changes(record, said)
 
 
 def _stage_two(results: Results) -> Iterator[Row]:
     for arm in (results.get("stage_two") or {}).get("arms", ()):
         said = {"stage": "2", "selector": arm["name"]}
         for rule, chosen in arm["selected"].items():
-            by_group = list(_by_group(results, "test", chosen["test"]))
             under = {**said, "experiment": "arms", "rule": rule, "split": "test", "epoch": chosen["epoch"]}
             under["note"] = chosen["arm"] if chosen["arm"] != arm["name"] else None
-            yield from ({**under, "measure": "accuracy", **row} for row in by_group)
-            worst = min(by_group, key=lambda row: row["value"])
-            yield {**under, "measure": "worst group", **worst, "group": None, "note": worst["group"]}
-            for average in AVERAGES:
-                known = {"value": chosen[average]}
-                if average == "plain":
-                    count = sum(row["n"] for row in by_group)
-                    known = {**share(chosen[average], count), "n": count}
-                yield {**under, "measure": f"{average} average", **known}
+            by_group = list(_by_group(results, values=chosen["test"], **under))
+            yield from [*by_group, _worst(by_group)]
+            count = sum(row["n"] for row in by_group)
+            yield {**under, "measure": "plain average", "n": count, **share(chosen["plain"], count)}
+            for average in ("balanced", "train-weighted"):
+                yield {**under, "measure": f"{average} average", "value": chosen[average]}
         for point in arm["trajectory"]:
             yield from _epoch(results, {**said, "experiment": "epochs", "epoch": point["epoch"]}, point)
 
@@ -413,12 +386,10 @@ def _epoch(results: Results, said: Row, point: Results) -> Iterator[Row]:
         yield {**said, "split": "train", "measure": "loss", "value": point["loss"]}
     for split, values in point.items():
         if split in results["counts"]:
-            rows = _by_group(results, split, values)
-            yield from ({**said, "split": split, "measure": "accuracy", **row} for row in rows)
-        elif split == "inferred":
-            for place, value in enumerate(values):
-                row = {"split": split, "measure": "accuracy", "note": f"inferred group {place}", "value": value}
-                yield {**said, "draw": place, **row}
+            yield from _by_group(results, split, values, **said)
+    for place, value in enumerate(point.get("inferred", ())):
+        row = {"split": "inferred", "measure": "accuracy", "note": f"inferred group {place}"}
+        yield {**said, **row, "draw": place, "value": value}
 
 
 def _fragility(results: Results) -> Iterator[Row]:
@@ -432,9 +403,8 @@ def _detected(stage: Results) -> Iterator[Row]:
         for row in rows:
             said = {"experiment": "detection", "split": split, "selector": row["score"], "group": row["group"]}
             said |= {"n": row["count"], "note": row["needs"]}
-            yield {**said, "measure": "AUC", "value": row["auc"]}
-            yield {**said, "measure": "average precision", "value": row["average_precision"]}
-            yield {**said, "measure": "of its class", "value": row["of"]}
+            for measure, name in (("AUC", "auc"), ("average precision", "average_precision"), ("of its class", "of")):
+                yield {**said, "measure": measure, "value": row[name]}
     for split, rows in stage.get("damage", {}).items():
         for row in rows:
             said = {"experiment": "detection", "split": split, "selector": row["cut"], "neurons": row["neurons"]}
@@ -463,10 +433,8 @@ def _points(stage: Results) -> Iterator[Row]:
 
 def _retrained(results: Results, stage: Results) -> Iterator[Row]:
     for row in stage.get("mitigation", ()):
-        said = {"experiment": "mitigation", "selector": row["name"]}
         for split in ("validation", "test"):
-            by_group = list(_by_group(results, split, row[split])) if split in row else []
-            yield from ({**said, "split": split, "measure": "accuracy", **one} for one in by_group)
-            if by_group and split == "test":
-                worst = min(by_group, key=lambda one: one["value"])
-                yield {**said, "split": split, "measure": "worst group", **worst, "group": None, "note": worst["group"]}
+            if split in row:
+                said = {"experiment": "mitigation", "selector": row["name"]}
+                by_group = list(_by_group(results, split, row[split], **said))
+                yield from [*by_group, _worst(by_group)] if split == "test" else by_group

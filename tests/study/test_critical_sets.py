@@ -15,7 +15,7 @@ import pytest
 import neuronsurgery as ns
 from neuronsurgery.study import critical_sets as module
 from neuronsurgery.study import data, models
-from neuronsurgery.study.claims import QUESTIONS, QUESTIONS_LEVEL, judge, render
+from neuronsurgery.study.claims import CLAIMS, QUESTIONS_LEVEL, judge, render
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.critical_sets import Case, Protocol, critical_sets
 from neuronsurgery.study.program import QUICK
@@ -349,4 +349,5 @@ def test_a_group_of_few_images_has_no_numbers_and_too_few_as_its_verdict() -> No
 
 
 def test_every_question_is_about_three_neurons() -> None:
-    assert all(re.match(r"\([abc]\) ", question.text) for question in QUESTIONS) and len(QUESTIONS) == 3
+    texts = [claim["text"] for claim in CLAIMS if claim["experiment"] == "1h"]
+    assert all(re.match(r"\([abc]\) ", text) for text in texts) and len(texts) == 3

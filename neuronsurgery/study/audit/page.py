@@ -13,13 +13,11 @@ from neuronsurgery.atomic import write_atomically
 from neuronsurgery.study.audit.examples import Examples
 from neuronsurgery.study.audit.results import Audit, Row
 from neuronsurgery.study.pages import Figure, Look, exports, render
-from neuronsurgery.study.pages.charts import dots, interval, points
+from neuronsurgery.study.pages.charts import interval, points
 from neuronsurgery.study.table import COLUMNS, csv_of
 
 SHOWN: Final = 12
 """Fragile examples of each class on the page."""
-
-TOLD: Final = "Line: 95 % interval over the examples."
 
 
 def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
@@ -49,53 +47,37 @@ def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
     return folder / "report.html"
 
 
-def figures_of(audit: Audit) -> list[Figure]:
+def figures_of(audit: Audit) -> dict[str, Figure]:
     """Return the accuracy of every class and group, and what the set that was found does to whom."""
-    figures = []
+    figures = {}
     accuracies = [row for row in audit.table if row["stage"] == "accuracy"]
     flagged = {(row["experiment"], row["group"]): row["value"] for row in audit.table if row["stage"] == "fragile"}
-    kinds = list(dict.fromkeys(row["experiment"] for row in accuracies))
+    columns = {"interval": "95 % interval", "n": "examples"}
     if accuracies:
+        kinds = [(row["experiment"], row["group"]) for row in accuracies]
         rows = [
-            {
-                **_row(row),
-                "kind": row["experiment"],
-                "fragile": points(flagged.get((row["experiment"], row["group"]))),
-            }
-            for row in accuracies
+            {**_row(row), "kind": kind[0], "fragile": points(flagged.get(kind))}
+            for kind, row in zip(kinds, accuracies, strict=True)
         ]
-        columns = {"name": "", "value": "accuracy, %", "interval": "95 % interval", "n": "examples"}
-        figures.append(
-            dots(
-                "accuracy",
-                "How right is it?",
-                TOLD,
-                rows,
-                Look(kinds, field="kind"),
-                axis="accuracy, %",
-                by="name",
-                columns={**columns, "fragile": "fragile, %"},
-                limits=(0.0, 100.0),
-                line=None,
-                aside=False,
-            )
+        figures["accuracy"] = Figure(
+            rows,
+            Look(list(dict.fromkeys(kind for kind, _ in kinds)), field="kind"),
+            axis="accuracy, %",
+            by="name",
+            columns={"name": "", "value": "accuracy, %", **columns, "fragile": "fragile, %"},
+            limits=(0.0, 100.0),
+            line=None,
+            aside=False,
         )
     changes = [row for row in audit.table if row["stage"] == "critical" and row["measure"] != "net"]
     if changes and changes[0]["k"]:
-        rows = [{**_row(row), "kind": "change", "neurons": row["names"].replace(";", ", ")} for row in changes]
-        columns = {"name": "group", "value": "change, points", "interval": "95 % interval", "n": "examples"}
-        figures.append(
-            dots(
-                "critical",
-                "What cutting that set does to every group",
-                f"{TOLD} On examples that were not searched.",
-                rows,
-                Look(["change"], field="kind"),
-                axis="change of accuracy, points",
-                by="name",
-                columns={**columns, "neurons": "neurons"},
-                aside=False,
-            )
+        figures["critical"] = Figure(
+            [{**_row(row), "kind": "change", "neurons": row["names"].replace(";", ", ")} for row in changes],
+            Look(["change"], field="kind"),
+            axis="change of accuracy, points",
+            by="name",
+            columns={"name": "group", "value": "change, points", **columns, "neurons": "neurons"},
+            aside=False,
         )
     return figures
 
@@ -105,13 +87,12 @@ def _row(row: Row) -> dict[str, Any]:
     return {"name": row["group"], **numbers, "values": [], "interval": interval(row), "n": row["n"]}
 
 
-def html_of(audit: Audit, examples: Examples, figures: list[Figure]) -> str:
+def html_of(audit: Audit, examples: Examples, figures: Mapping[str, Figure]) -> str:
     """Return the page."""
     return render(
         "audit.html",
-        title="Audit of a trained network",
         audit=audit,
-        figures={figure.name: figure for figure in figures},
+        figures=figures,
         sheets=_sheets(audit, examples),
     )
 

@@ -1,4 +1,4 @@
-"""The few kinds of chart that the pages have: dots with intervals, lines, bars, strips and a scatter, all of Altair.
+"""The few kinds of chart that the pages have, all of Altair: dots, columns, bars, lines, strips, a cloud.
 
 Every group has one colour and one marker, everywhere. A chart shows on hover what its marks are; its legend takes
 groups away and brings them back; and what would be many charts alike is one with a `Choice`.
@@ -7,11 +7,10 @@ groups away and brings them back; and what would be many charts alike is one wit
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Final, NamedTuple
 
 import altair as alt
 
@@ -31,7 +30,7 @@ FONT: Final = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 @dataclass(frozen=True)
 class Look:
-    """How the members of a field are drawn.
+    """How the members of a field are drawn: each has a colour and a marker by its place.
 
     Attributes:
         names: in the order of the legend.
@@ -51,38 +50,35 @@ class Look:
         """Return what the legend calls a member."""
         return self.labels.get(name, name)
 
-    def encoded(self, *, shape: bool = True) -> dict[str, Any]:
-        """Return colour, marker and opacity: a click on the legend takes the others back."""
-        domain, places = list(map(self.label, self.names)), range(len(self.names))
-        columns = alt.ExprRef("width < 400 ? 1 : 2")
-        shown = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
-        legend = shown if len(domain) > 1 else None
-        colours: dict[str, Any] = {"range": [self.colours[place % len(self.colours)] for place in places]}
-        colours |= {"domain": domain} if self.fixed else {}
-        said: dict[str, Any] = {
-            "color": alt.Color(f"{self.field}:N", legend=legend, sort=domain).scale(**colours),
-            "opacity": alt.condition(self.toggle, alt.value(1.0), alt.value(0.08)),
-        }
-        if shape:
-            shapes = [SHAPES[place % len(SHAPES)] for place in places]
-            said["shape"] = alt.Shape(f"{self.field}:N", legend=legend).scale(domain=domain, range=shapes)
-        return said
+    @property
+    def members(self) -> list[str]:
+        """What the legend calls them, in its order."""
+        return [self.label(name) for name in self.names]
 
     @property
     def toggle(self) -> Any:
         """The selection that a click on the legend makes."""
         return alt.selection_point(name="legend", fields=[self.field], bind="legend")
 
+    def encoded(self, *, shape: bool = True) -> dict[str, Any]:
+        """Return colour, marker and opacity: a click on the legend takes the others back."""
+        columns = alt.ExprRef("width < 400 ? 1 : 2")
+        legend = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
+        shown, places = legend if len(self.names) > 1 else None, range(len(self.names))
+        colours: dict[str, Any] = {"range": [self.colours[place % len(self.colours)] for place in places]}
+        colours |= {"domain": self.members} if self.fixed else {}
+        channels: dict[str, Any] = {
+            "color": alt.Color(f"{self.field}:N", legend=shown, sort=self.members).scale(**colours),
+            "opacity": alt.condition(self.toggle, alt.value(1.0), alt.value(0.08)),
+        }
+        if shape:
+            shapes = [SHAPES[place % len(SHAPES)] for place in places]
+            channels["shape"] = alt.Shape(f"{self.field}:N", legend=shown).scale(domain=self.members, range=shapes)
+        return channels
 
-@dataclass(frozen=True)
-class Choice:
-    """What the reader chooses: a value of a field of the rows.
 
-    Attributes:
-        field: of the rows.
-        title: what stands before the choice.
-        default: chosen at first; None: the first value of the rows.
-    """
+class Choice(NamedTuple):
+    """What the reader chooses: a value of a field of the rows, at first the default, or the first that is there."""
 
     field: str
     title: str
@@ -91,83 +87,84 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """A chart with what is said of it, and the rows that it draws.
+    """A chart and the rows that it draws.
 
     Attributes:
-        name: of its file and its place in the page.
-        title: above it.
-        note: how to read it, in a sentence or two.
-        chart: of Altair, without its data.
-        rows: what it draws.
-        columns: of the table below it: field to heading.
-        choices: with the values that are chosen at first.
+        rows: JSON values. Each has a mark at "value", with the interval "low" to "high" (or None) and the "values" of
+            the seeds; of strips with the values "drawn"; of a cloud at "x" and "y".
+        look: of what stands side by side.
+        columns: of the table below it, and of what hovering shows: field to heading.
+        axis: what the values are.
+        by: the field whose values have a place each on the other axis.
+        kind: a key of `KINDS`.
+        heading: of the other axis.
+        choices: each is left out where there is but one value.
+        order: of the values of `by`; None: as they come.
+        limits: of the axis; None: as the values ask for.
+        line: where a line is drawn; None: nowhere.
+        aside: whether several members of `look` stand in one row, each in a place of its own.
     """
 
-    name: str
-    title: str
-    note: str
-    chart: Any
     rows: Sequence[Row]
+    look: Look
+    _: KW_ONLY
     columns: Mapping[str, str]
-    choices: Mapping[str, Any]
+    axis: str
+    by: str = ""
+    kind: str = "dots"
+    heading: str | None = None
+    choices: Sequence[Choice] = ()
+    order: Sequence[str] | None = None
+    limits: tuple[float, float] | None = None
+    line: float | None = 0.0
+    aside: bool = True
+
+    @functools.cached_property
+    def menus(self) -> dict[Choice, list[Any]]:
+        """The choices that there are several values for, with these."""
+        values = {choice: list(dict.fromkeys(row[choice.field] for row in self.rows)) for choice in self.choices}
+        return {choice: found for choice, found in values.items() if len(found) > 1}
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The values that are chosen at first."""
+        return {
+            choice.field: choice.default if choice.default in values else values[0]
+            for choice, values in self.menus.items()
+        }
 
     @property
     def shown(self) -> list[Row]:
         """The rows of the choices that are made at first."""
-        return [row for row in self.rows if all(row[name] == value for name, value in self.choices.items())]
+        return [row for row in self.rows if all(row[name] == value for name, value in self.chosen.items())]
+
+    @property
+    def places(self) -> list[str]:
+        """The values of `by`, in their order."""
+        return list(self.order or dict.fromkeys(row[self.by] for row in self.rows))
+
+    @property
+    def tooltip(self) -> list[Any]:
+        """What hovering shows."""
+        return [alt.Tooltip(name, type="nominal", title=heading) for name, heading in self.columns.items()]
 
     def specification(self, width: int | None = None) -> dict[str, Any]:
-        """Return the Vega-Lite specification, the same for the same rows.
-
-        Args:
-            width: in pixels; None: of what it stands in.
-        """
-        text = json.dumps(self.chart.properties(width=width or "container").to_dict())
-        # Altair counts the views of a process; a page counts its own.
-        for place, name in enumerate(dict.fromkeys(re.findall(r'"(view_\d+)"', text))):
-            text = text.replace(f'"{name}"', f'"view-{place}"')
+        """Return the Vega-Lite specification, of a width in pixels, or as wide as what it stands in."""
+        height, (first, *others) = KINDS[self.kind](self)
+        # Altair would name the views of a process one after another; a page has its own.
+        chart = alt.layer(first.properties(name="view-0"), *others, data=alt.NamedData(name="rows"))
+        for choice, values in self.menus.items():
+            menu = alt.binding_select(options=values, name=f"{choice.title} ")
+            parameter = alt.param(name=f"choice_{choice.field}", bind=menu, value=self.chosen[choice.field])
+            chart = chart.add_params(parameter).transform_filter(f"datum[{choice.field!r}] === {parameter.name}")
+        chart = chart.add_params(self.look.toggle).properties(width=width or "container", height=height)
+        chart = chart.configure(font=FONT).configure_axis(labelFontSize=12, titleFontSize=12)
+        chart = chart.configure_legend(labelFontSize=12, symbolSize=80).configure_view(stroke=None)
         # The data come last: Altair would check every value.
-        return {**json.loads(text), "data": {"values": self.rows}}
-
-
-def figure(
-    name: str,
-    title: str,
-    note: str,
-    layers: Sequence[Any],
-    rows: Sequence[Row],
-    *,
-    columns: Mapping[str, str],
-    height: int,
-    look: Look | None = None,
-    choices: Sequence[Choice] = (),
-) -> Figure:
-    """Return a figure of some layers, with its choices and its legend.
-
-    Args:
-        name: of its file and its place in the page.
-        title: above it.
-        note: how to read it.
-        layers: charts of Altair without data.
-        rows: JSON values; what a choice is made by is in each of them.
-        columns: of the table below: field to heading.
-        height: in pixels.
-        look: whose legend takes members away; None: there is no legend.
-        choices: each is left out where there is but one value.
-    """
-    values = {choice.field: list(dict.fromkeys(row[choice.field] for row in rows)) for choice in choices}
-    made = [choice for choice in choices if len(values[choice.field]) > 1]
-    chosen = {one.field: one.default if one.default in values[one.field] else values[one.field][0] for one in made}
-    chart = alt.layer(*layers, data=alt.NamedData(name="rows"))
-    for choice in made:
-        menu = alt.binding_select(options=values[choice.field], name=f"{choice.title} ")
-        parameter = alt.param(name=f"choice_{choice.field}", bind=menu, value=chosen[choice.field])
-        chart = chart.add_params(parameter).transform_filter(f"datum[{choice.field!r}] === {parameter.name}")
-    if look is not None:
-        chart = chart.add_params(look.toggle)
-    chart = chart.properties(height=height).configure(font=FONT).configure_axis(labelFontSize=12, titleFontSize=12)
-    chart = chart.configure_legend(labelFontSize=12, symbolSize=80).configure_view(stroke=None)
-    return Figure(name, title, note, chart, rows, columns, chosen)
+        drawn = {"value", "low", "high", "values", "drawn", "x", "y", self.by, self.look.field, *self.columns}
+        drawn |= {choice.field for choice in self.choices}
+        rows = [{name: value for name, value in row.items() if name in drawn} for row in self.rows]
+        return {**chart.to_dict(), "data": {"values": rows}}
 
 
 def points(share: float | None) -> float | None:
@@ -182,196 +179,93 @@ def interval(row: Row) -> str | None:
     return f"{100 * row['low'] + 0.0:.1f} to {100 * row['high'] + 0.0:.1f}"
 
 
-def tooltip(columns: Mapping[str, str]) -> list[Any]:
-    """Return what hovering shows: every column of the table."""
-    return [alt.Tooltip(name, type="nominal", title=heading) for name, heading in columns.items()]
+# Each kind: the height in pixels, and the layers
 
 
-def dots(
-    name: str,
-    title: str,
-    note: str,
-    rows: Sequence[Row],
-    look: Look,
-    *,
-    axis: str,
-    by: str,
-    columns: Mapping[str, str],
-    choices: Sequence[Choice] = (),
-    limits: tuple[float, float] | None = None,
-    line: float | None = 0.0,
-    order: Sequence[str] | None = None,
-    aside: bool = True,
-) -> Figure:
-    """Return dots with intervals, a row for each value of a field; strokes are the seeds, where there are several.
+def _rule(**where: Any) -> Any:
+    return alt.Chart().mark_rule(color=GREY, strokeDash=[4, 3]).encode(**where)
 
-    Args:
-        name: of its file and its place in the page.
-        title: above it.
-        note: how to read it.
-        rows: with "value", "low", "high" (None where there is none), "values" (of the seeds), and what else is named.
-        look: of what stands side by side in a row.
-        axis: what the values are.
-        by: the field of the rows.
-        columns: of the table below: field to heading.
-        choices: what the reader chooses.
-        limits: of the axis; None: as the values ask for.
-        line: where a line is drawn; None: nowhere.
-        order: of the values of `by`; None: as they come.
-        aside: whether several members of `look` stand in one row, each in a place of its own.
-    """
-    order = order or list(dict.fromkeys(row[by] for row in rows))
-    scale = alt.Scale(domain=list(limits)) if limits else alt.Scale(zero=False, nice=True)
-    y = alt.Y(f"{by}:N", sort=list(order), title=None, axis=alt.Axis(labelLimit=190, grid=True, tickBand="extent"))
-    place: dict[str, Any] = {"y": y}
-    if aside:
-        place["yOffset"] = alt.YOffset(f"{look.field}:N", sort=list(map(look.label, look.names)))
-    plain = look.encoded(shape=False)
-    few = alt.Axis(tickCount=8)
-    across = alt.X("value:Q", title=axis, scale=scale, axis=few)
-    layers = [
-        alt.Chart().mark_rule(color=GREY, strokeDash=[4, 3]).encode(x=alt.datum(line)) if line is not None else None,
-        alt.Chart()
-        .mark_rule(strokeWidth=1.6, clip=True)
-        .encode(x=alt.X("low:Q", title=axis, scale=scale, axis=few), x2="high:Q", **place, **plain)
-        if any(row["low"] is not None for row in rows)
-        else None,
-        alt.Chart()
-        .transform_flatten(["values"])
-        .mark_tick(thickness=1.5, size=8, clip=True)
-        .encode(x=alt.X("values:Q", title=axis, scale=scale, axis=few), **place, **plain)
-        if any(len(row["values"]) > 1 for row in rows)
-        else None,
-        alt.Chart()
-        .mark_point(filled=True, size=60)
-        .encode(x=across, tooltip=tooltip(columns), **place, **look.encoded()),
+
+def _dots(figure: Figure) -> tuple[int, list[Any]]:
+    """A row for each place: dots with intervals; strokes are the seeds, where there are several."""
+    look, by = figure.look, figure.by
+    axis = alt.Axis(labelLimit=190, grid=True, tickBand="extent")
+    place: dict[str, Any] = {"y": alt.Y(f"{by}:N", sort=figure.places, title=None, axis=axis)}
+    if figure.aside:
+        place["yOffset"] = alt.YOffset(f"{look.field}:N", sort=look.members)
+    scale = alt.Scale(domain=list(figure.limits)) if figure.limits else alt.Scale(zero=False, nice=True)
+    value, low, values = (
+        alt.X(f"{field}:Q", title=figure.axis, scale=scale, axis=alt.Axis(tickCount=8))
+        for field in ("value", "low", "values")
+    )
+    plain = {**place, **look.encoded(shape=False)}
+    layers = [_rule(x=alt.datum(figure.line))] if figure.line is not None else []
+    if any(row["low"] is not None for row in figure.rows):
+        layers.append(alt.Chart().mark_rule(strokeWidth=1.6, clip=True).encode(x=low, x2="high:Q", **plain))
+    if any(len(row["values"]) > 1 for row in figure.rows):
+        strokes = alt.Chart().transform_flatten(["values"]).mark_tick(thickness=1.5, size=8, clip=True)
+        layers.append(strokes.encode(x=values, **plain))
+    marks = alt.Chart().mark_point(filled=True, size=60)
+    layers.append(marks.encode(x=value, tooltip=figure.tooltip, **place, **look.encoded()))
+    return max(90, len(figure.places) * (BAND * len(look.names) + 12 if figure.aside else 26)), layers
+
+
+def _columns(figure: Figure) -> tuple[int, list[Any]]:
+    """A column for each place: points with intervals, or bars."""
+    places, look = figure.places, figure.look
+    axis, scale = alt.Axis(labelAngle=-40, labelLimit=150), alt.Scale(domain=places)
+    x = alt.X(f"{figure.by}:N", sort=places, scale=scale, title=figure.heading, axis=axis)
+    place = {"x": x, "xOffset": alt.XOffset(f"{look.field}:N", sort=look.members)}
+    value, low = (alt.Y(f"{field}:Q", title=figure.axis) for field in ("value", "low"))
+    plain = {**place, **look.encoded(shape=False)}
+    if figure.kind == "bars":
+        return 300, [alt.Chart().mark_bar().encode(y=value, tooltip=figure.tooltip, **plain)]
+    marks = alt.Chart().mark_point(filled=True, size=45)
+    return 300, [
+        _rule(y=alt.datum(0)),
+        alt.Chart().mark_rule(strokeWidth=1.4).encode(y=low, y2="high:Q", **plain),
+        marks.encode(y=value, tooltip=figure.tooltip, **place, **look.encoded()),
     ]
-    height = max(90, len(order) * (BAND * len(look.names) + 12 if aside else 26))
-    made = [layer for layer in layers if layer is not None]
-    return figure(name, title, note, made, rows, columns=columns, height=height, look=look, choices=choices)
 
 
-def columns_of_layers(
-    name: str,
-    title: str,
-    note: str,
-    rows: Sequence[Row],
-    look: Look,
-    *,
-    axis: str,
-    by: str,
-    columns: Mapping[str, str],
-    choices: Sequence[Choice] = (),
-    kind: Literal["points", "bars"] = "points",
-    heading: str | None = None,
-    order: Sequence[str] | None = None,
-) -> Figure:
-    """Return points with intervals, or bars, over a field in its order: layers, shares of the model, bins.
-
-    Args:
-        name: of its file and its place in the page.
-        title: above it.
-        note: how to read it.
-        rows: as those of `dots`; bars need "value" alone.
-        look: of what stands side by side.
-        axis: what the values are.
-        by: the field that the x axis has.
-        columns: of the table below: field to heading.
-        choices: what the reader chooses.
-        kind: of the marks.
-        heading: of the x axis.
-        order: of the values of `by`; None: as they come.
-    """
-    order = order or list(dict.fromkeys(row[by] for row in rows))
-    every = alt.Scale(domain=list(order))
-    x = alt.X(f"{by}:N", sort=list(order), scale=every, title=heading, axis=alt.Axis(labelAngle=-40, labelLimit=150))
-    place = {"x": x, "xOffset": alt.XOffset(f"{look.field}:N", sort=list(map(look.label, look.names)))}
-    plain = look.encoded(shape=False)
-    y = alt.Y("value:Q", title=axis)
-    if kind == "bars":
-        layers = [alt.Chart().mark_bar().encode(y=y, tooltip=tooltip(columns), **place, **plain)]
-    else:
-        layers = [
-            alt.Chart().mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0)),
-            alt.Chart().mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q", title=axis), y2="high:Q", **place, **plain),
-            alt.Chart()
-            .mark_point(filled=True, size=45)
-            .encode(y=y, tooltip=tooltip(columns), **place, **look.encoded()),
-        ]
-    return figure(name, title, note, layers, rows, columns=columns, height=300, look=look, choices=choices)
-
-
-def lines(
-    name: str,
-    title: str,
-    note: str,
-    rows: Sequence[Row],
-    look: Look,
-    *,
-    x: str,
-    axes: tuple[str, str],
-    columns: Mapping[str, str],
-    choices: Sequence[Choice] = (),
-) -> Figure:
-    """Return a line for each member of a field; arguments as those of `dots`, `axes` being what x and y are."""
-    layers = [
-        alt.Chart()
-        .mark_line(point=alt.OverlayMarkDef(size=36, filled=True))
-        .encode(
-            x=alt.X(f"{x}:Q", title=axes[0], axis=alt.Axis(tickMinStep=1, format="d")),
-            y=alt.Y("value:Q", title=axes[1], scale=alt.Scale(zero=False)),
-            tooltip=tooltip(columns),
-            **look.encoded(shape=False),
+def _lines(figure: Figure) -> tuple[int, list[Any]]:
+    """A line for each member over a whole number."""
+    lines = alt.Chart().mark_line(point=alt.OverlayMarkDef(size=36, filled=True))
+    return 320, [
+        lines.encode(
+            x=alt.X(f"{figure.by}:Q", title=figure.heading, axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("value:Q", title=figure.axis, scale=alt.Scale(zero=False)),
+            tooltip=figure.tooltip,
+            **figure.look.encoded(shape=False),
         )
     ]
-    return figure(name, title, note, layers, rows, columns=columns, height=320, look=look, choices=choices)
 
 
-def scatter(
-    name: str,
-    title: str,
-    note: str,
-    rows: Sequence[Row],
-    look: Look,
-    *,
-    axes: tuple[str, str],
-    columns: Mapping[str, str],
-) -> Figure:
-    """Return dots of "x" and "y"; `axes` is what these are."""
-    layers = [
-        alt.Chart()
-        .mark_point(filled=True, size=16)
-        .encode(
-            x=alt.X("x:Q", title=axes[0]), y=alt.Y("y:Q", title=axes[1]), tooltip=tooltip(columns), **look.encoded()
-        )
+def _cloud(figure: Figure) -> tuple[int, list[Any]]:
+    """A dot at each "x" and "y"."""
+    x, y = alt.X("x:Q", title=figure.heading), alt.Y("y:Q", title=figure.axis)
+    marks = alt.Chart().mark_point(filled=True, size=16)
+    return 340, [marks.encode(x=x, y=y, tooltip=figure.tooltip, **figure.look.encoded())]
+
+
+def _strips(figure: Figure) -> tuple[int, list[Any]]:
+    """A strip of values for each place, and a dot for one more."""
+    y = alt.Y(f"{figure.by}:N", sort=figure.places, title=None, axis=alt.Axis(labelLimit=190))
+    drawn, value = (alt.X(f"{field}:Q", title=figure.axis) for field in ("drawn", "value"))
+    ticks = alt.Chart().transform_flatten(["drawn"]).mark_tick(thickness=1, size=18, color=GREY, opacity=0.6)
+    marks = alt.Chart().mark_point(filled=True, size=90)
+    return max(90, 40 * len(figure.places)), [
+        _rule(x=alt.datum(0)),
+        ticks.encode(x=drawn, y=y),
+        marks.encode(x=value, y=y, tooltip=figure.tooltip, **figure.look.encoded()),
     ]
-    return figure(name, title, note, layers, rows, columns=columns, height=340, look=look)
 
 
-def strips(
-    name: str,
-    title: str,
-    note: str,
-    rows: Sequence[Row],
-    look: Look,
-    *,
-    axis: str,
-    by: str,
-    columns: Mapping[str, str],
-    choices: Sequence[Choice] = (),
-) -> Figure:
-    """Return a strip of "drawn" values for each value of a field, and a dot for "value"; else as `dots`."""
-    order = list(dict.fromkeys(row[by] for row in rows))
-    y = alt.Y(f"{by}:N", sort=order, title=None, axis=alt.Axis(labelLimit=190))
-    layers = [
-        alt.Chart().mark_rule(color=GREY, strokeDash=[4, 3]).encode(x=alt.datum(0)),
-        alt.Chart()
-        .transform_flatten(["drawn"])
-        .mark_tick(thickness=1, size=18, color=GREY, opacity=0.6)
-        .encode(x=alt.X("drawn:Q", title=axis), y=y),
-        alt.Chart()
-        .mark_point(filled=True, size=90)
-        .encode(x=alt.X("value:Q", title=axis), y=y, tooltip=tooltip(columns), **look.encoded()),
-    ]
-    height = max(90, 40 * len(order))
-    return figure(name, title, note, layers, rows, columns=columns, height=height, look=look, choices=choices)
+KINDS: Final[Mapping[str, Callable[[Figure], tuple[int, list[Any]]]]] = {
+    "dots": _dots,
+    "columns": _columns,
+    "bars": _columns,
+    "lines": _lines,
+    "strips": _strips,
+    "cloud": _cloud,
+}

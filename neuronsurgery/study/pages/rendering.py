@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from neuronsurgery.study.pages.charts import Figure
@@ -15,11 +15,9 @@ WIDTH = 760
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page made from a template of this folder.
+    """Return a page made from a template of this folder and the values that it names.
 
-    Args:
-        template: its file.
-        values: what it names. `figures`, if it has charts, are drawn by `{{ chart(figure) }}`.
+    Of the `figures` among these, by name, `{% call chart(name, title) %}` draws one.
     """
     import jinja2
     import markupsafe
@@ -31,7 +29,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["percent"] = lambda value: "" if value is None else f"{100 * value:.1f}"
     environment.filters["shown"] = shown
     environment.globals["script"] = lambda: markupsafe.Markup(_script())  # noqa: S704  # of a package, not of a user
     environment.globals["specification"] = _specification
@@ -62,11 +59,11 @@ def _script() -> str:
     return code.replace("</script", "<\\/script")
 
 
-def exports(figures: Iterable[Figure]) -> dict[str, bytes]:
+def exports(figures: Mapping[str, Figure]) -> dict[str, bytes]:
     """Return each chart as an SVG file, by its name, as it stands before anything is chosen."""
     import vl_convert
 
-    drawn = {figure.name: vl_convert.vegalite_to_svg(figure.specification(WIDTH)) for figure in figures}
+    drawn = {name: vl_convert.vegalite_to_svg(figure.specification(WIDTH)) for name, figure in figures.items()}
     return {f"figures/{name}.svg": _renumbered(svg).encode() for name, svg in drawn.items()}
 
 

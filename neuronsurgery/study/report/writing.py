@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from neuronsurgery.atomic import locked, write_atomically
 from neuronsurgery.study.claims import judge
 from neuronsurgery.study.pages import Figure, exports, render
-from neuronsurgery.study.report.answers import answers
-from neuronsurgery.study.report.sections import every_figure, figures_of
+from neuronsurgery.study.report.figures import figures_of
 from neuronsurgery.study.run import LOCK
 from neuronsurgery.study.table import Run, checked
 
@@ -21,90 +22,31 @@ from neuronsurgery.study.table import Run, checked
 def write_report(run: Run, folder: Path) -> Path:
     """Return the path of `report.html`, written to a folder with its charts as `figures/*.svg`.
 
-    The page holds all that it needs and loads nothing. The same results give the same bytes.
-
-    Args:
-        run: of one seed, where experiments may be missing, or of several.
-        folder: made if it is not there. Files of these names are replaced, others left alone.
+    The page holds all that it needs and loads nothing. The same results give the same bytes. Files of these names are
+    replaced, others left alone; experiments may be missing.
 
     Raises:
         ValueError: if the results are of another schema or kind, or are not a run's.
         OSError: if the folder cannot be written to, or is full; a report that was there is as it was.
     """
     checked(run.about)
-    sections = figures_of(run)
-    drawn = exports(every_figure(sections))
+    figures = figures_of(run)
     # The page last: whoever finds a new page finds new charts beside it.
-    write_files(folder, {**drawn, "report.html": page_of(run, sections).encode()})
+    write_files(folder, {**exports(figures), "report.html": page_of(run, figures).encode()})
     return folder / "report.html"
 
 
-def page_of(run: Run, sections: Sequence[tuple[str, Sequence[Figure]]]) -> str:
-    """Return the page of a run.
-
-    Args:
-        run: of one seed or of several.
-        sections: its figures under their headings.
-    """
-    records = judge(run)
+def page_of(run: Run, figures: Mapping[str, Figure]) -> str:
+    """Return the page of a run with its figures by name."""
+    flags = run.rows(experiment="flagged", measure="flagged", split="train").group_by("group", maintain_order=True)
     return render(
         "study.html",
-        title=_title(run),
-        told=_told(run),
-        warnings=_warnings(run),
-        seeds=[f"seed-{seed}" for seed in run.seeds] if len(run.seeds) > 1 else [],
-        answers=answers(run, records),
-        rarest=run.minority[0] if run.minority else "",
-        pictures=run.about.get("pictures", []),
-        minority=run.minority,
-        sections=sections,
-        sheets=run.about.get("fragility", {}).get("audit", []),
-        claims=records,
-        methods=[
-            (arm["name"], arm["text"], arm["labels"], settings_words(arm.get("settings", {})))
-            for arm in run.about.get("stage_two", {}).get("arms", ())
-        ],
-        several=len(run.seeds) > 1,
-        settings=_settings(run),
+        run=run,
+        figures=figures,
+        claims=judge(run),
+        flagged=flags.agg(pl.col("value").mean()).rows(),
+        settings_words=settings_words,
     )
-
-
-def _title(run: Run) -> str:
-    settings = run.about["settings"]
-    seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else f"seed {run.seeds[0]}"
-    return f"Critical neurons: {settings.get('data')}, {seeds}"
-
-
-def _told(run: Run) -> str:
-    """Return the run in a line: network, training, images."""
-    settings, counts = run.about["settings"], run.about["counts"].get("train", [])
-    rarest = f", {min(counts)} of them of the rarest group" if counts else ""
-    return (
-        f"{settings.get('arch')} trained for {settings.get('epochs')} epochs ({settings.get('preset')}) on "
-        f"{sum(counts):,} images{rarest}."
-    )
-
-
-def _warnings(run: Run) -> list[str]:
-    """Return what the reader must know before any number."""
-    about, settings = run.about, run.about["settings"]
-    said = []
-    if settings.get("quick"):
-        said.append("A quick run: few epochs and draws. It shows that the program runs; its numbers mean little.")
-    asked = {name for name in settings.get("experiments", ()) if "1" in settings.get("stages", ())}
-    asked |= {
-        name for stage, name in (("2", "arms"), ("fragility", "detection")) if stage in settings.get("stages", ())
-    }
-    missing = sorted(asked - run.experiments)
-    if missing:
-        said.append(f"This run has no result yet of: {', '.join(missing)}.")
-    if not run.minority:
-        said.append("No group is rare in training, so there is no question to answer about one.")
-    if len(run.seeds) == 2:
-        said.append("Two seeds make wide intervals: three to five are usual.")
-    said += [f"Fragility: {text}" for text in [about.get("fragility", {}).get("impossible")] if text]
-    said += [f"No groups are inferred: {text}" for text in [about.get("stage_two", {}).get("not_inferred")] if text]
-    return said
 
 
 def settings_words(settings: Mapping[str, Any]) -> str:
@@ -127,32 +69,8 @@ def settings_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _settings(run: Run) -> list[tuple[str, Any]]:
-    """Return what a run depends on, and where it ran, as rows of two."""
-    about = run.about
-    counts = [
-        (f"images, {split}", ", ".join(f"{name} {count}" for name, count in zip(run.groups, found, strict=True)))
-        for split, found in about["counts"].items()
-    ]
-    expected = about.get("expected_counts") or {}
-    counts += [(f"images in the paper, {split}", ", ".join(map(str, found))) for split, found in expected.items()]
-    rows = [*about["settings"].items(), *about.get("environment", {}).items()]
-    rows += [("network", about.get("network")), ("neurons studied", about.get("neurons")), *counts]
-    rows += [(f"intervals, {key}", value) for key, value in about.get("intervals", {}).items()]
-    rows += [(f"seconds, {key}", value) for key, value in about.get("seconds", {}).items()]
-    known = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in rows)
-    return [(name.replace("_", " "), value) for name, value in known if value is not None]
-
-
-# All files or none
-
-
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to a folder, all of them or none: they are written beside it first, then renamed in their order.
-
-    Args:
-        folder: made if it is not there.
-        files: name, relative to the folder, to content; files of these names are replaced, others left alone.
+    """Write files, by their names within a folder, all of them or none: beside it first, then renamed in their order.
 
     Raises:
         OSError: if the folder cannot be made or written to, or is full; the files that were there are as they were.
@@ -165,8 +83,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         ):
             new, old = Path(made, "new"), Path(made, "old")
             for name, content in files.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                for place in (new, old, folder):
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(new / name, content)
+                if (folder / name).exists():
+                    shutil.copy2(folder / name, old / name)
             _replace(folder, list(files), new, old)
     except OSError as error:
         said = (
@@ -176,29 +97,15 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
 
 
-def _replace(folder: Path, names: Sequence[str], new: Path, old: Path) -> None:
+def _replace(folder: Path, names: list[str], new: Path, old: Path) -> None:
     """Put the new files in place, or the old ones back if that fails on the way."""
-    done: list[str] = []
     try:
         for name in names:
-            for parent in (folder / name, old / name):
-                parent.parent.mkdir(parents=True, exist_ok=True)
-            if (folder / name).exists():
-                _keep(folder / name, old / name)
-            done.append(name)
             os.replace(new / name, folder / name)
     except BaseException:
-        for name in reversed(done):
+        for name in names:
             if (old / name).exists():
                 os.replace(old / name, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
         raise
-
-
-def _keep(file: Path, copy: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no such thing."""
-    try:
-        os.link(file, copy)
-    except OSError:
-        shutil.copy2(file, copy)
