@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -28,22 +29,17 @@ RULES: Final = ("worst group", "inferred groups", "class labels", "last epoch")
 
 
 class Number(NamedTuple):
-    """What a measure comes to in one run."""
+    """What a measure comes to in one run, with its 95 % interval over the examples; or why it is lacking."""
 
     value: float | None
     low: float | None = None
-    """The ends of the 95 % interval over the examples, where there is one."""
     high: float | None = None
     lacking: str = ""
-    """Why there is no value: the verdict then."""
 
 
 Amount: TypeAlias = Callable[[Run, str], float | None]
-"""(run of one seed, group) -> a number; None where the run has no rows for it."""
-
-
 Measure: TypeAlias = Callable[[Run, str], Number | float | None]
-"""As an `Amount`, perhaps with an interval, or why there is no value."""
+"""(run of one seed, group) -> a number; None where the run has no rows for it."""
 
 CLAIMS: Final = pl.read_csv(Path(__file__).with_suffix(".csv")).fill_null("").to_dicts()
 """By column: of which experiment the table must have rows; the key of `MEASURES`, its unit, the side of the bound;
@@ -98,35 +94,23 @@ def _changes(run: Run, experiment: str, **which: Any) -> pl.DataFrame:
     return run.rows(experiment=experiment, split=run.split, measure="change", **which)
 
 
-def effect(experiment: str, **which: Any) -> Amount:
-    """Return the measure of how much a group changes, in points, under neurons that its own gradient chose."""
-
-    def mean_change(run: Run, group: str) -> float | None:
-        chosen = {"selector": "gradient", "chosen_for": group, **which}
-        return _mean(_changes(run, experiment, group=group, **chosen)["value"].abs())
-
-    return mean_change
+def _effect(run: Run, group: str, experiment: str, **which: Any) -> float | None:
+    """Return how much a group changes, in points, under neurons that its own gradient chose."""
+    which = {"selector": "gradient", "chosen_for": group, **which}
+    return _mean(_changes(run, experiment, group=group, **which)["value"].abs())
 
 
-def minus(measure: Amount, other: Amount, times: float = 1.0) -> Amount:
-    """Return the measure of how far one is above another, or above a part of it."""
-
-    def difference(run: Run, group: str) -> float | None:
-        one, two = measure(run, group), other(run, group)
-        return None if one is None or two is None else one - times * two
-
-    return difference
+def _minus(run: Run, group: str, one: Amount, other: Amount, times: float = 1.0) -> float | None:
+    """Return how far one measure is above another, or above a part of it."""
+    first, second = one(run, group), other(run, group)
+    return None if first is None or second is None else first - times * second
 
 
-def beyond_majority(measure: Amount) -> Amount:
-    """Return the measure of how much larger another is for a group than for the majority groups on their mean."""
-
-    def majority(run: Run, _: str) -> float | None:
-        others = [measure(run, name) for name in run.majority]
-        known = [other for other in others if other is not None]
-        return statistics.fmean(known) if known and len(known) == len(others) else None
-
-    return minus(measure, majority)
+def _over_majority(run: Run, group: str, measure: Amount) -> float | None:
+    """Return how much larger a measure is for a group than for the majority groups on their mean."""
+    own, others = measure(run, group), [measure(run, name) for name in run.majority]
+    known = [other for other in others if other is not None]
+    return None if own is None or not known or len(known) < len(others) else own - statistics.fmean(known)
 
 
 def _training_accuracy(run: Run, group: str) -> float | None:
@@ -138,14 +122,10 @@ def _random_control(run: Run, group: str) -> float | None:
     return _mean(_changes(run, "1g", group=group).filter(pl.col("fraction") <= 0.003)["value"].abs())
 
 
-def in_last_bins(chosen_by: str) -> Amount:
-    """Return the measure of how many, in percent, of a group's top 5 % are in the top tenth by the other criterion."""
-
-    def share(run: Run, group: str) -> float | None:
-        found = run.rows(experiment="1b", split=run.split, group=group, selector=chosen_by, fraction=0.05)["value"]
-        return _mean(found > 90)
-
-    return share
+def _in_last_bins(run: Run, group: str, chosen_by: str) -> float | None:
+    """Return how many, in percent, of a group's top 5 % are in the top tenth by the other criterion."""
+    ranks = run.rows(experiment="1b", split=run.split, group=group, selector=chosen_by, fraction=0.05)["value"]
+    return _mean(ranks > 90)
 
 
 def _sensitive(run: Run, group: str) -> float | None:
@@ -188,20 +168,16 @@ def _beyond_others(run: Run, group: str) -> Number | None:
     return Number(*means.row(0)) if nets else None
 
 
-def _lift(run: Run, one: str, other: str, **which: Any) -> Number | None:
+def _lift(run: Run, _: str, one: str, other: str, **which: Any) -> Number | None:
     """Return by how much the worst group of one method is above that of another."""
     rows = {row["selector"]: row for row in run.rows(measure="worst group", **which).to_dicts()}
     return _sum((1.0, rows[one]), (-1.0, rows[other])) if one in rows and other in rows else None
 
 
-def _fine_tuned(run: Run, _: str) -> Number | None:
+def _fine_tuned(run: Run, group: str) -> Number | None:
     """Return by how much the pruned twin is above ERM continued at its best rate, by the first rule that has both."""
-    found = (_lift(run, PRUNED, CONTINUED, experiment="arms", rule=rule) for rule in RULES)
-    return next((number for number in found if number), None)
-
-
-def _retrained(run: Run, _: str) -> Number | None:
-    return _lift(run, RETRAINED, "ERM", experiment="mitigation")
+    lifts = (_lift(run, group, PRUNED, CONTINUED, experiment="arms", rule=rule) for rule in RULES)
+    return next(filter(None, lifts), None)
 
 
 def _detected(run: Run, group: str) -> Number | None:
@@ -275,28 +251,32 @@ def _more_where_seen(record: Row, _: Sequence[Run]) -> str:
     return "holds" if record["low"] > 0 else "does not hold" if record["high"] < NOT_MEMORY else "undecided"
 
 
-LARGEST: Final = {"std": 0.02}
-"""The largest of the paper's scales: where its random edits show the most."""
+CUT: Final = partial(_effect, experiment="1a")
+INIT: Final = partial(_effect, experiment="1c", std=0.02)
+NOISE: Final = partial(_effect, experiment="1d", std=0.02)
+"""Under the largest of the paper's scales: where its random edits show the most."""
 
 MEASURES: Final[Mapping[str, Measure]] = {
     "training accuracy": _training_accuracy,
     "gap": _gap,
-    "own cut": beyond_majority(effect("1a")),
-    "magnitude": beyond_majority(effect("1a", selector="magnitude", chosen_for="all")),
+    "own cut": partial(_over_majority, measure=CUT),
+    "magnitude": partial(_over_majority, measure=partial(CUT, selector="magnitude", chosen_for="all")),
     "own cut beyond others": _beyond_others,
-    "gradient by magnitude": in_last_bins("gradient"),
-    "magnitude by gradient": in_last_bins("magnitude"),
-    "random init": beyond_majority(effect("1c", **LARGEST)),
-    "random init and zeroing": minus(effect("1c", **LARGEST), effect("1a"), times=0.5),
-    "noise": beyond_majority(effect("1d", **LARGEST)),
-    "noise and zeroing": minus(effect("1a"), effect("1d", **LARGEST)),
-    "own cut by layer": beyond_majority(effect("1e")),
-    "rewinding": beyond_majority(_sensitive),
-    "random of the same layers": minus(effect("1a"), effect("1g", selector="same layers")),
+    "gradient by magnitude": partial(_in_last_bins, chosen_by="gradient"),
+    "magnitude by gradient": partial(_in_last_bins, chosen_by="magnitude"),
+    "random init": partial(_over_majority, measure=INIT),
+    "random init and zeroing": partial(_minus, one=INIT, other=CUT, times=0.5),
+    "noise": partial(_over_majority, measure=NOISE),
+    "noise and zeroing": partial(_minus, one=CUT, other=NOISE),
+    "own cut by layer": partial(_over_majority, measure=partial(_effect, experiment="1e")),
+    "rewinding": partial(_over_majority, measure=_sensitive),
+    "random of the same layers": partial(
+        _minus, one=CUT, other=partial(_effect, experiment="1g", selector="same layers")
+    ),
     "random of the model": _random_control,
     "fine-tuning": _fine_tuned,
     "knockout": _detected,
-    "retraining": _retrained,
+    "retraining": partial(_lift, one=RETRAINED, other="ERM", experiment="mitigation"),
     "net": _net,
     "net beyond controls": _beyond_controls,
     "memory": _memory,

@@ -55,15 +55,10 @@ FORMULA: Final = r"^[=+\-@\t\r']"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one run came to, or several seeds together.
+    """What one run came to, or several seeds together."""
 
-    Attributes:
-        about: what `results.json` holds: settings, groups, counts, and what else is no result.
-        table: one row per number, with `COLUMNS`.
-    """
-
-    about: Results
-    table: pl.DataFrame
+    about: Results  # what `results.json` holds: settings, groups, counts, and what else is no result
+    table: pl.DataFrame  # one row per number, with `COLUMNS`
 
     @classmethod
     def of(cls, results: Results) -> Run:
@@ -277,9 +272,11 @@ def _accuracies(results: Results) -> Iterator[Row]:
         yield from _by_group(results, split, values, stage="training", experiment="accuracy")
     for point in results.get("trajectory") or ():
         said = {"stage": "training", "experiment": "trajectory", "split": "train", "epoch": point["epoch"]}
-        for measure in ("loss", "accuracy"):
-            if point.get(measure) is not None:
-                yield {**said, "measure": measure, "value": point[measure]}
+        yield from _measured(said, _only(point, ("loss", "accuracy")))
+
+
+def _measured(said: Row, values: Mapping[str, float | None]) -> Iterator[Row]:
+    yield from ({**said, "measure": name, "value": value} for name, value in values.items() if value is not None)
 
 
 def _by_group(results: Results, split: str, values: Sequence[float], **said: Any) -> Iterator[Row]:
@@ -359,8 +356,7 @@ def _sets(records: Iterable[Results]) -> Iterator[Row]:
             continue
         net = {"value": record["net"], "low": record["net_low"], "high": record["net_high"], "p": record["p_value"]}
         yield {**said, "measure": "net", **net, "n": record["draws"], "note": record["sentence"]}
-        known = {name: value for name, value in _only(record, OF_SETS).items() if value is not None}
-        yield from ({**said, "measure": name, "value": value} for name, value in known.items())
+        yield from _measured(said, _only(record, OF_SETS))
         if control is None:
             yield from _changes(record, said)
 
@@ -375,15 +371,13 @@ def _stage_two(results: Results) -> Iterator[Row]:
             yield from [*by_group, _worst(by_group)]
             count = sum(row["n"] for row in by_group)
             yield {**under, "measure": "plain average", "n": count, **share(chosen["plain"], count)}
-            for average in ("balanced", "train-weighted"):
-                yield {**under, "measure": f"{average} average", "value": chosen[average]}
+            yield from _measured(under, {f"{name} average": chosen[name] for name in ("balanced", "train-weighted")})
         for point in arm["trajectory"]:
             yield from _epoch(results, {**said, "experiment": "epochs", "epoch": point["epoch"]}, point)
 
 
 def _epoch(results: Results, said: Row, point: Results) -> Iterator[Row]:
-    if point.get("loss") is not None:
-        yield {**said, "split": "train", "measure": "loss", "value": point["loss"]}
+    yield from _measured({**said, "split": "train"}, _only(point, ["loss"]))
     for split, values in point.items():
         if split in results["counts"]:
             yield from _by_group(results, split, values, **said)
@@ -394,8 +388,8 @@ def _epoch(results: Results, said: Row, point: Results) -> Iterator[Row]:
 
 def _fragility(results: Results) -> Iterator[Row]:
     stage = results.get("fragility") or {}
-    for rows in (_detected(stage), _flagged(results, stage), _points(stage), _retrained(results, stage)):
-        yield from ({"stage": "fragility", **row} for row in rows)
+    rows = itertools.chain(_detected(stage), _flagged(results, stage), _points(stage), _retrained(results, stage))
+    yield from ({"stage": "fragility", **row} for row in rows)
 
 
 def _detected(stage: Results) -> Iterator[Row]:
@@ -403,8 +397,8 @@ def _detected(stage: Results) -> Iterator[Row]:
         for row in rows:
             said = {"experiment": "detection", "split": split, "selector": row["score"], "group": row["group"]}
             said |= {"n": row["count"], "note": row["needs"]}
-            for measure, name in (("AUC", "auc"), ("average precision", "average_precision"), ("of its class", "of")):
-                yield {**said, "measure": measure, "value": row[name]}
+            shares = {"AUC": row["auc"], "average precision": row["average_precision"], "of its class": row["of"]}
+            yield from _measured(said, shares)
     for split, rows in stage.get("damage", {}).items():
         for row in rows:
             said = {"experiment": "detection", "split": split, "selector": row["cut"], "neurons": row["neurons"]}
@@ -427,8 +421,7 @@ def _points(stage: Results) -> Iterator[Row]:
     for row in stage.get("points", ()):
         said = {"experiment": "points", "split": "train", "group": row["group"], "n": row["of"]}
         for place, (fragility, final) in enumerate(zip(row["fragility"], row["final"], strict=True)):
-            yield {**said, "draw": place, "measure": "fragility", "value": fragility}
-            yield {**said, "draw": place, "measure": "minus final margin", "value": final}
+            yield from _measured({**said, "draw": place}, {"fragility": fragility, "minus final margin": final})
 
 
 def _retrained(results: Results, stage: Results) -> Iterator[Row]:

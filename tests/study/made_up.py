@@ -335,7 +335,11 @@ def text_of(page: str) -> str:
     return " ".join(" ".join(reader.parts).split())
 
 
+def html_of(run: Run) -> str:
+    """The page of a run."""
+    return page_of(run, figures_of(run))
+
+
 def report_of(results: dict[str, Any] | Run) -> str:
     """The text of the page of some results."""
-    run = results if isinstance(results, Run) else Run.of(results)
-    return text_of(page_of(run, figures_of(run)))
+    return text_of(html_of(results if isinstance(results, Run) else Run.of(results)))

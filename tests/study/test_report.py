@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import html
 import json
 import os
 import re
@@ -11,23 +12,21 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
 
 from neuronsurgery.study import pages, readers
 from neuronsurgery.study.claims import judge
-from neuronsurgery.study.pages import Figure
 from neuronsurgery.study.pages.charts import COLOURS, SHAPES
-from neuronsurgery.study.report import sections, write_report
-from neuronsurgery.study.report.answers import answers
-from neuronsurgery.study.report.sections import Section, every_figure, figures_of
+from neuronsurgery.study.report import write_report
+from neuronsurgery.study.report.figures import CHARTS, QUERIES, figures_of
 from neuronsurgery.study.report.writing import page_of
 from neuronsurgery.study.run import write_results
 from neuronsurgery.study.table import Run, read_run
 from study.forking import Forked
-from study.made_up import MadeUp, fragility, one_run, report_of, seeds_of, stage_two
+from study.made_up import MadeUp, fragility, html_of, one_run, report_of, seeds_of, stage_two, text_of
 
 EXPERIMENTS = ("1a", "1b", "1c", "1d", "1e", "1f", "1g")
 
@@ -55,17 +54,36 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     return run, folder
 
 
-def figures_by_name(run: Run) -> dict[str, Figure]:
-    return {figure.name: figure for figure in every_figure(figures_of(run))}
-
-
 # The first screen
+
+
+class Answer(NamedTuple):
+    verdict: str
+    link: str
+    question: str
+    number: str
+    interval: str
+    told: str
+
+
+ANSWER = re.compile(
+    r'<li><span class="verdict \w+">(.*?)</span>\s*<span class="question"><a href="#(.*?)">(.*?)</a></span>\s*'
+    r'<span class="said">(?:<b class="number">(.*?)</b>)?(?: <span class="number">(.*?)</span>)?(?:: )?(.*?)</span></li'
+)
+
+
+def answers(run: Run) -> list[Answer]:
+    """What the first screen says."""
+    found = [Answer(*map(html.unescape, one)) for one in ANSWER.findall(html_of(run))]
+    assert len(found) == html_of(run).count('<span class="question">')
+    return found
 
 
 def test_one_seed_has_numbers_and_no_verdicts(whole: tuple[Run, Path]) -> None:
     found = answers(whole[0])
     assert {answer.verdict for answer in found} == {"one seed only"}
     assert [answer.link for answer in found] == ["accuracy", "cuts", "detection", "mitigation"]
+    assert found[0].question == "Is the rare group remembered rather than learned?"
     # Its accuracy is 90 % in training and 40 % in test, and 100 % in the majority groups.
     assert found[0].number == "+50.0 points"
     assert found[2].number == "99.0 %" and found[3].number == "+40.0 points"
@@ -148,23 +166,24 @@ def test_two_seeds_are_warned_of(several: tuple[Run, Path]) -> None:
 
 
 def test_what_was_impossible_and_what_labels_are_needed_is_said(whole: tuple[Run, Path]) -> None:
-    figures = figures_by_name(whole[0])
-    assert "Could not be trained: CnC: no image <is> an anchor." in figures["arms"].note
-    assert "worst group: group labels of validation images" in figures["arms"].note
-    assert "Impossible: AFR: it did not <converge>." in figures["mitigation"].note
-    assert {row["labels"] for row in figures["arms"].rows if row["arm"] == "Group DRO"} == {"class, group"}
     page = (whole[1] / "report.html").read_text()
+    said = text_of(page)
+    assert "Could not be trained: CnC: no image <is> an anchor." in said
+    assert "worst group: group labels of validation images" in said
+    assert "Impossible: AFR: it did not <converge>." in said
+    rows = figures_of(whole[0])["arms"].rows
+    assert {row["labels"] for row in rows if row["selector"] == "Group DRO"} == {"class, group"}
     assert "no image &lt;is&gt; an anchor" in page and "<is>" not in page
     assert "No groups are inferred: nobody stands out" in page
 
 
 def test_balanced_validation_images_are_named_where_they_stand_in() -> None:
     made = one_run(stage_two=stage_two() | {"class_labels_of": "validation"})
-    note = figures_by_name(Run.of(made))["arms"].note
-    assert "class labels: class labels of validation images" in note
-    assert "balanced over groups, which is itself knowledge of the groups" in note
+    said = report_of(made)
+    assert "class labels: class labels of validation images" in said
+    assert "balanced over groups, which is itself knowledge of the groups" in said
     made["counts"]["validation"] = [90, 5, 5, 90]
-    assert "balanced" not in figures_by_name(Run.of(made))["arms"].note
+    assert "balanced" not in report_of(made)
 
 
 def test_settings_counts_and_seconds_are_folded_away() -> None:
@@ -184,8 +203,8 @@ def test_settings_counts_and_seconds_are_folded_away() -> None:
 def test_charts_are_the_same_from_a_table_that_was_read_back(whole: tuple[Run, Path], tmp_path: Path) -> None:
     run = whole[0]
     write_results(tmp_path, run)
-    back = figures_by_name(read_run(tmp_path))
-    for name, figure in figures_by_name(run).items():
+    back = figures_of(read_run(tmp_path))
+    for name, figure in figures_of(run).items():
         assert figure.specification() == back[name].specification()
 
 
@@ -195,7 +214,7 @@ def test_same_results_give_the_same_bytes(whole: tuple[Run, Path], tmp_path: Pat
 
 
 def test_every_number_of_a_chart_is_in_the_table(whole: tuple[Run, Path]) -> None:
-    run, figures = whole[0], figures_by_name(whole[0])
+    run, figures = whole[0], figures_of(whole[0])
     numbers = {round(100 * value, 2) + 0.0 for value in run.table["value"].drop_nulls()}
     for name in ("accuracy", "layers", "rewinding", "arms", "mitigation", "detection"):
         assert {row["value"] for row in figures[name].rows} <= numbers, name
@@ -203,7 +222,7 @@ def test_every_number_of_a_chart_is_in_the_table(whole: tuple[Run, Path]) -> Non
 
 def test_groups_keep_their_colour_and_marker_and_labels(whole: tuple[Run, Path]) -> None:
     labels = [f"{name} (rare)" if name in whole[0].minority else name for name in whole[0].groups]
-    for figure in figures_by_name(whole[0]).values():
+    for figure in figures_of(whole[0]).values():
         text = json.dumps(figure.specification())
         for channel, values in (("color", COLOURS), ("shape", SHAPES)):
             for found in re.findall(rf'"{channel}": (\{{"field": "group".*?"range": \[.*?\]\}})', text):
@@ -211,9 +230,9 @@ def test_groups_keep_their_colour_and_marker_and_labels(whole: tuple[Run, Path])
 
 
 def test_a_choice_takes_the_place_of_many_charts(whole: tuple[Run, Path]) -> None:
-    figures = figures_by_name(whole[0])
-    assert figures["cuts"].choices == {"edit": "zero", "k": 3}
-    assert figures["layers"].choices == {"chosen": "gradient of waterbird on land", "k": 3}
+    figures = figures_of(whole[0])
+    assert figures["cuts"].chosen == {"edit": "zero", "k": 3}
+    assert figures["layers"].chosen == {"chosen": "gradient of waterbird on land", "k": 3}
     text = json.dumps(figures["cuts"].specification())
     assert '"name": "choice_k"' in text and "datum['k'] === choice_k" in text
     assert {row["k"] for row in figures["cuts"].shown} == {3}
@@ -223,12 +242,13 @@ def test_a_choice_takes_the_place_of_many_charts(whole: tuple[Run, Path]) -> Non
 def test_numbers_that_a_seed_lacks_are_in_no_chart() -> None:
     lacking = every_stage(1)
     lacking["stage_two"]["arms"] = [one for one in lacking["stage_two"]["arms"] if one["name"] != "Group DRO"]
-    rows = figures_by_name(seeds_of([every_stage(0), lacking]))["arms"].rows
-    assert "Group DRO" not in {row["arm"] for row in rows} and "nothing pruned" in {row["arm"] for row in rows}
+    rows = figures_of(seeds_of([every_stage(0), lacking]))["arms"].rows
+    names = {row["selector"] for row in rows}
+    assert "Group DRO" not in names and "nothing pruned" in names
 
 
 def test_seeds_are_compared_with_every_control(several: tuple[Run, Path]) -> None:
-    figures = figures_by_name(several[0])
+    figures = figures_of(several[0])
     controls = {row["control"]: row for row in figures["differences"].shown}
     assert set(controls) == {"ERM", "nothing pruned"}
     assert controls["nothing pruned"]["value"] == pytest.approx(32.0)  # 60, 62 and 64 minus 30
@@ -237,15 +257,15 @@ def test_seeds_are_compared_with_every_control(several: tuple[Run, Path]) -> Non
 
 
 def test_no_negative_zero(whole: tuple[Run, Path]) -> None:
-    assert not re.search(r"[^0-9.]-0(\.0+)?[^0-9.]", json.dumps([f.rows for f in figures_by_name(whole[0]).values()]))
+    assert not re.search(r"[^0-9.]-0(\.0+)?[^0-9.]", json.dumps([f.rows for f in figures_of(whole[0]).values()]))
 
 
-def test_two_figures_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    twice = Section("Twice", sections.accuracy)
-    monkeypatch.setattr(sections, "SECTIONS", (*sections.SECTIONS, twice))
-    with pytest.raises(ValueError, match="two figures of the report are called accuracy: give each section"):
-        write_report(Run.of(MadeUp(draws=2).results([])), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_every_chart_is_drawn_and_stands_on_the_page_once(several: tuple[Run, Path]) -> None:
+    assert list(CHARTS) == list(QUERIES)
+    page = (several[1] / "report.html").read_text()
+    assert re.findall(r'<h3 id="([a-z-]+)">', page) == [*figures_of(several[0]), "sheets"]
+    template = (Path(pages.__file__).parent / "study.html").read_text()
+    assert re.findall(r'call chart\("([a-z-]+)"', template) == list(CHARTS)
 
 
 # Any run
@@ -253,7 +273,7 @@ def test_two_figures_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("present", [[], *([name] for name in EXPERIMENTS), ["1b", "1e"]])
 def test_any_subset_of_experiments(present: list[str]) -> None:
-    named = set(figures_by_name(Run.of(MadeUp(draws=2).results(present))))
+    named = set(figures_of(Run.of(MadeUp(draws=2).results(present))))
     wanted = {
         "1a": "cuts",
         "1b": "ranks",
@@ -282,7 +302,7 @@ def test_any_number_of_groups_layers_and_splits(groups: int, layers: int) -> Non
     page = page_of(run, figures_of(run))
     assert "<attribute" not in page
     assert "class 0 &amp; &lt;attribute 1&gt;" in page
-    assert figures_by_name(run)["cuts"].choices["split"] == "train"
+    assert figures_of(run)["cuts"].chosen["split"] == "train"
 
 
 def test_no_minority_groups() -> None:
@@ -300,7 +320,7 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
 
 
 ORDERS = [
-    ("report", ["answers", "sections", "writing"]),
+    ("report", ["figures", "writing"]),
     ("pages", ["charts", "rendering"]),
     ("readers", ["pixels", "disk", "tables", "assembly", "layouts"]),
 ]
@@ -432,7 +452,7 @@ def test_page_is_well_formed_and_loads_nothing(whole: tuple[Run, Path]) -> None:
 
 def test_each_chart_is_a_file_of_its_own(whole: tuple[Run, Path]) -> None:
     files = {file.stem: file for file in (whole[1] / "figures").iterdir()}
-    assert set(files) == set(figures_by_name(whole[0]))
+    assert set(files) == set(figures_of(whole[0]))
     for file in files.values():
         assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert "NaN" not in file.read_text()
@@ -524,7 +544,7 @@ def test_in_a_browser_nothing_is_cut_off_and_the_controls_work(
 ) -> None:
     run, folder = request.getfixturevalue(kind)
     found = in_browser(folder / "report.html", width, tmp_path, fonts)
-    assert found["charts"] == len(figures_by_name(run))
+    assert found["charts"] == len(figures_of(run))
     assert (found["beyond"], found["faults"]) == ([], [])
     assert found["chosen"]
     before, after = found["faint"]
@@ -532,18 +552,7 @@ def test_in_a_browser_nothing_is_cut_off_and_the_controls_work(
 
 
 def test_the_script_is_of_the_package_and_ends_no_tag_early() -> None:
-    page = pages.render("study.html", **EMPTY)
+    page = page_of(Run.of(MadeUp(draws=1).results([])), {})
     assert page.count("</script>") == 2
     with pytest.raises(Exception, match="undefined"):
         pages.render("study.html")
-
-
-EMPTY: dict[str, Any] = {
-    **dict.fromkeys(("title", "told", "rarest"), ""),
-    **{
-        name: []
-        for name in ("warnings", "seeds", "answers", "pictures", "minority", "sections", "sheets", "claims", "methods")
-    },
-    "several": False,
-    "settings": [],
-}

@@ -3,7 +3,6 @@
 `charts` makes what is drawn, `rendering` the page around it. A page loads nothing and works from a file.
 """
 
-from neuronsurgery.study.pages.charts import Choice as Choice
 from neuronsurgery.study.pages.charts import Figure as Figure
 from neuronsurgery.study.pages.charts import Look as Look
 from neuronsurgery.study.pages.rendering import exports as exports

@@ -1,7 +1,7 @@
 """The few kinds of chart that the pages have, all of Altair: dots, columns, bars, lines, strips, a cloud.
 
 Every group has one colour and one marker, everywhere. A chart shows on hover what its marks are; its legend takes
-groups away and brings them back; and what would be many charts alike is one with a `Choice`.
+groups away and brings them back; and what would be many charts alike is one with choices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import altair as alt
 
@@ -30,21 +30,13 @@ FONT: Final = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 @dataclass(frozen=True)
 class Look:
-    """How the members of a field are drawn: each has a colour and a marker by its place.
+    """How the members of a field are drawn: each has a colour and a marker by its place."""
 
-    Attributes:
-        names: in the order of the legend.
-        field: of the rows.
-        labels: what the legend calls them, if not by their names.
-        colours: of the members; from the first again where they are fewer.
-        fixed: whether the legend names all members, and not only those that are shown.
-    """
-
-    names: Sequence[str]
+    names: Sequence[str]  # in the order of the legend
     field: str = "group"
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    colours: Sequence[str] = COLOURS
-    fixed: bool = True
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)  # in the legend, if not the names
+    colours: Sequence[str] = COLOURS  # from the first again where they are fewer
+    fixed: bool = True  # whether the legend names all members, and not only those that are shown
 
     def label(self, name: str) -> str:
         """Return what the legend calls a member."""
@@ -77,61 +69,41 @@ class Look:
         return channels
 
 
-class Choice(NamedTuple):
-    """What the reader chooses: a value of a field of the rows, at first the default, or the first that is there."""
-
-    field: str
-    title: str
-    default: Any = None
-
-
 @dataclass(frozen=True, eq=False)
 class Figure:
     """A chart and the rows that it draws.
 
-    Attributes:
-        rows: JSON values. Each has a mark at "value", with the interval "low" to "high" (or None) and the "values" of
-            the seeds; of strips with the values "drawn"; of a cloud at "x" and "y".
-        look: of what stands side by side.
-        columns: of the table below it, and of what hovering shows: field to heading.
-        axis: what the values are.
-        by: the field whose values have a place each on the other axis.
-        kind: a key of `KINDS`.
-        heading: of the other axis.
-        choices: each is left out where there is but one value.
-        order: of the values of `by`; None: as they come.
-        limits: of the axis; None: as the values ask for.
-        line: where a line is drawn; None: nowhere.
-        aside: whether several members of `look` stand in one row, each in a place of its own.
+    Each row, of JSON values, has a mark at "value", with the interval "low" to "high" (or None) and the "values" of the
+    seeds; in strips with the values "drawn"; in a cloud at "x" and "y".
     """
 
     rows: Sequence[Row]
-    look: Look
+    look: Look  # of what stands side by side
     _: KW_ONLY
-    columns: Mapping[str, str]
-    axis: str
-    by: str = ""
-    kind: str = "dots"
-    heading: str | None = None
-    choices: Sequence[Choice] = ()
-    order: Sequence[str] | None = None
-    limits: tuple[float, float] | None = None
-    line: float | None = 0.0
-    aside: bool = True
+    columns: Mapping[str, str]  # of the table below it, and of what hovering shows: field to heading
+    axis: str  # what the values are
+    by: str = ""  # the field whose values have a place each on the other axis
+    kind: str = "dots"  # of `KINDS`
+    heading: str | None = None  # of the other axis
+    choices: Mapping[str, Sequence[Any]] = dataclasses.field(
+        default_factory=dict
+    )  # by field: its title, what is chosen at first
+    order: Sequence[str] | None = None  # of the values of `by`; None: as they come
+    limits: tuple[float, float] | None = None  # of the axis; None: as the values ask for
+    line: float | None = 0.0  # where one is drawn; None: nowhere
+    aside: bool = True  # whether several members of `look` stand in one row, each in a place of its own
 
     @functools.cached_property
-    def menus(self) -> dict[Choice, list[Any]]:
-        """The choices that there are several values for, with these."""
-        values = {choice: list(dict.fromkeys(row[choice.field] for row in self.rows)) for choice in self.choices}
-        return {choice: found for choice, found in values.items() if len(found) > 1}
+    def menus(self) -> dict[str, list[Any]]:
+        """The values of each choice that there are several for."""
+        values = {name: list(dict.fromkeys(row[name] for row in self.rows)) for name in self.choices}
+        return {name: found for name, found in values.items() if len(found) > 1}
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The values that are chosen at first."""
-        return {
-            choice.field: choice.default if choice.default in values else values[0]
-            for choice, values in self.menus.items()
-        }
+        """What is chosen at first: the first of what is asked for that is there."""
+        asked = {name: [*self.choices[name][1:], values[0]] for name, values in self.menus.items()}
+        return {name: next(one for one in asked[name] if one in values) for name, values in self.menus.items()}
 
     @property
     def shown(self) -> list[Row]:
@@ -153,16 +125,16 @@ class Figure:
         height, (first, *others) = KINDS[self.kind](self)
         # Altair would name the views of a process one after another; a page has its own.
         chart = alt.layer(first.properties(name="view-0"), *others, data=alt.NamedData(name="rows"))
-        for choice, values in self.menus.items():
-            menu = alt.binding_select(options=values, name=f"{choice.title} ")
-            parameter = alt.param(name=f"choice_{choice.field}", bind=menu, value=self.chosen[choice.field])
-            chart = chart.add_params(parameter).transform_filter(f"datum[{choice.field!r}] === {parameter.name}")
+        for name, values in self.menus.items():
+            menu = alt.binding_select(options=values, name=f"{self.choices[name][0]} ")
+            parameter = alt.param(name=f"choice_{name}", bind=menu, value=self.chosen[name])
+            chart = chart.add_params(parameter).transform_filter(f"datum[{name!r}] === {parameter.name}")
         chart = chart.add_params(self.look.toggle).properties(width=width or "container", height=height)
         chart = chart.configure(font=FONT).configure_axis(labelFontSize=12, titleFontSize=12)
         chart = chart.configure_legend(labelFontSize=12, symbolSize=80).configure_view(stroke=None)
         # The data come last: Altair would check every value.
-        drawn = {"value", "low", "high", "values", "drawn", "x", "y", self.by, self.look.field, *self.columns}
-        drawn |= {choice.field for choice in self.choices}
+        drawn = {"value", "low", "high", "values", "drawn", "x", "y", self.by, self.look.field}
+        drawn |= {*self.columns, *self.choices}
         rows = [{name: value for name, value in row.items() if name in drawn} for row in self.rows]
         return {**chart.to_dict(), "data": {"values": rows}}
 
@@ -174,7 +146,7 @@ def points(share: float | None) -> float | None:
 
 def interval(row: Row) -> str | None:
     """Return the ends of a row's interval, "low" and "high", in percent; None where it has none."""
-    if row["low"] is None:
+    if row.get("low") is None:
         return None
     return f"{100 * row['low'] + 0.0:.1f} to {100 * row['high'] + 0.0:.1f}"
 

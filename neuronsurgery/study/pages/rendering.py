@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,6 @@ def render(template: str, **values: Any) -> str:
     Of the `figures` among these, by name, `{% call chart(name, title) %}` draws one.
     """
     import jinja2
-    import markupsafe
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("neuronsurgery.study.pages", "."),
@@ -29,34 +27,19 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["shown"] = shown
-    environment.globals["script"] = lambda: markupsafe.Markup(_script())  # noqa: S704  # of a package, not of a user
-    environment.globals["specification"] = _specification
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    environment.globals["script"] = _script
     return environment.get_template(template).render(**values)
 
 
-def shown(value: Any) -> str:
-    """Return a value of a row as a cell of a table has it."""
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _specification(figure: Figure) -> Any:
-    """Return a chart as JSON that may stand within a script of a page."""
-    import markupsafe
-
-    text = json.dumps(figure.specification(), separators=(",", ":"), ensure_ascii=False)
-    return markupsafe.Markup(text.replace("<", "\\u003c"))  # noqa: S704  # nothing in it can end the script
-
-
 @functools.cache
-def _script() -> str:
+def _script() -> Any:
     """Return the script that draws charts, with all that it needs."""
+    import markupsafe
     import vl_convert
 
-    code: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return code.replace("</script", "<\\/script")
+    code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return markupsafe.Markup(code.replace("</script", "<\\/script"))  # noqa: S704  # of a package, not of a user
 
 
 def exports(figures: Mapping[str, Figure]) -> dict[str, bytes]:
