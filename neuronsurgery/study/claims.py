@@ -9,6 +9,7 @@ report, with what their number is told to be.
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -41,7 +42,10 @@ Amount: TypeAlias = Callable[[Run, str], float | None]
 Measure: TypeAlias = Callable[[Run, str], Number | float | None]
 """(run of one seed, group) -> a number; None where the run has no rows for it."""
 
-CLAIMS: Final = pl.read_csv(Path(__file__).with_suffix(".csv")).fill_null("").to_dicts()
+CLAIMS: Final[Sequence[Row]] = [
+    {**row, "bound": float(row["bound"]), "paper": row["paper"] == "true"}
+    for row in csv.DictReader(Path(__file__).with_suffix(".csv").read_text().splitlines())
+]
 """By column: of which experiment the table must have rows; the key of `MEASURES`, its unit, the side of the bound;
 whether it is about every group or the minority; whether the paper claims it; the claim in words."""
 
