@@ -47,7 +47,7 @@ CLAIMS: Final[Sequence[Row]] = [
     for row in csv.DictReader(Path(__file__).with_suffix(".csv").read_text().splitlines())
 ]
 """By column: of which experiment the table must have rows; the key of `MEASURES`, its unit, the side of the bound;
-whether it is about every group or the minority; whether the paper claims it; the claim in words."""
+whether it is about every group or the minority; whether the paper claims it; the figure that shows more; the texts."""
 
 
 def judge(run: Run) -> list[Row]:
@@ -164,12 +164,12 @@ def _beyond_others(run: Run, group: str) -> Number | None:
 
     It is the mean over k, and so are its ends: the cuts of one, two and three neurons rise and fall together.
     """
-    nets = []
+    nets: list[Number] = []
     for _, rows in _changes(run, "1a", selector="gradient", chosen_for=group).group_by("k", maintain_order=True):
         worst = rows.filter(pl.col("group") != group).sort("value").to_dicts()[0]
         nets.append(_sum((-1.0, where(rows, group=group).to_dicts()[0]), (1.0, worst)))
-    means = pl.DataFrame(nets, ["value", "low", "high", "lacking"], orient="row").select("value", "low", "high").mean()
-    return Number(*means.row(0)) if nets else None
+    means = pl.DataFrame(nets, Number._fields, orient="row").mean()
+    return Number(*means.row(0)[:3]) if nets else None
 
 
 def _lift(run: Run, _: str, one: str, other: str, **which: Any) -> Number | None:
@@ -206,12 +206,11 @@ WORST_OTHER: Final = -2.0
 NOT_MEMORY: Final = 15.0
 
 
-def _of_set(run: Run, group: str, control: str | None = None) -> dict[str, Row]:
-    """Return the rows of a set of three neurons by measure, of a group or of one of its controls."""
-    which = {"selector": "matched" if control else "critical", "group": control or group}
-    rows = run.rows(experiment="1h", chosen_for=group, k=SIZE, **which).to_dicts()
+def _of_set(run: Run, group: str) -> dict[str, Row]:
+    """Return the rows of a group's set of three neurons by measure."""
     # A change of another group's accuracy has that group's name.
-    return {row["measure"]: row for row in rows}
+    rows = run.rows(experiment="1h", selector="critical", chosen_for=group, group=group, k=SIZE)
+    return {row["measure"]: row for row in rows.to_dicts()}
 
 
 def _net(run: Run, group: str) -> Number:
@@ -223,8 +222,8 @@ def _net(run: Run, group: str) -> Number:
 def _beyond_controls(run: Run, group: str) -> Number:
     """Return by how much the net of a group is above the mean net of its controls, of the one that there is perhaps."""
     net = _net(run, group).value
-    controls = run.rows(experiment="1h", chosen_for=group, selector="matched", measure="net", k=SIZE)["value"]
-    mean = _mean(controls)
+    controls = run.rows(experiment="1h", selector="matched", chosen_for=group, measure="net", k=SIZE)
+    mean = _mean(controls["value"])
     if net is None or mean is None:
         return Number(None, lacking="too few" if net is None else "no control")
     return Number(net - mean)
@@ -255,10 +254,13 @@ def _more_where_seen(record: Row, _: Sequence[Run]) -> str:
     return "holds" if record["low"] > 0 else "does not hold" if record["high"] < NOT_MEMORY else "undecided"
 
 
+LARGEST: Final = 0.02
+"""Of the paper's scales: where its random edits show the most."""
+
 CUT: Final = partial(_effect, experiment="1a")
-INIT: Final = partial(_effect, experiment="1c", std=0.02)
-NOISE: Final = partial(_effect, experiment="1d", std=0.02)
-"""Under the largest of the paper's scales: where its random edits show the most."""
+INIT: Final = partial(_effect, experiment="1c", std=LARGEST)
+NOISE: Final = partial(_effect, experiment="1d", std=LARGEST)
+SAME_LAYERS: Final = partial(_effect, experiment="1g", selector="same layers")
 
 MEASURES: Final[Mapping[str, Measure]] = {
     "training accuracy": _training_accuracy,
@@ -274,9 +276,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "noise and zeroing": partial(_minus, one=CUT, other=NOISE),
     "own cut by layer": partial(_over_majority, measure=partial(_effect, experiment="1e")),
     "rewinding": partial(_over_majority, measure=_sensitive),
-    "random of the same layers": partial(
-        _minus, one=CUT, other=partial(_effect, experiment="1g", selector="same layers")
-    ),
+    "random of the same layers": partial(_minus, one=CUT, other=SAME_LAYERS),
     "random of the model": _random_control,
     "fine-tuning": _fine_tuned,
     "knockout": _detected,

@@ -6,21 +6,21 @@ return; `write_run` and `read_run` are its two files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 import polars as pl
 import polars.selectors as cs
 
 Results: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]
-Parsed = TypeVar("Parsed")
 
 SCHEMA: Final = 2
 TABLE: Final = "table.csv"
@@ -185,13 +185,19 @@ def read_run(folder: Path) -> Run:
         raise FileNotFoundError(
             f"{folder} has no {' and no '.join(missing)}: run `neuronsurgery study --out {folder}` to its end first"
         )
-    about = checked(_parsed(folder / RESULTS, _object))
-    return Run(about, _parsed(folder / TABLE, read_csv))
+    with _named_if_damaged(folder / RESULTS) as file:
+        about = json.loads(file.read_text())
+        if not isinstance(about, dict):
+            raise ValueError(f"a {type(about).__name__}, where an object was expected")
+    checked(about)
+    with _named_if_damaged(folder / TABLE) as file:
+        return Run(about, read_csv(file.read_bytes()))
 
 
-def _parsed(file: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
+@contextlib.contextmanager
+def _named_if_damaged(file: Path) -> Iterator[Path]:
     try:
-        return parse(file.read_bytes())
+        yield file
     except (pl.exceptions.PolarsError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged ({str(error).splitlines()[0]}): delete it and run the study again, which goes on from "
@@ -199,15 +205,8 @@ def _parsed(file: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
         ) from error
 
 
-def _object(data: bytes) -> Row:
-    found = json.loads(data)
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__}, where an object was expected")
-    return found
-
-
-def checked(about: Results) -> Results:
-    """Return what `results.json` holds, after it was looked at.
+def checked(about: Results) -> None:
+    """Check what `results.json` holds.
 
     Raises:
         ValueError: if the schema or the kind is another, or parts are missing that every run has.
@@ -222,7 +221,6 @@ def checked(about: Results) -> Results:
     missing = [key for key in ("settings", "groups", "counts") if key not in about]
     if missing:
         raise ValueError(f"results.json lacks {', '.join(missing)}: it is not of a finished or interrupted study run")
-    return about
 
 
 def csv_of(table: pl.DataFrame) -> bytes:

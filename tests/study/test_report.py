@@ -74,8 +74,9 @@ ANSWER = re.compile(
 
 def answers(run: Run) -> list[Answer]:
     """What the first screen says."""
-    found = [Answer(*map(html.unescape, one)) for one in ANSWER.findall(html_of(run))]
-    assert len(found) == html_of(run).count('<span class="question">')
+    page = html_of(run)
+    found = [Answer(*map(html.unescape, one)) for one in ANSWER.findall(page)]
+    assert len(found) == page.count('<span class="question">')
     return found
 
 

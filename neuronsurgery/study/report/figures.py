@@ -78,14 +78,21 @@ def names_of(names: str | None) -> str | None:
     return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "") or None
 
 
-def _together(run: Run, **which: Any) -> pl.DataFrame:
+def _together(run: Run, table: pl.DataFrame) -> pl.DataFrame:
     """Return rows with the seeds taken together, but for numbers that some seed lacks: of others than the rest."""
-    return over_seeds(run, run.rows(**which)).filter(pl.col("seeds") == len(run.seeds))
+    return over_seeds(run, table).filter(pl.col("seeds") == len(run.seeds))
 
 
 def _said(run: Run, stage: str, of: str, key: str) -> pl.Expr:
     """Return what results.json says of the method of a row."""
     return pl.col("selector").replace({row["name"]: row[key] for row in run.about.get(stage, {}).get(of, ())})
+
+
+def _by_family(run: Run, table: pl.DataFrame) -> pl.DataFrame:
+    """Return rows of arms in the order of their families, with these in words."""
+    known = table.with_columns(family=_said(run, "stage_two", "arms", "family"))
+    ordered = known.sort(pl.col("family").cast(pl.Enum(list(FAMILIES))), maintain_order=True)
+    return ordered.with_columns(pl.col("family").replace(FAMILIES))
 
 
 def _of_one_seed(run: Run, column: str) -> pl.Expr:
@@ -101,7 +108,8 @@ SHARE: Final = pl.format("{} %", _plain((100 * pl.col("fraction")).round(6)))
 
 def accuracy(run: Run) -> pl.DataFrame:
     """Return the accuracies of the trained network."""
-    return _together(run, experiment="accuracy").sort(pl.col("split").cast(pl.Enum(SPLITS)), maintain_order=True)
+    found = _together(run, run.rows(experiment="accuracy"))
+    return found.sort(pl.col("split").cast(pl.Enum(SPLITS)), maintain_order=True)
 
 
 # Stage 1
@@ -109,25 +117,19 @@ def accuracy(run: Run) -> pl.DataFrame:
 
 def changed(run: Run, experiments: tuple[str, ...]) -> pl.DataFrame:
     """Return the changes of some experiments, draws and seeds taken together, and what was done in words."""
-    drawn = over_draws(run.rows(experiment=experiments, measure="change"))
-    std, relative = (
-        pl.format(", std {}", _plain(pl.col("std"))),
-        pl.format(", std {} x RMS", _plain(pl.col("relative_std"))),
-    )
-    return (
-        over_seeds(run, drawn)
-        .filter(pl.col("seeds") == len(run.seeds))
-        .with_columns(
-            pl.col("layer").str.strip_suffix(".weight"),
-            chosen=pl.when(chosen_for="all")
-            .then(pl.lit("largest magnitude"))
-            .otherwise(pl.format("gradient of {}", "chosen_for")),
-            edit=pl.concat_str("edit", std, relative, ignore_nulls=True),
-            norm=pl.when("with_norm").then(pl.lit("layer and norm")).otherwise(pl.lit("layer alone")),
-            share=SHARE,
-            # In how many draws, over all seeds, the interval excludes 0.
-            draws=pl.when(draws=1).then(pl.lit("1")).otherwise(pl.format("{}; {} exclude 0", "draws", "seen")),
-        )
+    found = _together(run, over_draws(run.rows(experiment=experiments, measure="change")))
+    std, relative = _plain(pl.col("std")), _plain(pl.col("relative_std"))
+    own = pl.format("gradient of {}", "chosen_for")
+    return found.with_columns(
+        pl.col("layer").str.strip_suffix(".weight"),
+        chosen=pl.when(chosen_for="all").then(pl.lit("largest magnitude")).otherwise(own),
+        edit=pl.concat_str(
+            "edit", pl.format(", std {}", std), pl.format(", std {} x RMS", relative), ignore_nulls=True
+        ),
+        norm=pl.when("with_norm").then(pl.lit("layer and norm")).otherwise(pl.lit("layer alone")),
+        share=SHARE,
+        # In how many draws, over all seeds, the interval excludes 0.
+        draws=pl.when(draws=1).then(pl.lit("1")).otherwise(pl.format("{}; {} exclude 0", "draws", "seen")),
     )
 
 
@@ -152,14 +154,12 @@ def shares(run: Run) -> pl.DataFrame:
 
 def sets(run: Run) -> pl.DataFrame:
     """Return 1h: sets that were searched on one half of the images, and judged on the other."""
-    return (
-        _together(run, experiment="1h", measure=tuple(MEASURES))
-        .drop_nulls("k")
-        .with_columns(
-            pl.col("measure").replace(MEASURES),
-            images=pl.when(selector="critical").then("group").otherwise(pl.format("{} like {}", "group", "chosen_for")),
-            draws=pl.when(pl.col("n") > 0).then("n"),
-        )
+    found = _together(run, run.rows(experiment="1h", measure=tuple(MEASURES)))
+    alike = pl.format("{} like {}", "group", "chosen_for")
+    return found.drop_nulls("k").with_columns(
+        pl.col("measure").replace(MEASURES),
+        images=pl.when(selector="critical").then("group").otherwise(alike),
+        draws=pl.when(pl.col("n") > 0).then("n"),
     )
 
 
@@ -188,13 +188,11 @@ def ranks(run: Run) -> pl.DataFrame:
 
 def arms(run: Run) -> pl.DataFrame:
     """Return the worst group of every way to train."""
-    found = _together(run, experiment="arms", measure=("worst group", "plain average")).with_columns(
-        family=_said(run, "stage_two", "arms", "family"),
+    found = _together(run, run.rows(experiment="arms", measure=("worst group", "plain average")))
+    return _by_family(run, found).with_columns(
         labels=_said(run, "stage_two", "arms", "labels"),
         worst=pl.when(measure="worst group").then(_of_one_seed(run, "note")),
     )
-    ordered = found.sort(pl.col("family").cast(pl.Enum(list(FAMILIES))), maintain_order=True)
-    return ordered.with_columns(pl.col("family").replace(FAMILIES))
 
 
 def arm_differences(run: Run) -> pl.DataFrame:
@@ -214,19 +212,22 @@ def epochs(run: Run) -> pl.DataFrame:
     means = by_seed.group_by("selector", "epoch", maintain_order=True).agg(
         pl.col("value").mean(), worst=_of_one_seed(run, "group").first(), seeds=pl.len()
     )
-    family = _said(run, "stage_two", "arms", "family").replace(FAMILIES)
-    return means.filter(pl.len().over("selector") > 1).with_columns(family=family)
+    return _by_family(run, means.filter(pl.len().over("selector") > 1))
 
 
 # Fragility
 
 
+def detection(run: Run) -> pl.DataFrame:
+    """Return who stands out without group labels."""
+    return _together(run, run.rows(experiment="detection", measure=("AUC", "average precision")))
+
+
 def _against_others(run: Run, own: str, **which: Any) -> pl.DataFrame:
     """Return over seeds how far one selector is above every other."""
     rows = run.rows(**which)
-    return differences(
-        run, rows, [(own, other) for other in rows["selector"].unique(maintain_order=True) if other != own]
-    )
+    others = rows["selector"].unique(maintain_order=True).to_list()
+    return differences(run, rows, [(own, other) for other in others if other != own])
 
 
 def cloud(run: Run) -> pl.DataFrame:
@@ -239,7 +240,7 @@ def cloud(run: Run) -> pl.DataFrame:
 def mitigation(run: Run) -> pl.DataFrame:
     """Return what retraining the last layer on groups comes to, inferred or true."""
     of = pl.col("group").fill_null("worst group")
-    return _together(run, experiment="mitigation", split="test").with_columns(
+    return _together(run, run.rows(experiment="mitigation", split="test")).with_columns(
         labels=_said(run, "fragility", "mitigation", "labels"),
         images=_said(run, "fragility", "mitigation", "images"),
         worst=_of_one_seed(run, "note"),
@@ -260,7 +261,7 @@ QUERIES: Final[Mapping[str, Callable[[Run], pl.DataFrame]]] = {
     "arms": arms,
     "differences": arm_differences,
     "epochs": epochs,
-    "detection": partial(_together, experiment="detection", measure=("AUC", "average precision")),
+    "detection": detection,
     "detection-differences": partial(
         _against_others, own=KNOCKOUT, experiment="detection", measure="AUC", split="train"
     ),
