@@ -37,6 +37,8 @@ from neuronsurgery.types import Group, Loaders, Metric, Predict
 BASELINE = compose()
 """The identity: the model as it is."""
 
+ROUNDED = "edits were run as one, and their logits may differ from those of each alone by rounding (exact=False)"
+
 
 @overload
 def sweep(
@@ -49,6 +51,7 @@ def sweep(
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
     group_key: str | None = ...,
+    exact: bool = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> Sweep: ...
@@ -65,6 +68,7 @@ def sweep(
     predict: Predict | None = ...,
     unpack: Unpack | None = ...,
     group_key: str | None = ...,
+    exact: bool = ...,
     progress: bool = ...,
     process_group: dist.ProcessGroup | None = ...,
 ) -> dict[str, Sweep]: ...
@@ -81,6 +85,7 @@ def sweep(
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     group_key: str | None = None,
+    exact: bool = True,
     progress: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Sweep | dict[str, Sweep]:
@@ -88,7 +93,8 @@ def sweep(
 
     The results equal those of `evaluate(apply(edit, model), loaders)` bit for bit per example. The forward pass is
     captured as a graph, trusted for an input shape only where its replay gives the model's own output bit for bit;
-    elsewhere one warning says why, and every edit costs a forward pass of its own. Nothing of the model changes.
+    elsewhere one warning says why, and every edit costs a forward pass of its own. Edits of one layer of small batches
+    are run as one behind it, where that was seen to be quicker and to give the same bits. Nothing of the model changes.
 
     Args:
         model: any module, or what `share` made of it, whose capture is used again.
@@ -100,6 +106,7 @@ def sweep(
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
         group_key: the entry of batches that are mappings (or of their inputs) that holds the groups.
+        exact: False lets edits be run as one where that gives other bits, by rounding; then `reasons` says so.
         progress: whether to write a line of progress to standard error.
         process_group: gather over its ranks, each of which gives its share of the data. None communicates nothing.
 
@@ -145,9 +152,12 @@ def sweep(
     try:
         shared, predict = _shared(model, predict)
         runner, edited = _planned(model.model if isinstance(model, Shared) else model, edits, process_group)
-        forward = None if shared is None else shared.rebound(runner)
+        predict = predict or default_predict
+        forward = (
+            CheckedForward(runner, predict, exact=exact) if shared is None else shared.rebound(runner, exact=exact)
+        )
         with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, predict, unpack, progress, forward)
+            seen = _run(runner, edited, tallies, loaders, unpack, progress, forward)
     except Exception as raised:
         error = raised
     order = list(loaders) if isinstance(loaders, Mapping) else None
@@ -220,13 +230,11 @@ def _run(
     edited: Mapping[Edit, Mapping[str, Tensor]],
     tallies: Mapping[Edit, _Tally],
     loaders: Loaders,
-    predict: Predict | None,
     unpack: Unpack | None,
     progress: bool,
-    forward: CheckedForward | None = None,
+    forward: CheckedForward,
 ) -> _Seen:
     """Run the edited models over the data, and add what is measured to the tallies."""
-    forward = forward or CheckedForward(runner, predict or default_predict)
     # A capture takes as long as many batches of a small network, and no edits share nothing.
     run = forward.run if any(edited.values()) and not runner.is_spread else forward.one_by_one
     if runner.is_spread and any(edited.values()):
@@ -252,7 +260,7 @@ def _run(
         unheard = {edit for edit in unheard if sums[edit] == sums.get(BASELINE)}
     if unheard and batch is not None:
         _warn_of_unread({edit: edited[edit] for edit in unheard}, runner, forward, batch)
-    return _Seen(members, indices, tuple(sorted(forward.reasons)))
+    return _Seen(members, indices, tuple(sorted({*forward.reasons, *([ROUNDED] if forward.is_rounded else [])})))
 
 
 def _sum_of_bits(tensor: Tensor) -> int:
@@ -395,7 +403,7 @@ def _part(
             forward.start_again()
             del edited[BASELINE]
         with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, predict, unpack, False, forward)
+            seen = _run(runner, edited, tallies, loaders, unpack, False, forward)
     except Exception as raised:
         error = raised
     return forward, exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))
