@@ -48,7 +48,7 @@ def subject_of(model: nn.Module, loaders: dict[str, list[Any]], folder: Path, ep
 
 
 def made(name: str, model: nn.Module, loaders: dict[str, list[Any]], folder: Path) -> list[Intervention]:
-    return EXPERIMENTS[name](subject_of(model, loaders, folder))
+    return list(EXPERIMENTS[name](subject_of(model, loaders, folder)))
 
 
 def test_the_top_1_to_3_are_cut_for_every_group_and_by_magnitude(
@@ -100,7 +100,7 @@ def test_controls_leave_the_critical_neurons_alone_and_pass_over_layers_that_hav
     model: nn.Module, loaders: dict[str, list[Any]], tmp_path: Path
 ) -> None:
     subject = subject_of(model, loaders, tmp_path)
-    interventions = EXPERIMENTS["1g"](subject)
+    interventions = list(EXPERIMENTS["1g"](subject))
     kinds = {said.criterion for said in interventions}
     assert kinds == {"random", "same layers"}
     for said in interventions:
