@@ -24,14 +24,9 @@ from neuronsurgery.study.experiments import SIZES, changes_of
 from neuronsurgery.study.run import Parts
 from neuronsurgery.types import Loader, Loaders
 
-FEWEST: Final = 10
-"""A group of fewer images a half is not searched: too few to tell its neurons from its images."""
-
-FEWEST_MATCHED: Final = 5
-"""Nor is a control: some of a group's images may have none that matches them."""
-
-DRAWS: Final = 100
-"""Random sets of the same layers and kinds behind a p-value."""
+FEWEST: Final = 10  # images a half: of fewer, a group's neurons cannot be told from its images
+FEWEST_MATCHED: Final = 5  # the same of a control, since some of a group's images may have none that matches them
+DRAWS: Final = 100  # random sets of the same layers and kinds behind a p-value
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,7 @@ class Protocol:
     @functools.cached_property
     def spread(self) -> dict[str, list[int]]:
         """By group how many images each half has."""
-        found: dict[str, list[int]] = self.kept.of(
-            "halves", lambda: {name: [_count(half, name) for half in self.halves] for name in self.train}
-        )
-        return found
+        return {name: [_count(half, name) for half in self.halves] for name in self.train}
 
     @property
     def present(self) -> dict[str, Loader]:
@@ -105,37 +97,36 @@ class Case:
     @functools.cached_property
     def said(self) -> dict[str, Any]:
         """Whose images these are, and how many; with "impossible" where they are not searched."""
-        said: dict[str, Any] = self._kept("images", self._images)
-        return {"criterion": "critical", "chosen_for": self.chosen_for, "control": self.control, **said}
-
-    def _kept(self, part: str, compute: Callable[[], Any]) -> Any:
-        return self.protocol.kept.of(f"{self.chosen_for} / {self.control}: {part}", compute)
-
-    def _images(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"criterion": "critical", "chosen_for": self.chosen_for, "control": self.control}
         if self.control is None:
-            name, sizes, gaps = self.chosen_for, self.protocol.spread.get(self.chosen_for, [0, 0]), {}
+            said["examples"], fewest = self.chosen_for, FEWEST
+            sizes = self.protocol.spread.get(self.chosen_for, [0, 0])
         else:
             try:
                 made = self.matched
             except ValueError as error:
-                return {"examples": None, "impossible": str(error)}
-            name, gaps = made.name, {"gap": made.gap, "largest_gap": made.largest_gap, "unmatched": made.unmatched}
-            sizes = [_count(half, name) for half in self.halves]
-        said = {"examples": name, "searched": sizes[0], "judged": sizes[1], **gaps}
-        fewest = FEWEST if self.control is None else FEWEST_MATCHED
+                return {**said, "examples": None, "impossible": str(error)}
+            said |= {
+                "examples": made.name,
+                **{name: getattr(made, name) for name in ("gap", "largest_gap", "unmatched")},
+            }
+            sizes, fewest = [_count(half, made.name) for half in self.halves], FEWEST_MATCHED
+        said |= {"searched": sizes[0], "judged": sizes[1]}
         if min(sizes) < fewest:
             said["impossible"] = f"too few: {sizes[0]} and {sizes[1]} images in the halves, {fewest} are asked for"
         return said
+
+    def _kept(self, part: str, compute: Callable[[], Any]) -> Any:
+        return self.protocol.kept.of(f"{self.chosen_for} / {self.control}: {part}", compute)
 
     def records(self, number: int) -> list[dict[str, Any]]:
         """Return one record for each size, or one that says why there is none; files are numbered from `number`."""
         if "impossible" in self.said:
             return [{**self.said, "k": None}]
-        records = []
-        for place, k in enumerate(SIZES, start=number):
-            judged = self._kept(str(k), functools.partial(self._judged, k, place))
-            records.append({**self.said, "k": k, **judged})
-        return records
+        return [
+            {**self.said, "k": k, **self._kept(str(k), functools.partial(self._judged, k, place))}
+            for place, k in enumerate(SIZES, start=number)
+        ]
 
     def _tell(self, what: str) -> None:
         sys.stderr.write(f"1h: {self.said['examples']} {what}\n")
@@ -145,39 +136,29 @@ class Case:
         return ns.find_critical(self.protocol.model, searching, name, where=self.protocol.where, **fewer)
 
     @functools.cached_property
-    def search(self) -> dict[str, Any]:
-        """What is kept of the search: its cost, and the best set of every size by the places among all candidates."""
+    def critical(self) -> ns.Critical:
+        """The result of the search, from what was kept of it: of this process or of one that was killed.
+
+        Of the best set of every size are kept its places among all candidates, and its scores. The shortest search, of
+        one backward pass and one edit, knows the examples and how neurons are held at their means; the sets that were
+        found are put in the place of its own.
+        """
 
         def search() -> dict[str, Any]:
             self._tell("searched")
             found = self._found()
             places = {candidate: place for place, candidate in enumerate(found.kinds.candidates())}
             bests = [
-                best
-                and {
-                    "chosen": sorted(places[candidate] for candidate in best.chosen),
-                    "own": best.own,
-                    "worst_other": best.worst_other,
-                    "score": best.score,
-                }
+                best and [sorted(map(places.__getitem__, best.chosen)), best.own, best.worst_other, best.score]
                 for best in found.bests
             ]
             return {"bests": bests, "cost": dict(found.cost)}
 
-        kept: dict[str, Any] = self._kept("search", search)
-        return kept
-
-    @functools.cached_property
-    def critical(self) -> ns.Critical:
-        """The result of the search, from what was kept of it: of this process or of one that was killed.
-
-        The shortest search, of one backward pass and one edit, knows the examples and how neurons are held at their
-        means; the sets that were found are put in the place of its own.
-        """
-        kept = self.search["bests"]
+        kept = self._kept("search", search)
         found = self._found(k=1, pool=1, width=1)
-        bests = tuple(None if best is None else _restored(found, **best) for best in kept)
-        return replace(found, bests=bests, path=found.path * len(kept))  # of a path the length alone is read here
+        bests = tuple(None if best is None else _restored(found, *best) for best in kept["bests"])
+        # Of a path the length alone is read here.
+        return replace(found, bests=bests, path=found.path * len(bests), cost=kept["cost"])
 
     def _judged(self, k: int, number: int) -> dict[str, Any]:
         """Return what a set takes from whom on half B and on the test images; its edit is written to a file."""
@@ -199,7 +180,7 @@ class Case:
             "neurons": len(found.neurons),
             "names": [str(neuron) for neuron in found.neurons],
             "kinds": [] if found.found is None else list(found.found.kinds),
-            "cost": self.search["cost"],
+            "cost": dict(found.cost),
             "own": own,
             "worst_other": worst,
             "net": verdict.net,
@@ -243,19 +224,18 @@ def _count(loaders: Loaders, name: str) -> int:
     return sum(list(batch.groups).count(name) for batch in loaders)
 
 
-def _restored(like: ns.Critical, chosen: Sequence[int], **scores: float) -> Any:
-    """Return a set as the search has it, from the places of its candidates and its scores."""
-    candidates, kinds, layout = list(like.kinds.candidates()), like.kinds, like.kinds.layout
-
-    def flat(candidate: Any) -> int:
-        return layout.starts[candidate.layer] + int(candidate.neuron)
-
-    members = sorted((candidates[place] for place in chosen), key=flat)
+def _restored(like: ns.Critical, chosen: Sequence[int], own: float, worst_other: float, score: float) -> Any:
+    """Return a set as a search has it, from the places of its candidates and its scores."""
+    kinds, layout, candidates = like.kinds, like.kinds.layout, list(like.kinds.candidates())
+    flat = {candidates[place]: layout.starts[candidates[place].layer] + candidates[place].neuron for place in chosen}
+    members = sorted(flat, key=flat.__getitem__)
     return replace(
         like.path[0],
-        neurons=layout.neurons(map(flat, members)),
+        neurons=layout.neurons(flat.values()),
         kinds=tuple(kinds.name(one.kind) for one in members),
         edit=kinds.edit(members),
         chosen=frozenset(members),
-        **scores,
+        own=own,
+        worst_other=worst_other,
+        score=score,
     )

@@ -28,24 +28,17 @@ from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.types import Loader
 
 SIZES: Final = (1, 2, 3)
-STANDARD_DEVIATIONS: Final = (0.005, 0.01, 0.02)
-"""The paper's absolute scales; RELATIVE_STD stands beside them, since 0.02 means little to a layer of another scale."""
-
-RELATIVE_STD: Final = 1.0
+STANDARD_DEVIATIONS: Final = (0.005, 0.01, 0.02)  # the paper's, absolute
+RELATIVE_STD: Final = 1.0  # stands beside them, since 0.02 means little to a layer of another scale
 DISTANCES: Final = (5, 10, 20, 30, 40)
 CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0.02, 0.03)
 RANK_SHARES: Final = (0.0001, 0.05)
-SECONDS: Final = 2.0
-"""How long a part of an experiment should take, after which it is written down."""
+DRAW_SEED: Final = 20250101  # the first of all random draws: fixed, so that no run's seed chooses its own controls
 
-FEWEST: Final = 4
-"""The edits of the first part, for which the model is captured, too, and of any: a part costs about two edits more."""
-
-GROWTH: Final = 4
-"""How many times as many edits as the one before a part may have."""
-
-DRAW_SEED: Final = 20250101
-"""First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
+# Of the parts in which an experiment is measured and written down:
+SECONDS: Final = 2.0  # how long one should take
+FEWEST: Final = 4  # edits of the first, for which the model is captured, and of any: it costs about two edits more
+GROWTH: Final = 4  # how many times as many edits as the one before it may have
 
 
 @dataclass(frozen=True)
@@ -169,16 +162,11 @@ def rewind_layers(subject: Subject) -> Iterator[Intervention]:
         own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == module]
         alone = ns.select(every, dict.fromkeys(own, ...))
         wide = alone | ns.select(every, dict.fromkeys(_following_norm(subject, layer), ...))
-        for distance in distances(subject.epochs):
+        for distance in (distance for distance in DISTANCES if distance <= subject.epochs):
             path = subject.checkpoints[subject.epochs - distance]
             for part in dict.fromkeys([alone, wide]):  # one, where no norm follows
                 edit, with_norm = ns.rewind(part, path), part != alone
                 yield Intervention(edit, "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm)
-
-
-def distances(epochs: int) -> list[int]:
-    """Return the paper's distances that a run of so many epochs has a checkpoint for."""
-    return [distance for distance in DISTANCES if distance <= epochs]
 
 
 def _following_norm(subject: Subject, layer: ns.Layer) -> list[str]:

@@ -7,6 +7,7 @@ Features are computed once; a fit on some hundred of them takes a fraction of a 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -27,14 +28,9 @@ from neuronsurgery.types import Group, Loaders, Predict
 
 Penalty: TypeAlias = Literal["l1", "l2"]
 
-STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
-"""Values of C that `dfr` chooses from, in this order, as its authors do for Waterbirds."""
-
-REFITS: Final = 20
-"""How many regressions `dfr` averages, as its authors do."""
-
-GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
-"""Values of gamma that `tuned_afr` chooses from, in this order."""
+STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)  # C of `dfr`, as its authors try them for Waterbirds
+REFITS: Final = 20  # regressions that `dfr` averages, as its authors do
+GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)  # of `tuned_afr`
 
 
 # What is fitted
@@ -77,8 +73,7 @@ class LinearRule(NamedTuple):
         return scores.argmax(1) if len(self.coef) > 1 else (scores[:, 0] > 0).long()
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
+class Tuned(NamedTuple):
     """A rule and how its hyper-parameter was chosen.
 
     Attributes:
@@ -92,35 +87,6 @@ class Tuned:
     accuracies: Mapping[float, float]
 
 
-@dataclass(frozen=True, eq=False)
-class Scaler:
-    """Standardisation of features: (x - mean) / scale.
-
-    Attributes:
-        mean: float64 (D,).
-        scale: float64 (D,), the standard deviation (divided by N); 1 where a feature is constant.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def fit(cls, features: Tensor) -> Scaler:
-        """The scaler of some features (N, D)."""
-        wide = features.double()
-        constant = (wide == wide[0]).all(0)  # rounding would leave a tiny spread, and dividing by it noise
-        return cls(wide.mean(0), torch.where(constant, 1.0, wide.std(0, correction=0)))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """The standardised features, float64 (N, D)."""
-        return (features.double() - self.mean) / self.scale
-
-    def unscaled(self, rule: LinearRule) -> LinearRule:
-        """The rule that says of raw features what `rule` says of standardised ones."""
-        coef = rule.coef / self.scale
-        return LinearRule(coef, rule.intercept - coef @ self.mean)
-
-
 # The model's side
 
 
@@ -129,11 +95,12 @@ def last_linear(
 ) -> str:
     """The name of the last linear layer in the bare model, such as "classifier.6"; "" where it is the model itself.
 
+    With a batch, as a loader yields it, the layer is the one whose output **is** the model's logits. Without, it is the
+    last one that the model registers: the same for the usual networks, unless an auxiliary head stands behind it.
+
     Args:
         model: any module; it is run in evaluation mode, on a copy that shares its weights.
-        batch: what a loader yields. With it, the layer is the one whose output **is** the model's logits; without it,
-            the last one that the model registers: the same for the usual networks, but an auxiliary head behind it
-            would be taken for it.
+        batch: what a loader yields.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
 
@@ -150,27 +117,18 @@ def last_linear(
 
 
 def extract_features(
-    model: nn.Module,
-    loaders: Loaders,
-    *,
-    predict: Predict | None = None,
-    unpack: Unpack | None = None,
-    progress: bool = False,
+    model: nn.Module, loaders: Loaders, *, predict: Predict | None = None, unpack: Unpack | None = None
 ) -> Features:
     """What the last linear layer of a model reads, for every example, in the order of the loaders.
 
-    The model runs in evaluation mode on a copy that shares its weights, without gradient; nothing of it changes.
+    The model runs in evaluation mode on a copy that shares its weights, without gradient; nothing of it changes. Groups
+    that are integers stay as they are; names are numbered, those of a mapping in its order, others in ascending order.
 
     Args:
         model: a network whose logits are the output of a linear layer.
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
-        progress: whether to write a line of progress to standard error.
-
-    Returns:
-        The features with the name of the layer. Groups that are integers stay as they are; names are numbered, those of
-        a mapping in its order, others in ascending order.
 
     Raises:
         ValueError: if the logits are no linear layer's output, it does not read one vector per example, a target is no
@@ -180,8 +138,7 @@ def extract_features(
     features: list[Tensor] = []
     targets: list[Tensor] = []
     names: list[Group] = []
-    label = "features" if progress else None
-    for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
+    for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=None):
         features.append(runner.run(batch))
         targets.append(batch.targets.detach().cpu())
         names.extend(groups)
@@ -195,9 +152,8 @@ def extract_features(
             f"targets must be class indices, one integer per example, not {classes.dtype} of shape "
             f"{tuple(classes.shape)}: convert them"
         )
-    order = (
-        loaders if isinstance(loaders, Mapping) else sorted(set(names), key=lambda name: (isinstance(name, str), name))
-    )
+    ascending = sorted(set(names), key=lambda name: (isinstance(name, str), name))
+    order = list(loaders) if isinstance(loaders, Mapping) else ascending
     integers = all(isinstance(name, int) for name in order)
     numbers = {name: name if integers else number for number, name in enumerate(order)}
     places = torch.tensor([numbers[name] for name in names]).long()
@@ -209,7 +165,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class _Runner:
-    """A private copy of a model that notes what its linear layers read and return."""
+    """A private copy of a model that notes what its linear layers read and return, to find which are its logits."""
 
     def __init__(self, model: nn.Module, predict: Predict | None) -> None:
         self.model = eval_copy(model)
@@ -268,8 +224,7 @@ def last_logits(model: nn.Module, features: Tensor, *, head: str | None = None) 
         head: the layer's name, `Features.head`; default the one linear layer that reads vectors of D.
 
     Raises:
-        ValueError: if there is no such linear layer, it reads vectors of another length, or `head` is not given and
-            several could be meant.
+        ValueError: if there is no such layer, or several, or it reads vectors of another length.
     """
     length = features.shape[1] if features.dim() == 2 else None
     name, layer = _head(model, head, lambda linear: linear.in_features == length)
@@ -296,8 +251,7 @@ def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | 
         head: the layer's name, `Features.head`; default the one linear layer that the rule fits.
 
     Raises:
-        ValueError: if there is no such linear layer, it has no bias, the shapes do not fit it, or `head` is not given
-            and several could be meant.
+        ValueError: if there is no such layer, or several, it has no bias, or the shapes do not fit it.
     """
     name, layer = _head(model, head, lambda linear: _fits(coef, linear))
     if layer.bias is None:
@@ -330,10 +284,9 @@ def _head(model: nn.Module, head: str | None, fits: Callable[[nn.Linear], bool])
     linears = _linear_layers(eval_copy(model))
     fitting = [name for name, layer in linears.items() if fits(layer)]
     if head is None and len(fitting) > 1:
-        more = f", ... and {len(fitting) - 10} more" if len(fitting) > 10 else ""
         raise ValueError(
-            f"several linear layers could be the last one, {', '.join(map(repr, fitting[-10:]))}{more}: pass "
-            f"head=features.head, which extract_features finds by running the model"
+            f"several linear layers could be the last one, {', '.join(map(repr, fitting))}: pass head=features.head, "
+            f"which extract_features finds by running the model"
         )
     # Where none fits, the error of the caller is about the last one.
     name = head if head is not None else fitting[0] if fitting else last_linear(model)
@@ -378,7 +331,7 @@ def balanced_logistic(
     strength: float = 0.1,
     subsets: int = 10,
     seed: int = 0,
-    scaler: Scaler | None = None,
+    scaler: Any = None,
     group_count: int | None = None,
 ) -> LinearRule:
     """The mean of logistic regressions, each on a random subset that has equally many examples of every group.
@@ -394,7 +347,7 @@ def balanced_logistic(
         strength: C, the inverse of the penalty's weight; of standardised features.
         subsets: how many regressions.
         seed: of the subsets.
-        scaler: how features are standardised before the fit, which is folded into the rule; default by all of them.
+        scaler: scikit-learn's fitted `StandardScaler`, for the fit alone; default by all of `features`.
         group_count: G, where the last groups might be empty; default the largest group's number plus 1.
 
     Raises:
@@ -404,18 +357,16 @@ def balanced_logistic(
     _check(features, targets, groups, strength)
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, found {subsets}: 10 or 20 are usual")
-    scaler = scaler or Scaler.fit(features)
-    standard = scaler(features)
+    scaler = scaler or _fitted_scaler(features)
     drawn = [balanced_subset(groups, seed, number, group_count=group_count) for number in range(subsets)]
     for subset in drawn:
         _refuse_missing_classes(targets, subset)
-    rules = [_logistic(standard[subset], targets[subset], penalty, strength) for subset in drawn]
-    coef, intercept = (torch.stack(parts).mean(0) for parts in zip(*rules, strict=True))
-    return scaler.unscaled(LinearRule(coef, intercept))
+    rules = [_logistic(features[subset], targets[subset], scaler, penalty, strength) for subset in drawn]
+    return LinearRule(*(torch.stack(parts).mean(0) for parts in zip(*rules, strict=True)))
 
 
 def weighted_logistic(
-    features: Tensor, targets: Tensor, groups: Tensor, *, strength: float = 0.1, scaler: Scaler | None = None
+    features: Tensor, targets: Tensor, groups: Tensor, *, strength: float = 0.1, scaler: Any = None
 ) -> LinearRule:
     """The logistic regression of all examples in which every group weighs the same, with an L2 penalty.
 
@@ -425,13 +376,7 @@ def weighted_logistic(
     _check(features, targets, groups, strength)
     counts = torch.bincount(groups)
     weights = len(groups) / (int((counts > 0).sum()) * counts[groups].double())
-    return _weighted(features, targets, weights, strength, scaler)
-
-
-def _weighted(features: Tensor, targets: Tensor, weights: Tensor, strength: float, scaler: Scaler | None) -> LinearRule:
-    """The regression of raw features in which examples have weights, float64 (N,)."""
-    scaler = scaler or Scaler.fit(features)
-    return scaler.unscaled(_logistic(scaler(features), targets, "l2", strength, weights))
+    return _logistic(features, targets, scaler or _fitted_scaler(features), "l2", strength, weights)
 
 
 def dfr(
@@ -457,14 +402,11 @@ def dfr(
     Args:
         validation: features, classes and groups of the validation images.
         train_features: (M, D), features of the training images; for the standardisation only.
-        penalty: see `balanced_logistic`.
+        penalty: see `balanced_logistic`, as for `group_count` and errors.
         strengths: values of C to choose from; of equally good ones, the first.
         refits: how many regressions to average.
         seed: of the halves and the subsets.
-        group_count: see `balanced_logistic`.
-
-    Raises:
-        ValueError: as `balanced_logistic`, also where a half has no examples of a group.
+        group_count: that of the data; a half without examples of a group is an error.
 
     Source:
         Kirichenko et al., "Last layer re-training is sufficient for robustness to spurious correlations", 2023, and
@@ -481,11 +423,11 @@ def dfr(
         _members(groups[half], count, "half of the validation images, drawn at random,")
     fitting = fitting[balanced_subset(groups[fitting], seed, refits, group_count=count)]  # none of the refits' subsets
     _refuse_missing_classes(targets, fitting)
-    scaler = Scaler.fit(features[fitting])
-    standard, judges = scaler(features[fitting]), Features(features[judging], targets[judging], groups[judging])
+    scaler = _fitted_scaler(features[fitting])
+    judges = Features(features[judging], targets[judging], groups[judging])
     accuracies = {}
     for strength in strengths:
-        rule = scaler.unscaled(_logistic(standard, targets[fitting], penalty, strength))
+        rule = _logistic(features[fitting], targets[fitting], scaler, penalty, strength)
         accuracies[strength] = worst_accuracy(rule, judges)
     chosen = max(accuracies, key=accuracies.__getitem__)
     rule = balanced_logistic(
@@ -494,22 +436,21 @@ def dfr(
         strength=chosen,
         subsets=refits,
         seed=seed,
-        scaler=Scaler.fit(train_features),
+        scaler=_fitted_scaler(train_features),
         group_count=count,
     )
     return Tuned(rule, chosen, accuracies)
 
 
 def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
-    """The weight of each example in AFR, exp(-gamma p) / n with p the probability of its class and n the class's size.
+    """The weight of each example in AFR, float64 (N,), of mean 1.
+
+    It is proportional to exp(-gamma p) / n, with p the probability of the example's class and n the size of the class.
 
     Args:
         targets: int (N,), classes.
-        logits: (N, C), of the model before retraining.
-        gamma: at least 0; 0 weighs all examples of a class the same.
-
-    Returns:
-        float64 (N,), of mean 1.
+        logits: (N, C), of the model before retraining: see `last_logits`.
+        gamma: how strongly to weigh, at least 0; 0 weighs all examples of a class the same.
 
     Raises:
         ValueError: if shapes do not fit, a target is none of the classes, or gamma is negative or not finite.
@@ -537,7 +478,7 @@ def afr(
     *,
     gamma: float = 4.0,
     strength: float = 0.1,
-    scaler: Scaler | None = None,
+    scaler: Any = None,
 ) -> LinearRule:
     """Automatic feature reweighting: a logistic regression in which an example weighs more, the worse it is known.
 
@@ -551,7 +492,8 @@ def afr(
         Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
     """
     _check(features, targets, targets, strength)
-    return _weighted(features, targets, afr_weights(targets, logits, gamma), strength, scaler)
+    weights = afr_weights(targets, logits, gamma)
+    return _logistic(features, targets, scaler or _fitted_scaler(features), "l2", strength, weights)
 
 
 def tuned_afr(
@@ -562,7 +504,7 @@ def tuned_afr(
     *,
     gammas: Sequence[float] = GAMMAS,
     strength: float = 0.1,
-    scaler: Scaler | None = None,
+    scaler: Any = None,
 ) -> Tuned:
     """`afr` with the gamma, of equally good ones the first, that does best for the worst group of other images.
 
@@ -587,27 +529,37 @@ def worst_accuracy(rule: LinearRule, data: Features) -> float:
 
 
 def _logistic(
-    features: Tensor, targets: Tensor, penalty: Penalty, strength: float, weights: Tensor | None = None
+    features: Tensor, targets: Tensor, scaler: Any, penalty: Penalty, strength: float, weights: Tensor | None = None
 ) -> LinearRule:
-    """A logistic regression of standardised features."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            "last-layer retraining needs scikit-learn, which is not installed: pip install 'neuronsurgery[study]'"
-        ) from error
+    """A logistic regression of standardised features, as the rule of raw ones."""
+    regression = _sklearn("linear_model").LogisticRegression
     if penalty not in ("l1", "l2"):
         raise ValueError(f"penalty must be 'l1' or 'l2', found {penalty!r}: pass one of them")
-    x, y, weight = features.numpy(), targets.numpy(), None if weights is None else weights.numpy()
+    y, weight = targets.numpy(), None if weights is None else weights.numpy()
     # A seed of its own: liblinear would otherwise draw one from numpy's global state.
     options: dict[str, Any] = {"C": strength, "max_iter": 10_000, "random_state": 0}
     answers = [y]
     if penalty == "l1":
         options |= {"solver": "liblinear"} | _l1()
         answers = [y == one for one in ([1] if y.max() == 1 else range(y.max() + 1))]
-    fits = [LogisticRegression(**options).fit(x, answer, weight) for answer in answers]
-    coef, intercept = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("coef_", "intercept_"))
-    return LinearRule(torch.from_numpy(coef).double(), torch.from_numpy(intercept).double())
+    x = scaler.transform(features.double().numpy())
+    fits = [regression(**options).fit(x, answer, weight) for answer in answers]
+    coef = np.concatenate([fit.coef_ for fit in fits]) / scaler.scale_
+    intercept = np.concatenate([fit.intercept_ for fit in fits]) - coef @ scaler.mean_
+    return LinearRule(torch.from_numpy(coef), torch.from_numpy(intercept))
+
+
+def _fitted_scaler(features: Tensor) -> Any:
+    return _sklearn("preprocessing").StandardScaler().fit(features.double().numpy())
+
+
+def _sklearn(module: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "last-layer retraining needs scikit-learn, which is not installed: pip install 'neuronsurgery[study]'"
+        ) from error
 
 
 def _l1() -> dict[str, Any]:

@@ -44,28 +44,14 @@ from neuronsurgery.sweeps import sweep_in_parts
 
 Row: TypeAlias = dict[str, Any]
 
-ROUNDING: Final = 1e-6
-"""A spread that is smaller, relative to the largest value, is what float32 leaves of a constant."""
-
-EARLY: Final = (1, 2, 3, 5, 10)
-"""Epochs whose checkpoints are asked, where the run has them."""
-
-SEARCHED: Final = 2
-"""How many draws of a size the search for equal damage looks at."""
-
-POOL: Final = 0.1
-"""The most critical tenth of the neurons; a quarter of them is cut at a time."""
-
-CLOSE: Final = 1.2
-"""How far apart two numbers of random neurons are when the search for equal damage ends."""
-
-GAMMA: Final = 4.0
-"""Of AFR where nothing chooses it; a prototype found it by labelled validation images of one data seed."""
-
-AUDITED: Final = 12
-SHOWN: Final = 2000
-"""Points per group in the picture, all of a smaller group: the embedded data has every training image in it."""
-
+ROUNDING: Final = 1e-6  # relative to the largest value: a smaller spread is what float32 leaves of a constant
+EARLY: Final = (1, 2, 3, 5, 10)  # epochs whose checkpoints are asked, where the run has them
+POOL: Final = 0.1  # the most critical tenth of the neurons, of which a quarter is cut at a time
+SEARCHED: Final = 2  # draws of a size that the search for equal damage looks at
+CLOSE: Final = 1.2  # how far apart two numbers of random neurons are when it ends
+GAMMA: Final = 4.0  # of AFR where nothing chooses it: a prototype's, by labelled validation images of one data seed
+AUDITED: Final = 12  # images of each class
+SHOWN: Final = 2000  # points per group in the picture, all of a smaller group
 SEED: Final = 20250201
 
 
