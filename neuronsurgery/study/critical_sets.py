@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -60,13 +60,6 @@ class Protocol:
     def present(self) -> dict[str, Loader]:
         """The loaders of the groups that both halves have images of."""
         return {name: loader for name, loader in self.train.items() if all(self.spread[name])}
-
-    def cases(self) -> Iterator[Case]:
-        """Yield each minority group, followed by its controls."""
-        for group in self.minority:
-            yield Case(self, group)
-            if min(self.spread.get(group, [0])) >= FEWEST:
-                yield from (Case(self, group, by) for by in self.present if by not in self.minority)
 
 
 @dataclass(frozen=True)
@@ -199,8 +192,11 @@ class Case:
 def critical_sets(protocol: Protocol) -> list[dict[str, Any]]:
     """Return the records of 1h: for each minority group and each of its controls one per size."""
     records: list[dict[str, Any]] = []
-    for case in protocol.cases():
-        records += case.records(len(records))
+    for group in protocol.minority:
+        enough = min(protocol.spread.get(group, [0])) >= FEWEST
+        controls = [by for by in protocol.present if by not in protocol.minority] if enough else []
+        for control in (None, *controls):
+            records += Case(protocol, group, control).records(len(records))
     return records
 
 

@@ -161,7 +161,9 @@ def rewind_layers(subject: Subject) -> Iterator[Intervention]:
         module = layer.parameter.rpartition(".")[0]
         own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == module]
         alone = ns.select(every, dict.fromkeys(own, ...))
-        wide = alone | ns.select(every, dict.fromkeys(_following_norm(subject, layer), ...))
+        found = functools.partial(_following_norm, subject, layer)
+        norm = subject.kept.of(f"norm that follows {layer.parameter}", found)
+        wide = alone | ns.select(every, dict.fromkeys(norm, ...))
         for distance in (distance for distance in DISTANCES if distance <= subject.epochs):
             path = subject.checkpoints[subject.epochs - distance]
             for part in dict.fromkeys([alone, wide]):  # one, where no norm follows
@@ -171,16 +173,11 @@ def rewind_layers(subject: Subject) -> Iterator[Intervention]:
 
 def _following_norm(subject: Subject, layer: ns.Layer) -> list[str]:
     """Return the parameters of the normalisation that reads a layer alone; none where there is none."""
-
-    def found() -> list[str]:
-        try:
-            silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-        except ValueError:  # what follows is no layer's alone
-            return []
-        return [other.parameter for other in silent.neurons.by_layer() if other != layer]
-
-    names: list[str] = subject.kept.of(f"norm that follows {layer.parameter}", found)
-    return names
+    try:
+        silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+    except ValueError:  # what follows is no layer's alone
+        return []
+    return [other.parameter for other in silent.neurons.by_layer() if other != layer]
 
 
 def controls(subject: Subject) -> Iterator[Intervention]:

@@ -374,8 +374,7 @@ def weighted_logistic(
     out, as each but a few of a common group are in `balanced_logistic`, whose arguments and errors it has.
     """
     _check(features, targets, groups, strength)
-    counts = torch.bincount(groups)
-    weights = len(groups) / (int((counts > 0).sum()) * counts[groups].double())
+    weights = _sklearn("utils.class_weight").compute_sample_weight("balanced", groups.numpy())
     return _logistic(features, targets, scaler or _fitted_scaler(features), "l2", strength, weights)
 
 
@@ -471,15 +470,7 @@ def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
     return weights * (len(weights) / weights.sum())
 
 
-def afr(
-    features: Tensor,
-    targets: Tensor,
-    logits: Tensor,
-    *,
-    gamma: float = 4.0,
-    strength: float = 0.1,
-    scaler: Any = None,
-) -> LinearRule:
+def afr(features: Tensor, targets: Tensor, logits: Tensor, *, gamma: float = 4.0, strength: float = 0.1) -> LinearRule:
     """Automatic feature reweighting: a logistic regression in which an example weighs more, the worse it is known.
 
     It differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place
@@ -492,8 +483,8 @@ def afr(
         Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
     """
     _check(features, targets, targets, strength)
-    weights = afr_weights(targets, logits, gamma)
-    return _logistic(features, targets, scaler or _fitted_scaler(features), "l2", strength, weights)
+    weights = afr_weights(targets, logits, gamma).numpy()
+    return _logistic(features, targets, _fitted_scaler(features), "l2", strength, weights)
 
 
 def tuned_afr(
@@ -504,7 +495,6 @@ def tuned_afr(
     *,
     gammas: Sequence[float] = GAMMAS,
     strength: float = 0.1,
-    scaler: Any = None,
 ) -> Tuned:
     """`afr` with the gamma, of equally good ones the first, that does best for the worst group of other images.
 
@@ -516,7 +506,7 @@ def tuned_afr(
     """
     if not gammas or not len(validation.targets):
         raise ValueError(f"found {len(gammas)} gammas and {len(validation.targets)} images to judge them by: give both")
-    rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength, scaler=scaler) for gamma in gammas}
+    rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength) for gamma in gammas}
     accuracies = {gamma: worst_accuracy(rule, validation) for gamma, rule in rules.items()}
     chosen = max(accuracies, key=accuracies.__getitem__)
     return Tuned(rules[chosen], chosen, accuracies)
@@ -529,21 +519,20 @@ def worst_accuracy(rule: LinearRule, data: Features) -> float:
 
 
 def _logistic(
-    features: Tensor, targets: Tensor, scaler: Any, penalty: Penalty, strength: float, weights: Tensor | None = None
+    features: Tensor, targets: Tensor, scaler: Any, penalty: Penalty, strength: float, weights: Any = None
 ) -> LinearRule:
     """A logistic regression of standardised features, as the rule of raw ones."""
     regression = _sklearn("linear_model").LogisticRegression
     if penalty not in ("l1", "l2"):
         raise ValueError(f"penalty must be 'l1' or 'l2', found {penalty!r}: pass one of them")
-    y, weight = targets.numpy(), None if weights is None else weights.numpy()
+    x, y = scaler.transform(features.double().numpy()), targets.numpy()
     # A seed of its own: liblinear would otherwise draw one from numpy's global state.
     options: dict[str, Any] = {"C": strength, "max_iter": 10_000, "random_state": 0}
     answers = [y]
     if penalty == "l1":
         options |= {"solver": "liblinear"} | _l1()
         answers = [y == one for one in ([1] if y.max() == 1 else range(y.max() + 1))]
-    x = scaler.transform(features.double().numpy())
-    fits = [regression(**options).fit(x, answer, weight) for answer in answers]
+    fits = [regression(**options).fit(x, answer, weights) for answer in answers]
     coef = np.concatenate([fit.coef_ for fit in fits]) / scaler.scale_
     intercept = np.concatenate([fit.intercept_ for fit in fits]) - coef @ scaler.mean_
     return LinearRule(torch.from_numpy(coef), torch.from_numpy(intercept))

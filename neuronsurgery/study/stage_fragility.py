@@ -20,22 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.study import last_layer
 from neuronsurgery.study.data import permutation
 from neuronsurgery.study.experiments import identity
-from neuronsurgery.study.last_layer import (
-    GAMMAS,
-    Features,
-    LinearRule,
-    Tuned,
-    afr,
-    balanced_logistic,
-    dfr,
-    extract_features,
-    last_logits,
-    retrained,
-    tuned_afr,
-    weighted_logistic,
-)
+from neuronsurgery.study.last_layer import GAMMAS, Features, LinearRule, Tuned
 from neuronsurgery.study.pictures import shown
 from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_one import Trained
@@ -351,16 +339,36 @@ def mitigate(
     kept = Parts() if kept is None else kept
     start = {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)}
     try:
-        held = extract_features(model, data.loaders(split))
+        held = last_layer.extract_features(model, data.loaders(split))
     except ValueError as error:  # the network does not end in a linear layer
         return [start, {"name": "last layer", "labels": "class", "images": split, "impossible": str(error)}]
-    validation = extract_features(model, data.loaders("validation"))
-    train_features = extract_features(model, data.loaders("train")).features
-    logits = last_logits(model, held.features, head=held.head)
+    ways = _ways_to_retrain(data, model, edit, split, seed, held)
+
+    def row(name: str) -> Row:
+        labels, fit = ways[name]
+        said = {"name": name, "labels": labels, "images": "validation" if name == "DFR" else split}
+        try:
+            fitted = fit()
+            rule, chosen = (fitted.rule, fitted.chosen) if isinstance(fitted, Tuned) else (fitted, None)
+            edited = ns.apply(last_layer.retrained(model, *rule, head=held.head), model)
+        except ValueError as error:
+            return {**said, "impossible": str(error)}
+        return {**said, "chosen": chosen, **_accuracies(edited, data)}
+
+    return [start, *(kept.of(name, functools.partial(row, name)) for name in ways)]
+
+
+def _ways_to_retrain(
+    data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int, held: Features
+) -> dict[str, tuple[str, Callable[[], LinearRule | Tuned]]]:
+    """Return by name the labels that a way takes, and its fit, which raises a ValueError where it is impossible."""
+    validation = last_layer.extract_features(model, data.loaders("validation"))
+    train_features = last_layer.extract_features(model, data.loaders("train")).features
+    logits = last_layer.last_logits(model, held.features, head=held.head)
     examples = held.features, held.targets
 
     def balanced(groups: Tensor) -> LinearRule:
-        return balanced_logistic(*examples, groups, seed=seed)
+        return last_layer.balanced_logistic(*examples, groups, seed=seed)
 
     def knocked_out() -> Tensor:
         if edit is None:
@@ -371,37 +379,24 @@ def mitigate(
         margins = ns.sweep(model, {}, data.loaders(split), metric=ns.margin).values()
         return ns.infer_groups(-margins, held.targets).groups
 
-    ways: dict[str, tuple[str, Callable[[], LinearRule | Tuned]]] = {
+    return {
         "class-balanced": ("class", lambda: balanced(held.targets)),
         "inferred by final loss": ("class", lambda: balanced(by_final_loss())),
         "inferred by knockout": ("class", lambda: balanced(knocked_out())),
-        "inferred by knockout, weighted": ("class", lambda: weighted_logistic(*examples, knocked_out())),
+        "inferred by knockout, weighted": ("class", lambda: last_layer.weighted_logistic(*examples, knocked_out())),
         "true groups": ("class, group", lambda: balanced(Examples.of(data.splits[split]).groups)),
         f"AFR, gamma {GAMMA:g}": (
             "class (gamma: group labels of other data)",
-            lambda: afr(*examples, logits, gamma=GAMMA),
+            lambda: last_layer.afr(*examples, logits, gamma=GAMMA),
         ),
         "AFR, gamma by inferred groups": ("class", lambda: tuned_on_halves(held, logits, knocked_out(), seed)),
         "AFR, gamma by worst class": ("class", lambda: tuned_on_halves(held, logits, held.targets, seed)),
         "AFR, gamma by validation groups": (
             "class; group of validation images",
-            lambda: tuned_afr(*examples, logits, validation),
+            lambda: last_layer.tuned_afr(*examples, logits, validation),
         ),
-        "DFR": ("class and group of validation images", lambda: dfr(validation, train_features, seed=seed)),
+        "DFR": ("class and group of validation images", lambda: last_layer.dfr(validation, train_features, seed=seed)),
     }
-
-    def row(name: str) -> Row:
-        labels, make = ways[name]
-        said = {"name": name, "labels": labels, "images": "validation" if name == "DFR" else split}
-        try:
-            made = make()
-            rule, chosen = (made.rule, made.chosen) if isinstance(made, Tuned) else (made, None)
-            edited = ns.apply(retrained(model, *rule, head=held.head), model)
-        except ValueError as error:
-            return {**said, "impossible": str(error)}
-        return {**said, "chosen": chosen, **_accuracies(edited, data)}
-
-    return [start, *(kept.of(name, functools.partial(row, name)) for name in ways)]
 
 
 def _accuracies(model: nn.Module, data: Any) -> Row:
@@ -421,8 +416,8 @@ def tuned_on_halves(held: Features, logits: Tensor, groups: Tensor, seed: int) -
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         for fitted, judged in (halves, halves[::-1]):
             by = Features(held.features[judged], held.targets[judged], groups[judged])
-            part = tuned_afr(held.features[fitted], held.targets[fitted], logits[fitted], by)
+            part = last_layer.tuned_afr(held.features[fitted], held.targets[fitted], logits[fitted], by)
             total = {gamma: total[gamma] + part.accuracies[gamma] for gamma in GAMMAS}
     chosen = max(total, key=total.__getitem__)
     accuracies = {gamma: value / 6 for gamma, value in total.items()}
-    return Tuned(afr(held.features, held.targets, logits, gamma=chosen), chosen, accuracies)
+    return Tuned(last_layer.afr(held.features, held.targets, logits, gamma=chosen), chosen, accuracies)

@@ -510,7 +510,7 @@ def test_a_fit_is_where_the_gradient_vanishes() -> None:
     """Of C times the weighted sum of losses plus half the squared weights, without the intercept's."""
     features, targets, _ = data()
     scaler, weight = fitted(features), normal(len(targets), key="w").abs().double()
-    coef, intercept = last_layer._logistic(features, targets, scaler, "l2", 0.5, weight)
+    coef, intercept = last_layer._logistic(features, targets, scaler, "l2", 0.5, weight.numpy())
     standard = torch.from_numpy(scaled(features, scaler))
     w = (coef * torch.from_numpy(scaler.scale_)).requires_grad_()
     b = (intercept + coef @ torch.from_numpy(scaler.mean_)).requires_grad_()
