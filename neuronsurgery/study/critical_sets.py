@@ -121,9 +121,6 @@ class Case:
             for place, k in enumerate(SIZES, start=number)
         ]
 
-    def _tell(self, what: str) -> None:
-        sys.stderr.write(f"1h: {self.said['examples']} {what}\n")
-
     def _found(self, **fewer: Any) -> ns.Critical:
         searching, name = self.halves[0], self.said["examples"]
         return ns.find_critical(self.protocol.model, searching, name, where=self.protocol.where, **fewer)
@@ -138,7 +135,7 @@ class Case:
         """
 
         def search() -> dict[str, Any]:
-            self._tell("searched")
+            sys.stderr.write(f"1h: {self.said['examples']} searched\n")
             found = self._found()
             places = {candidate: place for place, candidate in enumerate(found.kinds.candidates())}
             bests = [
@@ -157,7 +154,7 @@ class Case:
         """Return what a set takes from whom on half B and on the test images; its edit is written to a file."""
         protocol, name = self.protocol, self.said["examples"]
         found = self.critical.within(k)
-        self._tell(f"judged, k = {k}")
+        sys.stderr.write(f"1h: {name} judged, k = {k}\n")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of few images to spare, whose counts are in the record
             draws = protocol.draws if self.control is None else 0  # a control is one itself

@@ -95,12 +95,10 @@ def last_linear(
 ) -> str:
     """The name of the last linear layer in the bare model, such as "classifier.6"; "" where it is the model itself.
 
-    With a batch, as a loader yields it, the layer is the one whose output **is** the model's logits. Without, it is the
-    last one that the model registers: the same for the usual networks, unless an auxiliary head stands behind it.
-
     Args:
-        model: any module; it is run in evaluation mode, on a copy that shares its weights.
-        batch: what a loader yields.
+        model: any module; a copy that shares its weights is run in evaluation mode.
+        batch: what a loader yields. With it, the layer is the one whose output **is** the model's logits; without, the
+            last one that the model registers: the same for the usual networks, unless an auxiliary head is behind it.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
 
@@ -304,14 +302,8 @@ def _head(model: nn.Module, head: str | None, fits: Callable[[nn.Linear], bool])
 def balanced_subset(groups: Tensor, seed: int, number: int, *, group_count: int | None = None) -> Tensor:
     """As many examples of every group as the smallest group has, drawn at random: their indices, int64, ascending.
 
-    Args:
-        groups: int (N,), numbered 0 ... G - 1.
-        seed: of the draw.
-        number: of the subset; the draw depends on (seed, number) and the groups alone.
-        group_count: G; default the largest group's number plus 1.
-
-    Raises:
-        ValueError: if a group has no examples; lists them.
+    The draw depends on the groups, int (N,) of 0 ... G - 1, the seed and the number of the subset alone. `group_count`
+    is G, by default the largest group's number plus 1; a group without examples raises a ValueError.
     """
     members = _members(groups, group_count)
     smallest = min(map(len, members))
@@ -422,33 +414,27 @@ def dfr(
         _members(groups[half], count, "half of the validation images, drawn at random,")
     fitting = fitting[balanced_subset(groups[fitting], seed, refits, group_count=count)]  # none of the refits' subsets
     _refuse_missing_classes(targets, fitting)
-    scaler = _fitted_scaler(features[fitting])
-    judges = Features(features[judging], targets[judging], groups[judging])
-    accuracies = {}
-    for strength in strengths:
-        rule = _logistic(features[fitting], targets[fitting], scaler, penalty, strength)
-        accuracies[strength] = worst_accuracy(rule, judges)
-    chosen = max(accuracies, key=accuracies.__getitem__)
+    x, y, scaler = features[fitting], targets[fitting], _fitted_scaler(features[fitting])
+    rules = {strength: _logistic(x, y, scaler, penalty, strength) for strength in strengths}
+    tuned = _best(rules, Features(features[judging], targets[judging], groups[judging]))
     rule = balanced_logistic(
         *validation,
         penalty=penalty,
-        strength=chosen,
+        strength=tuned.chosen,
         subsets=refits,
         seed=seed,
         scaler=_fitted_scaler(train_features),
         group_count=count,
     )
-    return Tuned(rule, chosen, accuracies)
+    return tuned._replace(rule=rule)
 
 
 def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
-    """The weight of each example in AFR, float64 (N,), of mean 1.
-
-    It is proportional to exp(-gamma p) / n, with p the probability of the example's class and n the size of the class.
+    """The weight of each example in AFR, float64 (N,), of mean 1: as exp(-gamma p) / n.
 
     Args:
-        targets: int (N,), classes.
-        logits: (N, C), of the model before retraining: see `last_logits`.
+        targets: int (N,), the classes, of n examples each.
+        logits: (N, C), of the model before retraining, see `last_logits`; p is the probability of the example's class.
         gamma: how strongly to weigh, at least 0; 0 weighs all examples of a class the same.
 
     Raises:
@@ -473,11 +459,9 @@ def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
 def afr(features: Tensor, targets: Tensor, logits: Tensor, *, gamma: float = 4.0, strength: float = 0.1) -> LinearRule:
     """Automatic feature reweighting: a logistic regression in which an example weighs more, the worse it is known.
 
-    It differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place
-    of some steps of gradient descent with a penalty on the distance to the weights of the model.
-
-    The features are those of images that the model was not trained on, `logits` and `gamma` those of `afr_weights`, the
-    rest as for `balanced_logistic`.
+    The features are those of images that the model was not trained on; see `afr_weights` and `balanced_logistic`. It
+    differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place of
+    some steps of gradient descent with a penalty on the distance to the weights of the model.
 
     Source:
         Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
@@ -507,7 +491,12 @@ def tuned_afr(
     if not gammas or not len(validation.targets):
         raise ValueError(f"found {len(gammas)} gammas and {len(validation.targets)} images to judge them by: give both")
     rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength) for gamma in gammas}
-    accuracies = {gamma: worst_accuracy(rule, validation) for gamma, rule in rules.items()}
+    return _best(rules, validation)
+
+
+def _best(rules: Mapping[float, LinearRule], data: Features) -> Tuned:
+    """The rule that does best for the worst group, of those of some values."""
+    accuracies = {value: worst_accuracy(rule, data) for value, rule in rules.items()}
     chosen = max(accuracies, key=accuracies.__getitem__)
     return Tuned(rules[chosen], chosen, accuracies)
 
