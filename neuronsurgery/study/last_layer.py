@@ -467,7 +467,7 @@ def afr(features: Tensor, targets: Tensor, logits: Tensor, *, gamma: float = 4.0
         Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
     """
     _check(features, targets, targets, strength)
-    weights = afr_weights(targets, logits, gamma).numpy()
+    weights = afr_weights(targets, logits, gamma).detach().numpy()
     return _logistic(features, targets, _fitted_scaler(features), "l2", strength, weights)
 
 
@@ -514,7 +514,7 @@ def _logistic(
     regression = _sklearn("linear_model").LogisticRegression
     if penalty not in ("l1", "l2"):
         raise ValueError(f"penalty must be 'l1' or 'l2', found {penalty!r}: pass one of them")
-    x, y = scaler.transform(features.double().numpy()), targets.numpy()
+    x, y = scaler.transform(features.detach().double().numpy()), targets.numpy()
     # A seed of its own: liblinear would otherwise draw one from numpy's global state.
     options: dict[str, Any] = {"C": strength, "max_iter": 10_000, "random_state": 0}
     answers = [y]
@@ -528,7 +528,7 @@ def _logistic(
 
 
 def _fitted_scaler(features: Tensor) -> Any:
-    return _sklearn("preprocessing").StandardScaler().fit(features.double().numpy())
+    return _sklearn("preprocessing").StandardScaler().fit(features.detach().double().numpy())
 
 
 def _sklearn(module: str) -> Any:

@@ -815,3 +815,15 @@ def test_an_empty_group_weighs_nothing() -> None:
         weighted_logistic(given.features, given.targets, moved).coef,
         weighted_logistic(given.features, given.targets, given.groups).coef,
     )
+
+
+def test_features_may_carry_a_gradient() -> None:
+    features, targets, groups = data()
+    logits = normal(len(targets), 2, key="logits")
+    for fit in (
+        partial(balanced_logistic, targets=targets, groups=groups),
+        partial(afr, targets=targets, logits=logits),
+    ):
+        assert torch.equal(fit(features.clone().requires_grad_()).coef, fit(features).coef)
+    graded = afr(features, targets, logits.clone().requires_grad_())
+    assert torch.equal(graded.coef, afr(features, targets, logits).coef)
