@@ -111,11 +111,6 @@ class Subject:
         """The studied layers."""
         return self.gradients.layout
 
-    @property
-    def epochs(self) -> int:
-        """The epoch of the trained model."""
-        return max(self.checkpoints)
-
     def chosen(self, per: Any = "model") -> Iterator[tuple[str, str, int, ns.Neurons]]:
         """Yield (criterion, group, k, neurons) of every way to choose the top neurons."""
         for k in SIZES:
@@ -156,7 +151,8 @@ def zero_out_within_layers(subject: Subject) -> Iterator[Intervention]:
 
 def rewind_layers(subject: Subject) -> Iterator[Intervention]:
     """Yield 1f: every layer in turn as it was some epochs earlier, alone and with the norm that follows it."""
-    every = ns.find_layout(subject.model, extra="*")
+    every, last = ns.find_layout(subject.model, extra="*"), max(subject.checkpoints)
+    paths = {distance: subject.checkpoints[last - distance] for distance in DISTANCES if distance <= last}
     for layer in subject.layout:
         module = layer.parameter.rpartition(".")[0]
         own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == module]
@@ -164,11 +160,9 @@ def rewind_layers(subject: Subject) -> Iterator[Intervention]:
         found = functools.partial(_following_norm, subject, layer)
         norm = subject.kept.of(f"norm that follows {layer.parameter}", found)
         wide = alone | ns.select(every, dict.fromkeys(norm, ...))
-        for distance in (distance for distance in DISTANCES if distance <= subject.epochs):
-            path = subject.checkpoints[subject.epochs - distance]
-            for part in dict.fromkeys([alone, wide]):  # one, where no norm follows
-                edit, with_norm = ns.rewind(part, path), part != alone
-                yield Intervention(edit, "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm)
+        for (distance, path), part in product(paths.items(), dict.fromkeys([alone, wide])):  # one, without a norm
+            edit, with_norm = ns.rewind(part, path), part != alone
+            yield Intervention(edit, "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm)
 
 
 def _following_norm(subject: Subject, layer: ns.Layer) -> list[str]:

@@ -66,7 +66,7 @@ def stage_one(folder: RunFolder, data: Any, trained: Trained) -> dict[str, Any]:
         "experiments": done,
     }
     if "1f" in done:
-        found["missing_distances"] = [distance for distance in DISTANCES if distance > subject.epochs]
+        found["missing_distances"] = [distance for distance in DISTANCES if distance > max(trained.checkpoints)]
     return found
 
 
