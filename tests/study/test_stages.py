@@ -22,7 +22,7 @@ from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import (
     Examples,
     audit,
-    inferred_loaders,
+    inferred_places,
     knockout,
     mitigate,
     stage_fragility,
@@ -371,14 +371,13 @@ def test_inferred_groups_are_in_the_order_of_the_loaders(dataset: data.DataSet, 
     assert torch.allclose(margins.float(), ns.margin(logits, examples.targets), atol=1e-4)
 
 
-def test_loaders_by_inferred_group_hold_each_image_once(dataset: data.DataSet) -> None:
+def test_each_image_has_one_place_in_one_inferred_group(dataset: data.DataSet) -> None:
     targets = Examples.of(dataset.train).targets
     scores = torch.arange(len(targets)).double()
     inferred = ns.infer_groups(scores, targets, rule=0.2)
-    loaders = inferred_loaders(dataset, "train", inferred)
-    sizes = {name: sum(len(batch[1]) for batch in loader) for name, loader in loaders.items()}
-    assert list(sizes.values()) == [row["count"] for row in inferred.to_records()]
-    assert sum(sizes.values()) == len(dataset.train)
+    places = inferred_places(dataset, "train", inferred)
+    assert [len(own) for own in places.values()] == [row["count"] for row in inferred.to_records()]
+    assert torch.cat(list(places.values())).sort().values.tolist() == list(range(len(dataset.train)))
 
 
 def test_audit_shows_the_images_that_score_highest(dataset: data.DataSet, trained: Trained) -> None:
@@ -409,6 +408,7 @@ def test_mitigation_says_what_each_row_takes_and_why_one_is_missing(
 def test_gamma_by_halves_never_judges_on_what_it_fits(dataset: data.DataSet, trained: Trained) -> None:
     held = extract_features(trained.model, dataset.loaders("held-out"))
     logits = last_logits(trained.model, held.features)
-    rule, gamma = tuned_on_halves(held, logits, held.targets, 0)
-    assert rule.coef.shape == (1, 16)
-    assert gamma in (0.0, 1.0, 2.0, 4.0, 8.0)
+    tuned = tuned_on_halves(held, logits, held.targets, 0)
+    assert tuned.rule.coef.shape == (1, 16)
+    assert tuned.chosen in tuned.accuracies.keys() == {0.0, 1.0, 2.0, 4.0, 8.0}
+    assert tuned.accuracies[tuned.chosen] == max(tuned.accuracies.values())
