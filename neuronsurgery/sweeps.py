@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import length_hint
 from typing import NamedTuple, TypeAlias, overload
 
 import torch
@@ -236,22 +237,25 @@ def _run(
 ) -> _Seen:
     """Run the edited models over the data, and add what is measured to the tallies."""
     # A capture takes as long as many batches of a small network, and no edits share nothing.
-    run = forward.run if any(edited.values()) and not runner.is_spread else forward.one_by_one
+    shares = any(edited.values()) and not runner.is_spread
     if runner.is_spread and any(edited.values()):
         forward.share_nothing("its weights are spread over processes")
+    expected = sum(map(length_hint, loaders.values() if isinstance(loaders, Mapping) else [loaders]))
     members: list[Group] = []
     indices: list[int] = []
     label = "sweep" if progress else None
     unheard = {edit for edit, tensors in edited.items() if tensors}
     batch = None
     batches = iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label, edits=len(edited))
-    for groups, batch in batches:
+    for number, (groups, batch) in enumerate(batches):
         indices.extend(range(len(members), len(members) + len(batch)) if batch.indices is None else batch.indices)
         members.extend(groups)
         places = member_indices(groups)
         sums: dict[Edit, int] = {}
         with decoder_inputs_given(runner.model, batch):
-            for edit, logits in run(batch.args, batch.kwargs, edited):
+            arguments = batch.args, batch.kwargs, edited
+            left = max(1, expected - number)
+            for edit, logits in forward.run(*arguments, left) if shares else forward.one_by_one(*arguments):
                 if edit in unheard or edit is BASELINE:
                     sums[edit] = _sum_of_bits(logits)
                 logits = extract_logits(logits, None, len(batch))

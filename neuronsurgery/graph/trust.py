@@ -94,7 +94,11 @@ class CheckedForward:
         self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
 
     def run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        edits: Mapping[Label, Mapping[str, Tensor]],
+        batches: int = 1,
     ) -> Iterator[tuple[Label, Tensor]]:
         """Return an iterator over (label, logits) of every edit, in no particular order.
 
@@ -105,6 +109,7 @@ class CheckedForward:
             kwargs: keyword arguments of the model.
             edits: for each label the edited parameters by their first names; `{}` is the unedited model. Values are
                 looked up just before use.
+            batches: how many like this one are left to run, itself among them, as far as anybody knows.
 
         Raises:
             KeyError: if a name is not that of a parameter.
@@ -112,7 +117,9 @@ class CheckedForward:
         unknown = sorted({name for edited in edits.values() for name in edited} - set(self._runner.parameters))
         if unknown:
             raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
-        return self._shared(args, kwargs, edits) if self._is_worth_it() else self._until_worth_it(args, kwargs, edits)
+        if self._is_worth_it():
+            return self._shared(args, kwargs, edits)
+        return self._until_worth_it(args, kwargs, edits, (batches - 1) * len(edits))
 
     def _is_worth_it(self) -> bool:
         """Return whether there is a graph, or was a try at one, or enough time was spent without."""
@@ -133,12 +140,12 @@ class CheckedForward:
         return self._schedules[graph][1].run(args, kwargs, edits, fills, stacks)
 
     def _until_worth_it(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]], later: int
     ) -> Iterator[tuple[Label, Tensor]]:
         """Yield what `one_by_one` gives for as long as a capture takes, and then the rest by a graph.
 
         So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data. Where
-        the edits of this batch alone would take twice as long, it does not wait.
+        the edits of this batch and the `later` ones would take twice as long, it does not wait.
         """
         left = list(edits)
         while left and not self._is_worth_it():
@@ -150,7 +157,7 @@ class CheckedForward:
             self._quickest = took if self._quickest is None else min(took, self._quickest)
             self.reasons.add(NOT_WORTH)
             # The first takes longer than others do.
-            if self._spent > took and self._spent + self._quickest * len(left) >= 2 * WORTH:
+            if self._spent > took and self._spent + self._quickest * (len(left) + later) >= 2 * WORTH:
                 self.capture_now()
         if left:
             self.reasons.discard(NOT_WORTH)
