@@ -199,10 +199,6 @@ def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
 
     Raises:
         ValueError: if the share is not in (0, 0.5], it comes to no image, or the data set has held-out images already.
-
-    Example:
-        >>> hold_out(digits(seed=0), 0.25, seed=0).splits["held-out"]
-        Split(206 images of (3, 16, 16), 154/5/3/44 per group)
     """
     if not 0 < share <= 0.5:
         raise ValueError(f"hold_out: share must be in (0, 0.5], found {share}: 0.2 holds out a fifth of the images")
@@ -230,49 +226,32 @@ class Batches:
     """A re-iterable of `(images, targets, groups)`: the same batches each time it is iterated. See `batches`."""
 
     split: Labelled
-    size: int
-    seed: int = 0
-    epoch: int = 0
-    shuffle: bool = False
-    augmentation: Any = None
+    places: Sequence[Integers]
+    augmentation: Any
+    seed: int
+    epoch: int
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.size)
+        return len(self.places)
 
     def __iter__(self) -> Iterator[Batch]:
-        count = len(self.split)
-        order = permutation(count, "order", self.seed, self.epoch) if self.shuffle else np.arange(count)
-        places = [order[start : start + self.size] for start in range(0, count, self.size)]
-        return self.split.fetch(places, self.augmentation, self.seed, self.epoch)
+        return self.split.fetch(self.places, self.augmentation, self.seed, self.epoch)
 
 
 def batches(
-    split: Labelled,
-    size: int = 64,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = False,
-    augmentation: Any = None,
+    split: Labelled, size: int = 64, *, seed: int = 0, epoch: int = 0, shuffle: bool = False, augmentation: Any = None
 ) -> Batches:
-    """Batches of a split, in memory or on disk, as a re-iterable with a length; the last batch may be smaller.
+    """Batches `(images, targets, groups)` of a split, in memory or on disk, as a re-iterable with a length.
 
     Order and augmentation depend on `(seed, epoch)` alone; what happens to an image does not depend on its batch.
 
     Args:
         split: the images.
-        size: images per batch, at least 1.
+        size: images per batch, at least 1; the last batch may be smaller.
         seed: of the shuffling and the augmentation.
         epoch: another epoch is another order and another augmentation.
         shuffle: in random order instead of that of the split.
         augmentation: how to vary the images, of the kind that belongs to the data set; None leaves them as they are.
-
-    Returns:
-        Batches of `(images, targets, groups)`: float32 (B, 3, H, W), int64 (B,), int64 (B,).
-
-    Raises:
-        ValueError: if `size` is below 1.
-        TypeError: if the augmentation is of the other kind of data set.
     """
     if size < 1:
         raise ValueError(f"batches: size must be at least 1, found {size}: pass the number of images per batch")
@@ -281,7 +260,9 @@ def batches(
             f"batches: found {augmentation!r} for a split of class {type(split).__name__}: pass the "
             f"`.augmentation` of the data set that the split is from"
         )
-    return Batches(split, size, seed, epoch, shuffle, augmentation)
+    order = permutation(len(split), "order", seed, epoch) if shuffle else np.arange(len(split))
+    places = [order[start : start + size] for start in range(0, len(order), size)]
+    return Batches(split, places, augmentation, seed, epoch)
 
 
 def _draw_moves(count: int, augmentation: Augmentation, seed: int, epoch: int) -> Tensor:
@@ -358,10 +339,8 @@ TRAITS: Final[Mapping[str, tuple[float, float, float, float]]] = MappingProxyTyp
         "leg length": (4.5, 2.5, 0.6, 0.4),
     }
 )
-# Painted in this order, each with a colour of the bird's palette.
-PARTS: Final = ("far leg", "near leg", "tail", "body", "neck", "head", "beak", "wing")
-PALETTE: Final = np.array([3, 3, 1, 0, 0, 2, 3, 1])  # 0 body and neck, 1 wing and tail, 2 head, 3 beak and legs
-
+PALETTE: Final = np.array([3, 3, 1, 0, 0, 2, 3, 1])
+"""The colour of each part of a bird: 0 of body and neck, 1 of wing and tail, 2 of the head, 3 of beak and legs."""
 _PIXEL_NOISE: Final = 0.03
 _CHUNK: Final = 32  # images painted at once: small enough for the cache
 
@@ -371,15 +350,8 @@ def synthetic(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> D
 
     Birds differ in shape only: body, neck, beak, tail and legs vary around 12 species per class. Colours are drawn
     without regard to the class. A split is drawn from a stream of its own, named after it: image `i` of a split
-    depends on `(seed, split, i)` and its group alone.
-
-    Args:
-        seed: of everything, the species included.
-        counts: images per group of splits to change or to add to those of `SYNTHETIC_COUNTS`, such as
-            `{"train": (600,) * 4}` for a balanced training set.
-
-    Raises:
-        ValueError: if counts are not four whole numbers of at least 0.
+    depends on `(seed, split, i)` and its group alone. `counts` are the images per group of splits that are other than
+    in `SYNTHETIC_COUNTS`, such as `{"train": (600,) * 4}`, or new.
     """
     wanted = check_counts(SYNTHETIC_COUNTS, counts)
     names = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
@@ -447,20 +419,19 @@ def _build_birds(traits: Doubles) -> Doubles:
     crown = front + _direction(np.ones(len(traits))) * (neck + 1.2)
     face = crown + np.array([1.0, -0.1])
     far_hip, near_hip = along * 0.8 + down * 1.5, -along * 0.8 + down * 1.5
-    ends: dict[str, tuple[Doubles, Doubles, float, float]] = {
-        "far leg": (far_hip, far_hip + down * (leg + 1.0) + np.array([0.4, 0.0]), 0.5, 0.45),
-        "near leg": (near_hip, near_hip + down * (leg + 1.0), 0.5, 0.45),
-        "tail": (rear, rear - _direction(tilt + droop) * (tail + 1.5), 1.3, 0.9),
-        "body": (rear, front, 2.2, 2.7),
-        "neck": (front, crown, 1.9, 1.3),
-        "head": (crown, face, 1.8, 1.6),
-        "beak": (face, face + np.array([1.0, -0.12]) * (beak + 1.2), 0.8, 0.35),
-        "wing": (rear * 1.15 + np.array([0.0, 0.3]), front * 0.3 + np.array([0.0, 0.5]), 0.9, 1.5),
-    }
-    capsules = np.empty((len(traits), len(PARTS), 6))
-    for part, name in enumerate(PARTS):
-        capsules[:, part, :2], capsules[:, part, 2:4], capsules[:, part, 4], capsules[:, part, 5] = ends[name]
-    return capsules
+    parts: list[tuple[Doubles, Doubles, float, float]] = [  # in the order of painting, see PALETTE
+        (far_hip, far_hip + down * (leg + 1.0) + np.array([0.4, 0.0]), 0.5, 0.45),  # far leg
+        (near_hip, near_hip + down * (leg + 1.0), 0.5, 0.45),  # near leg
+        (rear, rear - _direction(tilt + droop) * (tail + 1.5), 1.3, 0.9),  # tail
+        (rear, front, 2.2, 2.7),  # body
+        (front, crown, 1.9, 1.3),  # neck
+        (crown, face, 1.8, 1.6),  # head
+        (face, face + np.array([1.0, -0.12]) * (beak + 1.2), 0.8, 0.35),  # beak
+        (rear * 1.15 + np.array([0.0, 0.3]), front * 0.3 + np.array([0.0, 0.5]), 0.9, 1.5),  # wing
+    ]
+    ends = np.stack([np.hstack([start, end]) for start, end, _, _ in parts], axis=1)
+    radii = np.broadcast_to([radii for _, _, *radii in parts], (len(traits), len(parts), 2))
+    return np.concatenate([ends, radii], axis=2)
 
 
 def _place(capsules: Doubles, *key: str | int) -> Floats:
@@ -540,16 +511,9 @@ def digits(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> Data
 
     The digits of a class are put in an order that depends on the seed; the splits take theirs from it one after the
     other, and so do the groups of a split. So each source image is used at most once, and every split has digits of
-    its own (but not writers of its own: the source does not say who wrote what).
-
-    Args:
-        seed: of everything.
-        counts: images per group of splits to change or to add to those of `DIGITS_COUNTS`, which use 892 of the 901
-            digits 0-4 and 450 of the 896 digits 5-9.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: if counts are not four whole numbers of at least 0, or ask for more digits than there are.
+    its own (but not writers of its own: the source does not say who wrote what). `counts` are the images per group of
+    splits that are other than in `DIGITS_COUNTS`, or new: of the 901 digits 0-4 these take 892, of the 896 digits 5-9
+    they take 450.
     """
     wanted = check_counts(DIGITS_COUNTS, counts)
     sources, labels = load_digits()

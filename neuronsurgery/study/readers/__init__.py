@@ -1,13 +1,8 @@
 """Real data sets from disk: Waterbirds, CelebA, the WILDS folders of both, and any folder of images with a table.
 
-A reader looks at the tables and at the names of the files, and stops with one error that lists all that is wrong:
-nothing is trained on half a data set. Images are read when a batch asks for them.
-
-`ImageData` and `ImageSplit` stand where `data.DataSet` and `data.Split` stand, and `batches` takes either split.
-Needs torchvision and Pillow (the extra `[study]`), which are imported when a reader is called.
-
-Imports run one way: `pixels` (a file to a tensor), `disk` (what a data set is), `tables` (text to columns), `assembly`
-(columns to a data set), `layouts` (the readers).
+A reader looks at tables and files, and stops with one error that lists all that is wrong: nothing is trained on half a
+data set. Imports run one way: `pixels` (a file to a tensor), `disk` (what a data set is), `tables` (text to columns),
+`assembly` (columns to a data set), `layouts` (the readers); of other packages when a reader is called.
 """
 
 from neuronsurgery.study.data import batches as batches

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +24,7 @@ SPLITS: Final = {
     "validation": ("1", "val", "valid", "validation"),
     "test": ("2", "test"),
 }
-SPLIT_NAMES: Final[Mapping[str, str]] = MappingProxyType(
-    {name: split for split, names in SPLITS.items() for name in names}
-)
+SPLIT_NAMES: Final[Mapping[str, str]] = MappingProxyType({name: split for split in SPLITS for name in SPLITS[split]})
 """What a table may say, in any case, and the split that it means."""
 _MOST_VALUES: Final = 100  # of a class or an attribute: above it is another column
 _AT_ONCE: Final = 10_000  # images looked at between two lines of progress
@@ -45,23 +43,12 @@ def assemble(
     verify: bool,
     splits: Mapping[str, str] = SPLIT_NAMES,
 ) -> ImageData:
-    """The data set of a table, after everything in it was checked.
+    """The data set of a table, after everything in it was checked; a ValueError lists all that is wrong.
 
-    Args:
-        source: the file of the table, for messages.
-        folder: of the images.
-        columns: "path", "y", "attribute", "split" and "row" (the line that it begins in) of each image, as text.
-        name: of the data set.
-        group_name: of (class, attribute).
-        known: what the classes and the attributes 0 and 1 are called; None: they are the values in the table, any
-            number of them, and pairs that no image has are no groups.
-        framing: how images are brought to size.
-        loading: how they are fetched.
-        verify: decode every image too.
-        splits: what the column of splits says, in lower case, to "train", "validation" or "test".
-
-    Raises:
-        ValueError: if anything is not as it should be; lists all that is wrong.
+    The columns are "path", "y", "attribute", "split" and "row", the line that it begins in. Where the names of classes
+    and attributes are `known`, these are two each, and all four pairs are groups. Otherwise they are the values in the
+    table, and the groups are the pairs that some image has. With `verify` every image is decoded. `splits` is what the
+    column of splits says, in any case, to one of `SPLITS`.
     """
     torchvision_transforms()  # an error now rather than at the first batch
     names = [f"line {row}: {path}" for path, row in zip(columns["path"], columns["row"], strict=True)]
@@ -95,13 +82,12 @@ def _encode_binary(values: Sequence[str], what: str, names: Sequence[str]) -> tu
     """As `encode_values`, of values 0 and 1, or -1 and 1."""
     numbers = {value: whole_number(value) for value in set(values)}
     low = -1 if -1 in numbers.values() else 0
-    problems = {
-        f"images whose {what} is no whole number": _saying(values, names, {v for v in numbers if numbers[v] is None}),
-        f"images whose {what} is neither {low} nor 1": _saying(
-            values, names, {v for v in numbers if numbers[v] not in (None, low, 1)}
-        ),
+    wrong = {
+        value: f"images whose {what} is " + ("no whole number" if number is None else f"neither {low} nor 1")
+        for value, number in numbers.items()
+        if number not in (low, 1)
     }
-    return [int(numbers[value] == 1) for value in values], ["0", "1"], problems
+    return [int(numbers[value] == 1) for value in values], ["0", "1"], _saying(values, names, wrong)
 
 
 def encode_values(values: Sequence[str], what: str, names: Sequence[str]) -> tuple[list[int], list[str], Problems]:
@@ -109,20 +95,16 @@ def encode_values(values: Sequence[str], what: str, names: Sequence[str]) -> tup
 
     Whole numbers are in ascending order; words in theirs, if any value is no number at all.
     """
-    missing = {value for value in set(values) if value.lower() in ("", "nan")}
-    given = set(values) - missing
+    wrong = {value: f"images whose {what} is missing" for value in set(values) if value.lower() in ("", "nan")}
+    given = set(values) - wrong.keys()
     numeric = all(map(_is_number, given))
-    broken = {value for value in given if numeric and whole_number(value) is None}
-    keys = {value: _plain(value) if numeric else value for value in given - broken}
+    if numeric:
+        wrong |= {value: f"images whose {what} is no whole number" for value in given if whole_number(value) is None}
+    keys = {value: _plain(value) if numeric else value for value in given - wrong.keys()}
     order = sorted(set(keys.values()), key=int if numeric else str)
     code = {key: number for number, key in enumerate(order)}
-    problems = {
-        f"images whose {what} is missing": _saying(values, names, missing),
-        f"images whose {what} is no whole number": _saying(values, names, broken),
-        f"different values of the {what}, of which {_MOST_VALUES} are allowed: is it the right column?": (
-            order if len(order) > _MOST_VALUES else []
-        ),
-    }
+    many = f"different values of the {what}, of which {_MOST_VALUES} are allowed: is it the right column?"
+    problems = {**_saying(values, names, wrong), many: order if len(order) > _MOST_VALUES else []}
     return [code[keys[value]] if value in keys else 0 for value in values], order, problems
 
 
@@ -139,85 +121,80 @@ def _plain(value: str) -> str:
     return value if number is None else str(number)
 
 
-def _saying(values: Sequence[str], names: Sequence[str], wrong: Collection[str]) -> list[str]:
-    """The images whose value is one of the wrong ones, with that value."""
-    return [f"{name} ({value!r})" for name, value in zip(names, values, strict=True) if value in wrong]
+def _saying(values: Sequence[str], names: Sequence[str], wrong: Mapping[str, str]) -> Problems:
+    """By what is wrong with some values, the images that have these."""
+    return _grouped((wrong[v], f"{name} ({v!r})") for name, v in zip(names, values, strict=True) if v in wrong)
+
+
+def _grouped(faults: Iterable[tuple[str, str]]) -> Problems:
+    """By what is wrong, all that is wrong in that way."""
+    problems: dict[str, list[str]] = {}
+    for what, name in faults:
+        problems.setdefault(what, []).append(name)
+    return problems
 
 
 def _name_splits(values: Sequence[str], names: Sequence[str], splits: Mapping[str, str]) -> tuple[list[str], Problems]:
     """The split of each image, "" where unknown, and what is wrong."""
     splits = {name.lower(): split for name, split in splits.items()}
     meaning = {value: splits.get(value.lower(), splits.get(_plain(value), "")) for value in set(values)}
-    unknown = {value for value, split in meaning.items() if not split}
-    problems = {
-        f"images in an unknown split, known are {', '.join(splits)}": _saying(values, names, unknown),
-        "splits without images": [] if "train" in meaning.values() else ["train"],
-    }
-    return [meaning[value] for value in values], problems
+    unknown = f"images in an unknown split, known are {', '.join(splits)}"
+    wrong = _saying(values, names, {value: unknown for value, split in meaning.items() if not split})
+    empty = [] if "train" in meaning.values() else ["train"]
+    return [meaning[value] for value in values], {**wrong, "splits without images": empty}
 
 
 def _check_repetitions(columns: Mapping[str, Sequence[str]], split_of: Sequence[str]) -> tuple[Problems, list[str]]:
     """The images of which several rows say different things, and the lines that only say what an earlier one says."""
-    files = list(map(os.path.normpath, columns["path"]))
-    labels, attributes = ([_plain(value) for value in columns[column]] for column in ("y", "attribute"))
-    problems = {
-        "images with more than one label": _contradictions(columns, "y", files, labels),
-        "images with more than one attribute": _contradictions(columns, "attribute", files, attributes),
-        "images in more than one split": _contradictions(columns, "split", files, split_of),
+    import polars as pl
+
+    kinds = {
+        "y": "with more than one label",
+        "attribute": "with more than one attribute",
+        "split": "in more than one split",
     }
-    seen: set[tuple[str, ...]] = set()
-    repeated = []
-    for line, *said in zip(columns["row"], files, labels, attributes, split_of, strict=True):
-        if tuple(said) in seen:
-            repeated.append(f"line {line}")
-        seen.add(tuple(said))
-    return problems, repeated
-
-
-def _contradictions(
-    columns: Mapping[str, Sequence[str]], column: str, files: Sequence[str], meant: Sequence[str]
-) -> list[str]:
-    """The images of which rows mean different things by a column, with the first row for each meaning."""
-    first: dict[str, dict[str, int]] = {}
-    for place, (file, meaning) in enumerate(zip(files, meant, strict=True)):
-        first.setdefault(file, {}).setdefault(meaning, place)
-    contradicting = [list(places.values()) for places in first.values() if len(places) > 1]
-    lines = [f"line {row}: {value!r}" for row, value in zip(columns["row"], columns[column], strict=True)]
-    return [
-        f"{columns['path'][places[0]]} ({first_of([lines[place] for place in places], 3)})" for places in contradicting
-    ]
+    meant = {column: [_plain(value) for value in columns[column]] for column in kinds} | {"split": split_of}
+    table = pl.DataFrame({**meant, "file": [os.path.normpath(path) for path in columns["path"]]}).with_row_index(
+        "place"
+    )
+    problems = {}
+    for column, what in kinds.items():
+        lines = [f"line {row}: {value!r}" for row, value in zip(columns["row"], columns[column], strict=True)]
+        first_of_each = table.unique(["file", column], keep="first", maintain_order=True)
+        by_file = first_of_each.group_by("file", maintain_order=True).agg("place")["place"].to_list()
+        problems[f"images {what}"] = [
+            f"{columns['path'][places[0]]} ({first_of([lines[place] for place in places], 3)})"
+            for places in by_file
+            if len(places) > 1
+        ]
+    again = table.filter(~pl.struct(pl.exclude("place")).is_first_distinct())["place"]
+    return problems, [f"line {columns['row'][place]}" for place in again]
 
 
 def _check_files(folder: Path, columns: Mapping[str, Sequence[str]], verify: bool, workers: int) -> Problems:
     """The files that are missing or cannot be read, as images only with `verify`; says how far it is with many."""
-    paths, found = [folder / path for path in columns["path"]], list[tuple[str, str]]()
+    rows = list(zip(columns["row"], columns["path"], strict=True))
+    faults: list[tuple[str, str] | None] = []
     # Pillow decodes outside the interpreter's lock: threads are as fast as processes, which take seconds to start.
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for start in range(0, len(paths), _AT_ONCE):
-            found += pool.map(_look_at, paths[start : start + _AT_ONCE], itertools.repeat(verify))
-            if verify and len(paths) > _AT_ONCE:
-                sys.stderr.write(f"checking images: {len(found)} of {len(paths)}\n")
-    rows = [(*row, *fault) for *row, fault in zip(columns["row"], columns["path"], found, strict=True)]
-    return {
-        "images whose path or folder cannot be read": [
-            f"{path} (line {row}: {why})" for row, path, kind, why in rows if kind == "refused"
-        ],
-        f"images missing in {folder}": [f"line {row}: {path}" for row, path, kind, _ in rows if kind == "missing"],
-        "files that are no readable images": [
-            f"line {row}: {path} ({why})" for row, path, kind, why in rows if kind == "broken"
-        ],
-    }
+        for start in range(0, len(rows), _AT_ONCE):
+            faults += pool.map(functools.partial(_fault, folder, verify), rows[start : start + _AT_ONCE])
+            if verify and len(rows) > _AT_ONCE:
+                sys.stderr.write(f"checking images: {len(faults)} of {len(rows)}\n")
+    return _grouped(filter(None, faults))
 
 
-def _look_at(path: Path, verify: bool) -> tuple[str, str]:
-    """Whether a file is "refused", "missing" or "broken", or "" where nothing is wrong, and why."""
-    if os.path.isfile(path):
-        fault = fault_of(path) if verify else ""
-        return "broken" if fault else "", fault
+def _fault(folder: Path, verify: bool, image: tuple[str, str]) -> tuple[str, str] | None:
+    """What is wrong with the file of an image (line, path), and which image that is."""
+    row, path = image
+    if os.path.isfile(folder / path):
+        fault = fault_of(folder / path) if verify else ""
+        return ("files that are no readable images", f"line {row}: {path} ({fault})") if fault else None
     try:
-        os.lstat(path)
+        os.lstat(folder / path)
     except (FileNotFoundError, NotADirectoryError):
-        return "missing", ""
+        pass
     except OSError as error:  # the system does not even look for it: a name that is too long, a folder that is closed
-        return "refused", error.strerror or str(error)
-    return "missing", ""  # a folder, or a link that leads nowhere
+        why = error.strerror or str(error)
+        return "images whose path or folder cannot be read", f"{path} (line {row}: {why})"
+    return f"images missing in {folder}", f"line {row}: {path}"

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from neuronsurgery.study.data import Batch, Batches, Counts, DataSet, Integers, Labelled, Split, Splits, join, raw_bits
+from neuronsurgery.study.data import (
+    Batch,
+    Batches,
+    Counts,
+    DataSet,
+    Integers,
+    Labelled,
+    Split,
+    Splits,
+    batches,
+    join,
+    raw_bits,
+)
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
 from neuronsurgery.study.training import Embedded, digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = MappingProxyType(
     {
@@ -36,11 +52,9 @@ EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Loading:
-    """How images are fetched; the batches are the same whatever it says.
+    """How images are fetched: by how many processes that read ahead (0: this one), and into pinned memory or not.
 
-    Attributes:
-        workers: processes that read ahead; 0 reads in this one.
-        pin_memory: hand out pinned memory, where there is a GPU.
+    The batches are the same whatever it says.
     """
 
     workers: int = 0
@@ -94,7 +108,7 @@ class ImageSplit(Labelled):
     ) -> Iterator[Batch]:
         """A batch of the images at each of some places."""
         loader = DataLoader(
-            _WithFaults(self, augmentation=augmentation, seed=seed, epoch=epoch),
+            _WithFaults(self, augmentation, seed, epoch),
             batch_sampler=[some.tolist() for some in places],
             num_workers=self.loading.workers,
             pin_memory=self.loading.pin_memory and torch.cuda.is_available(),
@@ -108,39 +122,38 @@ class ImageSplit(Labelled):
             yield images, targets, groups
 
 
+@dataclass(frozen=True, eq=False)
 class Images(Dataset[Batch]):
     """The images of a split as a torch `Dataset` of `(image, target, group)`, for loaders of one's own.
 
-    An image is float32 (3, size, size), normalised; what happens to it depends on `(seed, epoch)` and its place in the
-    split alone, whatever the worker, the batch and the global random state, which is left alone.
-
-    Args:
-        split: the images.
-        augmentation: how to vary them; None frames them for evaluation.
-        seed: of the augmentation.
-        epoch: another epoch is another augmentation.
+    An image is float32 (3, size, size), normalised; without an augmentation it is framed for evaluation. What happens
+    to it depends on `(seed, epoch)` and its place in the split alone, whatever the worker, the batch and the global
+    random state, which is left alone.
     """
 
-    def __init__(
-        self, split: ImageSplit, *, augmentation: RandomCrop | None = None, seed: int = 0, epoch: int = 0
-    ) -> None:
-        self.split, self.key = split, ("augmentation", seed, epoch)
-        self.varied, framing = augmentation is not None, split.framing
-        self.transform = (
-            evaluation_transform(framing)
-            if augmentation is None
-            else training_transform(augmentation, framing.mean, framing.std)
-        )
+    split: ImageSplit
+    augmentation: RandomCrop | None = None
+    seed: int = 0
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> Any:
         image = read_image(self.split.folder / self.split.paths[index])
-        with torch.random.fork_rng(devices=[], enabled=self.varied):  # torchvision draws from the global state
-            if self.varied:
-                torch.default_generator.manual_seed(int(raw_bits(1, *self.key, int(index))[0]) >> 1)
-            return self.transform(image), self.split.targets[index], self.split.groups[index]
+        varied = self.augmentation is not None
+        with torch.random.fork_rng(devices=[], enabled=varied):  # torchvision draws from the global state
+            if varied:
+                bits = raw_bits(1, "augmentation", self.seed, self.epoch, int(index))
+                torch.default_generator.manual_seed(int(bits[0]) >> 1)
+            return self._transform(image), self.split.targets[index], self.split.groups[index]
+
+    @functools.cached_property
+    def _transform(self) -> Callable[[Image], Tensor]:
+        framing = self.split.framing
+        if self.augmentation is None:
+            return evaluation_transform(framing)
+        return training_transform(self.augmentation, framing.mean, framing.std)
 
 
 class _WithFaults(Images):
@@ -221,7 +234,7 @@ class FromDisk:
 
     def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide."""
-        return Batches(self.split, size, seed, epoch, shuffle=True, augmentation=self.augmentation)
+        return batches(self.split, size, seed=seed, epoch=epoch, shuffle=True, augmentation=self.augmentation)
 
 
 def training_source(dataset: DataSet | ImageData) -> Embedded | FromDisk:
@@ -264,14 +277,13 @@ def _disk_digest(split: ImageSplit) -> str:
 def describe_counts(dataset: DataSet | ImageData) -> str:
     """A table of the images per split and group, the published number beside it where it is another one."""
     expected = EXPECTED_COUNTS.get(dataset.name, {})
-    rows = [["images", *dataset.group_names]]
+    rows = [[f"{'images':10}", *dataset.group_names]]
     for name, split in dataset.splits.items():
         pairs = zip(split.counts, expected.get(name, split.counts), strict=True)
-        rows.append([name, *(str(found) if found == count else f"{found} (not {count})" for found, count in pairs)])
-    first, *others = zip(*rows, strict=True)
-    columns = [[cell.ljust(max(map(len, first))) for cell in first]]
-    columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
-    lines = ["  ".join(row) for row in zip(*columns, strict=True)]
+        cells = (str(found) if found == count else f"{found} (not {count})" for found, count in pairs)
+        rows.append([f"{name:10}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     if expected:
         differing = [name for name in expected if dataset.splits[name].counts != expected[name]]
         said = f"other than those published in {', '.join(differing)}" if differing else "those published"

@@ -30,18 +30,8 @@ def waterbirds(
 
     The folder, or one a step or two below (`waterbird_complete95_forest2water2`, `waterbirds_v1.0`, `waterbirds`), has
     `metadata.csv` (`img_id,img_filename,y,split,place,place_filename`), or `metadata_waterbirds.csv`
-    (`id,filename,split,y,a`), which may lie above the images. Evaluated at 256 x 256, cropped to 224. Groups are as in
-    the paper, from "landbird on land" to "waterbird on water".
-
-    Args:
-        root: the folder.
-        size: height and width that the network takes; the resizing before the crop grows with it.
-        loading: how images are fetched.
-        verify: decode every image now, so that a broken one is no surprise in training.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or no table in it.
-        ValueError: if the table or the images are not as they should be; lists all that is wrong.
+    (`id,filename,split,y,a`), which may lie above the images. Evaluated at 256 x 256, cropped to 224; with another
+    `size` the resizing grows, too. Arguments and errors are those of `image_folder`.
     """
     below = ("waterbird_complete95_forest2water2", "waterbirds_v*", "waterbirds", "waterbirds/waterbird_complete95_*")
     source = _find("Waterbirds", root, ("metadata.csv", "metadata_waterbirds.csv"), below)
@@ -68,17 +58,7 @@ def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCES
     table, `metadata.csv`, `celeba_metadata.csv` or `metadata_celeba.csv`, with the columns `img_filename` (`filename`,
     `image_id`), `y` (`Blond_Hair`), `place` (`a`, `Male`), `split` (`partition`). Attributes are -1/1 or 0/1. Images
     are in `img_align_celeba`, once or twice nested, or beside the table. Evaluated cropped to 178 x 178, then resized.
-    Groups are as in the paper: non-blond woman, non-blond man, blond woman, blond man.
-
-    Args:
-        root: the folder.
-        size: height and width that the network takes.
-        loading: how images are fetched.
-        verify: decode every image now, so that a broken one is no surprise in training.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or no table in it.
-        ValueError: if the tables or the images are not as they should be; lists all that is wrong.
+    Arguments and errors are those of `image_folder`.
     """
     source, columns = _read_celeba_tables(root)
     around = [f"{above}img_align_celeba" for above in ("celeba/", "img_align_celeba/", "", "../", "../Img/")]
@@ -186,22 +166,6 @@ def image_folder(
         ValueError: if `splits` leads elsewhere, or the table or the images are not as they should be; lists all that is
             wrong.
         OSError: if the folder or the table cannot be read.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> from PIL import Image
-        >>> root = pathlib.Path(tempfile.mkdtemp())
-        >>> for name in ("a.png", "b.png"):
-        ...     Image.new("L", (300, 300)).save(root / name)
-        >>> with open(root / "chest.csv", "w") as table:
-        ...     print("file,pneumothorax,drain,part", "a.png,0,no,train", "b.png,1,yes,train", sep=chr(10), file=table)
-        >>> columns = dict(path="file", label="pneumothorax", attribute="drain", split="part")
-        >>> chest = image_folder(root, "chest.csv", name="chest", **columns)
-        >>> chest
-        ImageData 'chest'; groups: pneumothorax=0 drain=no, pneumothorax=1 drain=yes
-          train: ImageSplit(2 images of (3, 224, 224), 1/1 per group)
-          validation: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
-          test: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
     """
     others = sorted(set(splits.values()) - set(SPLITS))
     if others:
