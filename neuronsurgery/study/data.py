@@ -52,19 +52,15 @@ class Labelled(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __repr__(self) -> str:
-        counts = "/".join(map(str, self.counts))
-        return f"{type(self).__name__}({len(self)} images of {self.shape}, {counts} per group)"
-
     @property
     def counts(self) -> tuple[int, ...]:
         """The number of images in each group."""
         return tuple(torch.bincount(self.groups, minlength=self.group_count).tolist())
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
+    def described(self, shape: Sequence[int]) -> str:
+        """How the split prints, given the shape of an image."""
+        counts = "/".join(map(str, self.counts))
+        return f"{type(self).__name__}({len(self)} images of {tuple(shape)}, {counts} per group)"
 
     @abstractmethod
     def subset(self, indices: Tensor) -> Self:
@@ -83,7 +79,7 @@ class Augmentation:
     shift: int = 1
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Split(Labelled):
     """A split in memory, in ascending order of its groups; `images` are multiples of 1/255, float32 (N, 3, H, W)."""
 
@@ -93,10 +89,8 @@ class Split(Labelled):
     group_count = 4
     varied_by = Augmentation
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
-        return tuple(self.images.shape[1:])
+    def __repr__(self) -> str:
+        return self.described(self.images.shape[1:])
 
     def subset(self, indices: Tensor) -> Split:
         """The images at `indices` (int64, or a boolean mask of length N), as a split of their own."""
@@ -124,13 +118,10 @@ AnySplit = TypeVar("AnySplit", bound=Labelled)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Splits(ABC, Generic[AnySplit]):
-    """A named data set.
+    """A named data set; "train", "validation" and "test" are always among its splits, on disk perhaps without images.
 
-    Attributes:
-        name: such as "synthetic" or "waterbirds".
-        group_names: what group 0, 1, ... shows, such as "landbird on water".
-        augmentation: what may be done to its training images.
-        splits: split name to split; "train", "validation" and "test" are always there, on disk perhaps without images.
+    Group 0, 1, ... shows what `group_names` say, such as "landbird on water"; training images may be varied as the
+    augmentation says.
     """
 
     name: str

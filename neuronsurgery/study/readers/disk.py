@@ -48,7 +48,7 @@ class Loading:
     pin_memory: bool = False
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class ImageSplit(Labelled):
     """The images of one split, in the order of the table.
 
@@ -71,10 +71,8 @@ class ImageSplit(Labelled):
     loading: Loading
     varied_by = RandomCrop
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
-        return (3, self.framing.size, self.framing.size)
+    def __repr__(self) -> str:
+        return self.described((3, self.framing.size, self.framing.size))
 
     @property
     def digest(self) -> str:
@@ -164,8 +162,7 @@ class ImageData(Splits[ImageSplit]):
         name: "waterbirds", "celeba", or what `image_folder` was told.
         group_names: what group 0, 1, ... shows, such as "landbird on water".
         augmentation: what may be done to its training images.
-        splits: split name to `ImageSplit`; "train", "validation" and "test" are always there, the last two perhaps
-            without images.
+        splits: split name to `ImageSplit`: "train", and "validation" and "test", perhaps without images.
         class_names: what class 0, 1, ... shows.
     """
 
