@@ -183,9 +183,6 @@ def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
 
     The draw depends on the seed and on N alone and looks at no class and no group, so that both parts are distributed
     alike; each keeps its order. A smaller share is a part of a larger one.
-
-    Raises:
-        ValueError: if the share is not in (0, 0.5], it comes to no image, or the data set has held-out images already.
     """
     if not 0 < share <= 0.5:
         raise ValueError(f"hold_out: share must be in (0, 0.5], found {share}: 0.2 holds out a fifth of the images")

@@ -177,8 +177,7 @@ class ImageData(Splits[ImageSplit]):
     @property
     def expected_counts(self) -> dict[str, list[int]] | None:
         """The published number of images per group, by split; None where nothing was published."""
-        expected = EXPECTED_COUNTS.get(self.name)
-        return None if expected is None else {split: list(counts) for split, counts in expected.items()}
+        return {split: list(counts) for split, counts in EXPECTED_COUNTS.get(self.name, {}).items()} or None
 
     @property
     def minority(self) -> tuple[int, ...]:
