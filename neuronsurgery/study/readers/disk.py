@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuronsurgery.study import data
-from neuronsurgery.study.data import Batch, Batches, Counts, DataSet, Integers, Labelled, Split, Splits
+from neuronsurgery.study.data import Batch, Batches, Counts, DataSet, Integers, Labelled, Split
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
 from neuronsurgery.study.training import Embedded, digest
 
@@ -155,7 +155,7 @@ class _Batched(Dataset[Any]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageData(Splits[ImageSplit]):
+class ImageData(DataSet[ImageSplit]):
     """A named data set whose images are files.
 
     Attributes:
@@ -220,16 +220,16 @@ class FromDisk:
 
 def training_source(dataset: DataSet | ImageData) -> Embedded | FromDisk:
     """The training images of any data set with its own augmentation, for `training.train`."""
-    kind: Any = Embedded if isinstance(dataset, DataSet) else FromDisk
-    source: Embedded | FromDisk = kind(dataset.train, dataset.augmentation)
-    return source
+    if isinstance(dataset, ImageData):
+        return FromDisk(dataset.train, dataset.augmentation)
+    return Embedded(dataset.train, dataset.augmentation)
 
 
 def joined_source(dataset: DataSet | ImageData) -> Embedded | FromDisk | None:
     """The training and the held-out images of any data set together, for `training.train`; None without the latter."""
     if "held-out" not in dataset.splits:
         return None
-    if isinstance(dataset, DataSet):
+    if not isinstance(dataset, ImageData):
         return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
     train, held = dataset.train, dataset.splits["held-out"]
     targets, groups = torch.cat([train.targets, held.targets]), torch.cat([train.groups, held.groups])
