@@ -156,9 +156,9 @@ class DataSet(Generic[AnySplit]):
 
     def loaders(self, split: str, size: int | None = None) -> dict[str, Batches]:
         """One loader per group of a split, by group name; groups without images are left out."""
-        part = self.splits[split]
+        part, size = self.splits[split], self.usual_size if size is None else size
         return {
-            name: batches(part.subset(part.groups == group), size or self.usual_size)
+            name: batches(part.subset(part.groups == group), size)
             for group, name in enumerate(self.group_names)
             if part.counts[group]
         }
