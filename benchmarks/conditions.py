@@ -83,7 +83,7 @@ def _take(orders: Sequence[Integers], halves: Integers, barred: Integers, split:
 def _draw_pairs(red: Doubles, blue: Doubles, groups: Integers, seed: int, split: str) -> Split:
     canvas = np.zeros((len(groups), 3, 16, 16), np.float32)
     canvas[:, 0], canvas[:, 2] = data.enlarge(red, 16), data.enlarge(blue, 16)
-    return data.finish(canvas, groups, "pair", seed, split)
+    return data.noisy_split(canvas, groups, "pair", seed, split)
 
 
 # Wrong labels

@@ -341,7 +341,7 @@ def check_counts(default: Mapping[str, Counts], counts: Mapping[str, Counts] | N
     return {split: np.repeat(np.arange(4, dtype=np.int64), numbers) for split, numbers in wanted.items()}
 
 
-def finish(canvas: Floats, groups: Integers, *key: str | int) -> Split:
+def noisy_split(canvas: Floats, groups: Integers, *key: str | int) -> Split:
     """A split of the canvas, made noisy, clipped and rounded to multiples of 1/255."""
     canvas += bells(canvas.shape, *key, "pixels") * _PIXEL_NOISE
     pixels = np.rint(np.clip(canvas, 0, 1) * 255) / 255
@@ -354,7 +354,7 @@ def _draw_birds(groups: Integers, seed: int, split: str) -> Split:
     capsules = _place(_build_birds(_draw_traits(groups // 2, seed, split)), *key)
     colours = _draw_colours(len(groups), *key)[:, PALETTE]
     _paint(canvas, capsules, colours)
-    return finish(canvas, groups, *key)
+    return noisy_split(canvas, groups, *key)
 
 
 def _draw_traits(targets: Integers, seed: int, split: str) -> Doubles:
@@ -521,4 +521,4 @@ def _draw_digits(sources: Doubles, groups: Integers, seed: int, split: str) -> S
     canvas = _draw_backgrounds(groups % 2, 16, 0.05, 0.12, *key)
     ink = _draw_colours(len(groups), *key)[:, 0, :, None, None].astype(np.float32)
     canvas += enlarge(sources, 16)[:, None] * (ink - canvas)
-    return finish(canvas, groups, *key)
+    return noisy_split(canvas, groups, *key)
