@@ -13,7 +13,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, ClassVar, Final, Generic, TypeAlias
 
 import numpy as np
@@ -188,7 +187,7 @@ def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
     held[torch.from_numpy(permutation(len(train), "held-out", seed)[:count])] = True
     others = {name: split for name, split in dataset.splits.items() if name != "train"}
     splits = {"train": train.subset(~held), "held-out": train.subset(held), **others}
-    return replace(dataset, splits=MappingProxyType(splits))
+    return replace(dataset, splits=splits)
 
 
 # Batches
@@ -326,7 +325,7 @@ def synthetic(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> D
     wanted = check_counts(SYNTHETIC_COUNTS, counts)
     names = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
     splits = {split: _draw_birds(groups, seed, split) for split, groups in wanted.items()}
-    return DataSet("synthetic", names, Augmentation(), MappingProxyType(splits))
+    return DataSet("synthetic", names, Augmentation(), splits)
 
 
 def check_counts(default: Mapping[str, Counts], counts: Mapping[str, Counts] | None) -> dict[str, Integers]:
@@ -501,7 +500,7 @@ def digits(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> Data
             pools[y] = pool[count:]
         splits[split] = _draw_digits(sources[np.concatenate(chosen)], groups, seed, split)
     names = ("digit 0-4 on land", "digit 0-4 on water", "digit 5-9 on land", "digit 5-9 on water")
-    return DataSet("digits", names, Augmentation(flip=False), MappingProxyType(splits))
+    return DataSet("digits", names, Augmentation(flip=False), splits)
 
 
 def load_digits() -> tuple[Doubles, Integers]:

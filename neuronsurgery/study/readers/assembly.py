@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -75,7 +74,7 @@ def assemble(
         group_names = [group_names[group] for group in present.tolist()]
     whole = ImageSplit(folder, tuple(columns["path"]), targets, groups, len(group_names), framing, loading)
     parts = {part: whole.subset(torch.tensor([place == part for place in split_of])) for part in SPLITS}
-    return ImageData(name, tuple(group_names), RandomCrop(framing.size), MappingProxyType(parts), tuple(classes))
+    return ImageData(name, tuple(group_names), RandomCrop(framing.size), parts, tuple(classes))
 
 
 def _encode_binary(values: Sequence[str], what: str, names: Sequence[str]) -> tuple[list[int], list[str], Problems]:

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -195,7 +194,7 @@ class ImageData(DataSet[ImageSplit]):
             name: replace(split, framing=replace(split.framing, mean=tuple(mean), std=tuple(std)))
             for name, split in self.splits.items()
         }
-        return replace(self, splits=MappingProxyType(splits))
+        return replace(self, splits=splits)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from neuronsurgery.study.readers.pixels import Framing
 from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns, unreadable
 
 PathLike: TypeAlias = str | os.PathLike[str]
+IN_THIS_PROCESS: Final = Loading()
 
 
 def middle(size: int = 224) -> Framing:
@@ -20,7 +21,9 @@ def middle(size: int = 224) -> Framing:
     return Framing((("resize", int(size * 256 / 224)), ("crop", size)))
 
 
-def waterbirds(root: PathLike, *, size: int = 224, loading: Loading = Loading(), verify: bool = True) -> ImageData:
+def waterbirds(
+    root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True
+) -> ImageData:
     """The Waterbirds data set of a folder, as group_DRO, WILDS or SubpopBench lay it out.
 
     The folder, or one a step or two below (`waterbird_complete95_forest2water2`, `waterbirds_v1.0`, `waterbirds`), has
@@ -45,7 +48,7 @@ def waterbirds(root: PathLike, *, size: int = 224, loading: Loading = Loading(),
     )
 
 
-def celeba(root: PathLike, *, size: int = 224, loading: Loading = Loading(), verify: bool = True) -> ImageData:
+def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True) -> ImageData:
     """The CelebA data set of a folder, blond hair or not against man or woman, in any of the forms in use.
 
     The folder, or one below (`data`, `celebA_v1.0`, `celeba`, `Anno`), has `list_attr_celeba` and
@@ -131,7 +134,7 @@ def image_folder(
     name: str = "folder",
     size: int = 224,
     framing: Framing | None = None,
-    loading: Loading = Loading(),
+    loading: Loading = IN_THIS_PROCESS,
     verify: bool = True,
 ) -> ImageData:
     """The data set of any folder of images with a table, such as CXR-14 with pneumothorax against chest drain.
