@@ -29,7 +29,7 @@ from neuronsurgery.loaders import iterate
 from neuronsurgery.objectives import group_dro, supervised_contrastive
 from neuronsurgery.study import readers
 from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
-from neuronsurgery.study.readers import FromDisk, ImageBatches
+from neuronsurgery.study.readers import FromDisk
 from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest
 from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Loader, Where
@@ -42,7 +42,7 @@ FINE_TUNING: Final = Recipe("adam", learning_rate=2e-4, epochs=20, batch_size=10
 """Stage 2 of the paper: 20 epochs more, with the optimiser and the schedule of its authors' code."""
 
 
-def unaugmented(source: SplitSource, size: int = 250) -> Batches | ImageBatches:
+def unaugmented(source: SplitSource, size: int = 250) -> Batches:
     """The images of a source as they are, in the order of its split: a loader of `(images, targets, groups)`."""
     return readers.batches(source.split, size)
 
@@ -312,7 +312,7 @@ class GroupBalanced:
         """See `Source`."""
         return {**self.source.describe(), "sampling": "groups alike"}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`."""
         return _pick(self.source, self.draw(seed, epoch)).epoch(size, seed, epoch)
 
@@ -396,7 +396,7 @@ class Upsampled:
         """See `Source`."""
         return {**self.source.describe(), "copies": digest([self.copies])}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`."""
         return self._repeated.epoch(size, seed, epoch)
 
@@ -600,7 +600,7 @@ class ContrastiveBatches:
         """See `Source`."""
         return {**self.source.describe(), "first stage's predictions": digest([self.predicted])}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`.
 
         Raises:

@@ -550,30 +550,39 @@ def test_rows_that_repeat_others_are_counted_in_one_warning(tmp_path: Path) -> N
 
 def test_what_may_not_be_read_is_named(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the means of the system as far as these go: root may read everything."""
-    scan, read = os.scandir, Path.read_text
+    calls = {name: getattr(os, name) for name in ("stat", "lstat", "listdir")}
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    def refusing(name: str) -> Callable[[Path], object]:
-        return lambda path: refuse(path) if Path(path).name == name else scan(path)
+    def close(folder: str) -> None:
+        """Neither the folder can be listed, nor is anything in it found."""
 
-    monkeypatch.setattr(os, "scandir", refusing("001.Some_Bird"))
+        def closed(name: str, call: Callable[..., object]) -> Callable[..., object]:
+            def answer(path: Path, *more: object, **options: object) -> object:
+                inside = Path(path) if name == "listdir" else Path(path).parent
+                return refuse(path) if inside.name == folder else call(path, *more, **options)
+
+            return answer
+
+        for name, call in calls.items():
+            monkeypatch.setattr(os, name, closed(name, call))
+
+    close("001.Some_Bird")
     first = rf"{bird_name(1)} \(line 3: Permission denied\), {bird_name(4)} \(line 6: "
     with pytest.raises(
         ValueError, match=rf"images whose path or folder cannot be read \(7\): {first}.* and 2 more\nPut"
     ):
         waterbirds(birds)
-    monkeypatch.setattr(os, "scandir", refusing("birds"))
+    close("birds")
     with pytest.raises(
         OSError, match=r"birds cannot be read \(Permission denied\): give leave to read it, or pass another"
     ):
         waterbirds(birds)
-    monkeypatch.setattr(os, "scandir", scan)
+    close("no folder of this name")
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(OSError, match=r"metadata\.csv cannot be read \(Permission denied\): give leave"):
         waterbirds(birds)
-    monkeypatch.setattr(Path, "read_text", read)
 
 
 def test_a_table_that_is_no_text_is_refused(birds: Path) -> None:
@@ -840,8 +849,8 @@ def test_the_digest_of_a_split_changes_with_its_rows_and_files_alone(birds: Path
     after = digests(waterbirds(birds))
     assert [split for split in before if before[split] != after[split]] == ["validation", "test"]
     embedded = data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (2, 1, 1, 1)))
-    noisy, _ = data.with_label_noise(embedded.test, 0.5, 0)
-    changed = digests(replace(embedded, splits={**embedded.splits, "test": noisy}))
+    other = replace(embedded.test, targets=1 - embedded.test.targets)
+    changed = digests(replace(embedded, splits={**embedded.splits, "test": other}))
     assert [split for split, said in digests(embedded).items() if changed[split] != said] == ["test"]
 
 
