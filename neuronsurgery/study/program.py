@@ -183,10 +183,10 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
     settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
     results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
-    setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
+    setting = _setting(settings, dataset, trained, built)
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
-        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
+        "2": lambda: {"stage_two": stage_two(folder, dataset, setting)},
         "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
     }
     run = Run.of(results)
@@ -235,6 +235,7 @@ def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -
         rates=MORE_RATES if settings.full else RATES,
         joined=joined_source(dataset) if settings.full else None,
         full=settings.full,
+        hardware=_hardware(settings),
         **_published(settings, built),
     )
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, models
+from neuronsurgery.study import data, last_layer, methods, models, training
 from neuronsurgery.study import stage_two as module
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.last_layer import REFITS, Features, Tuned, dfr, extract_features, retrained
@@ -41,7 +41,6 @@ from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, Training, 
 from neuronsurgery.study.training import (
     Embedded,
     Erm,
-    Hardware,
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
@@ -118,8 +117,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         models.append(model)
         return torch.arange(sum(len(batch[1]) for batch in loader)) % every
 
-    monkeypatch.setattr(module, "predictions", lambda model, loader: answer(model, loader, 2))
-    monkeypatch.setattr(module, "error_set", lambda model, loader: answer(model, loader, 3) == 0)
+    monkeypatch.setattr(methods, "predictions", lambda model, loader: answer(model, loader, 2))
+    monkeypatch.setattr(methods, "error_set", lambda model, loader: answer(model, loader, 3) == 0)
     return models
 
 
@@ -351,7 +350,6 @@ def test_without_a_recipe_of_its_own_a_method_trains_no_first_stage(
 ) -> None:
     assert arms  # all are made
     assert not (setting.folder / "stage-2").exists()
-    assert setting.first_stage("JTT") is None
     texts = {arm.name: arm.text for arm in make_arms(setting)}
     assert "that the ERM model of epoch 2 gets wrong" in texts["JTT, T = 2"]
     assert texts["CnC, T = 1"].endswith("across the predictions of the ERM model of epoch 1")
@@ -399,12 +397,12 @@ def test_a_first_stage_is_trained_once_and_taken_up(
         kwargs["progress"] = lambda report: (_ for _ in ()).throw(KeyboardInterrupt("killed"))
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train", killed)
+    monkeypatch.setattr(training, "train", killed)
     with pytest.raises(KeyboardInterrupt, match="killed"):
         arms["JTT, T = 1"].make()
     folder = tmp_path / "run" / "stage-2" / "jtt-first-stage"
     assert checkpoint_epochs(folder) == (0, 1)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(training, "train", train)
     arms["JTT, T = 1"].make()
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     arms["JTT, T = 2"].make()
@@ -476,7 +474,7 @@ def test_dfr_is_fitted_on_validation_features_with_the_scaler_of_the_training_fe
         given.append((validation, train_features, options))
         return dfr(validation, train_features, **options)
 
-    monkeypatch.setattr(module, "dfr", spy)
+    monkeypatch.setattr(last_layer, "dfr", spy)
     judged: list[nn.Module] = []
     row = module._dfr(lambda one: judged.append(one) or {"test": [1.0]}, replace(setting, seed=3), dataset)  # type: ignore[arg-type,func-returns-value]
     ((validation, train_features, options),) = given
@@ -506,7 +504,7 @@ def test_results_and_progress_say_what_each_arm_was_given(
 ) -> None:
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
     few = replace(setting, fine_tuning_epochs=1, comparison_epochs=2, joined=None, full=False)
-    rows = {row["name"]: row["settings"] for row in stage_two(folder, dataset, few, Hardware())["arms"]}
+    rows = {row["name"]: row["settings"] for row in stage_two(folder, dataset, few)["arms"]}
     said = capsys.readouterr().err.splitlines()
     arms = {arm.name: arm.make() for arm in make_arms(few)}
     for name, how in arms.items():

@@ -13,8 +13,7 @@ from kinds import named
 from snapshot import assert_unchanged, snapshot
 
 import neuronsurgery as ns
-from neuronsurgery.study import data
-from neuronsurgery.study import stage_two as module
+from neuronsurgery.study import data, training
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.last_layer import extract_features, last_logits
 from neuronsurgery.study.network import small_resnet
@@ -32,7 +31,6 @@ from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, beside_last_layers, make_arms, select, stage_two
 from neuronsurgery.study.training import (
     Embedded,
-    Hardware,
     Recipe,
     checkpoint_epochs,
     checkpoint_path,
@@ -148,7 +146,7 @@ def second(
     """Stage 2, its folder and its results, which left the trained model as it was."""
     folder = RunFolder(tmp_path_factory.mktemp("second") / "run", Settings(quick=True))
     before = snapshot(trained.model)
-    results = stage_two(folder, dataset, setting_of(dataset, trained), Hardware(), progress=False)
+    results = stage_two(folder, dataset, setting_of(dataset, trained))
     assert_unchanged(before, trained.model)
     return folder, results
 
@@ -170,8 +168,8 @@ def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
         assert set(row["selected"]) <= set(SELECTIONS)
         assert row["labels"].startswith("class")
     assert json.loads(json.dumps(results)) == results
-    monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert stage_two(folder, dataset, setting, Hardware(), progress=False) == results
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert stage_two(folder, dataset, setting) == results
 
 
 def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
@@ -250,7 +248,7 @@ def test_methods_that_need_a_linear_head_are_impossible_without_one_and_the_othe
     checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
     found = Trained(model, checkpoints, read_trajectory(path), studied(()))
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
-    results = stage_two(folder, dataset, setting_of(dataset, found), Hardware(), progress=False)
+    results = stage_two(folder, dataset, setting_of(dataset, found))
     why = {row["name"]: row["impossible"] for row in results["arms"] if "impossible" in row}
     assert "linear" in why["DFR"]
     assert {name for name in why if not name.startswith(("CnC", "JTT"))} == {"DFR"}
