@@ -4,7 +4,7 @@ Each is a `Method` (what a step minimises), a `Source` (which images it is given
 
     paper's fine-tuning  ContrastivePruning        any source; from the ERM model
     Group DRO            GroupDro                  GroupBalanced
-    Just Train Twice     Erm                       Upsampled by the error_set of an early ERM model
+    Just Train Twice     Erm                       upsampled by the error_set of an early ERM model
     Correct-n-Contrast   CorrectNContrast          ContrastiveBatches by the predictions of an early ERM model
 
 Their authors' settings are for some 5,000 or 160,000 images and a pre-trained ResNet-50. What has to change with the
@@ -13,6 +13,7 @@ size of the data changes by a rule that is written down where the setting is, an
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -66,20 +67,12 @@ def _predicted(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def error_set(model: nn.Module, loader: Loader) -> Tensor:
-    """Whether the model gets each example wrong, bool (N,), in the order of the loader, on the CPU.
-
-    Args:
-        model: any module with logits (B, classes); runs in evaluation mode on a copy, without gradient.
-        loader: any iterable of batches: for Just Train Twice the training images, see `unaugmented`.
-    """
+    """Whether the model gets each example wrong, bool (N,), with the arguments and the order of `predictions`."""
     return ns.sweep(model, {}, loader, metric=ns.accuracy).values() == 0
 
 
 def identification_epoch(epochs: int, share: float = IDENTIFICATION_SHARES[-1]) -> int:
     """The epoch of the ERM run whose mistakes Just Train Twice and Correct-n-Contrast go by, at least 1.
-
-    It should be late enough to have learnt the spurious attribute, and too early to have memorised the images that
-    contradict it.
 
     Args:
         epochs: of the run.
@@ -123,7 +116,6 @@ class ContrastivePruning(Method):
     """
 
     name: ClassVar[str] = "contrastive pruning"
-
     examples: Loader = field(repr=False)
     where: Where | None = None
     criterion: Literal["gradient", "magnitude", "random", "none"] = "gradient"
@@ -186,8 +178,7 @@ def group_dro_step_size(steps: int) -> float:
     """The step size of Group DRO's weights for a run of so many steps, in [0.01, 0.1].
 
     A shorter run needs larger steps for the same say: 0.01 times the 11,400 steps of the authors' run on Waterbirds,
-    over the steps of this one. Longer runs keep 0.01, as theirs on CelebA does. Beyond 0.1 the weights would follow the
-    handful of images that a batch has of a group.
+    over the steps of this one. Longer runs keep 0.01, as theirs on CelebA does.
 
     Example:
         >>> group_dro_step_size(11_400), group_dro_step_size(2280), group_dro_step_size(60_000), group_dro_step_size(10)
@@ -213,7 +204,6 @@ class GroupDro(Method):
     """
 
     name: ClassVar[str] = "group DRO"
-
     groups: int
     step_size: float = 0.01
     adjustment: float = 0.0
@@ -268,12 +258,11 @@ class GroupBalanced:
     def draw(self, seed: int, epoch: int) -> Tensor:
         """The indices of the images of an epoch, int64 (N,)."""
         groups = self.source.split.groups
-        members = [(groups == group).nonzero().flatten() for group in sorted(set(groups.tolist()))]
-        counts = torch.tensor([len(some) for some in members])
+        counts = torch.unique(groups, return_counts=True)[1]
         draws = torch.from_numpy(uniforms((len(groups), 2), "groups alike", seed, epoch))
-        which = (draws[:, 0] * len(members)).long()
+        which = (draws[:, 0] * len(counts)).long()
         starts = counts.cumsum(0) - counts
-        return torch.cat(members)[starts[which] + (draws[:, 1] * counts[which]).long()]
+        return groups.argsort(stable=True)[starts[which] + (draws[:, 1] * counts[which]).long()]
 
 
 # Just Train Twice
@@ -286,11 +275,8 @@ def jtt_upsampling(errors: Tensor, share: float = 0.5) -> int:
     epoch is what the authors' 100 copies of 1 % of the images, or 50 of 2 %, come to.
 
     Args:
-        errors: whether each training example is in the error set, bool (N,).
+        errors: whether each training example is in the error set, bool (N,); some must be, and some not.
         share: in (0, 1).
-
-    Raises:
-        ValueError: if there are no errors or nothing else, or the share is out of its range.
 
     Example:
         >>> jtt_upsampling(torch.arange(100) < 1), jtt_upsampling(torch.arange(100) < 60)
@@ -308,44 +294,24 @@ def jtt_upsampling(errors: Tensor, share: float = 0.5) -> int:
     return max(0, round(share / (1 - share) * (len(errors) - wrong) / wrong) - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Upsampled:
+def upsampled(source: SplitSource, copies: Tensor) -> SplitSource:
     """A source in which each image comes as often as it is told: the second stage of Just Train Twice.
 
     Each copy has a place and an augmentation of its own. Train with `Erm`, from the initial weights.
 
-    Attributes:
+    Args:
         source: the training images.
         copies: int64 (N,), how often each comes, at least 0; see `objectives.jtt_weights`.
 
     Source:
         Liu et al., "Just Train Twice: Improving Group Robustness without Training Group Information", 2021.
     """
-
-    source: SplitSource
-    copies: Tensor
-
-    def __post_init__(self) -> None:
-        if self.copies.shape != (len(self.source),) or bool((self.copies < 0).any()) or not bool(self.copies.any()):
-            raise ValueError(
-                f"copies must say of each of {len(self.source)} images how often it comes, at least once for one of "
-                f"them, not {self.copies}: see jtt_weights"
-            )
-
-    def __len__(self) -> int:
-        return int(self.copies.sum())
-
-    def describe(self) -> dict[str, object]:
-        """See `Source`."""
-        return {**self.source.describe(), "copies": training.digest([self.copies])}
-
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
-        """See `Source`."""
-        return self._repeated.epoch(size, seed, epoch)
-
-    @cached_property
-    def _repeated(self) -> SplitSource:
-        return _pick(self.source, torch.arange(len(self.source)).repeat_interleave(self.copies))
+    if copies.shape != (len(source),) or bool((copies < 0).any()) or not bool(copies.any()):
+        raise ValueError(
+            f"copies must say of each of {len(source)} images how often it comes, at least once for one of them, not "
+            f"{copies}: see jtt_weights"
+        )
+    return _pick(source, torch.arange(len(source)).repeat_interleave(copies))
 
 
 # Correct-n-Contrast
@@ -370,7 +336,6 @@ class CorrectNContrast(Method):
     """
 
     name: ClassVar[str] = "correct-n-contrast"
-
     weight: float = 0.75
     temperature: float = 0.1
     statistics: Literal["frozen", "batch"] = "frozen"
@@ -418,22 +383,17 @@ def contrastive_pairs(targets: Tensor, predicted: Tensor) -> tuple[Tensor, Tenso
 
 
 def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
-    """Logits (B, classes), and what the linear layer that makes them reads, (B, D), both with their graph.
-
-    Hooks are in the model during the call only. A ValueError says that the network does not end in such a layer.
-    """
+    """Logits (B, classes), and what the linear layer that makes them reads, (B, D), both with their graph."""
     read: list[tuple[Tensor, Tensor]] = []
 
     def keep_last(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         read[:] = [(inputs[0], output)]
 
-    linear = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(keep_last) for module in linear]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in unwrap(model).modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(keep_last))
         logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not read or read[0][1] is not logits or read[0][0].dim() != 2:
         raise ValueError(
             f"the logits of {type(unwrap(model)).__name__} are not what a linear layer makes of one row of features "

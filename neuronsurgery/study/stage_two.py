@@ -31,6 +31,7 @@ from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.training import Erm, Hardware, Recipe, checkpoint_epochs, checkpoint_path, load_checkpoint
 
 Row: TypeAlias = dict[str, Any]
+Judge: TypeAlias = Callable[[nn.Module], Row]
 
 SELECTIONS: Final[Mapping[str, str]] = {
     "last epoch": "no labels",
@@ -69,12 +70,10 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: short, for tables and figures.
         family: "paper", "control" (what separates the paper's ingredients) or "comparison" (other methods).
         text: what is done.
         labels: which labels training takes.
-        make: what it is trained with; called when the arm is trained, since some make a first pass over the images,
-            or train a first stage.
+        make: what it is trained with; may make a pass over the images, or train a first stage.
         choice: arms of one choice are one method, whose rate or first stage is chosen together with the epoch.
         held_out: whether it is also trained on the held-out images, which then cannot choose its epoch.
     """
@@ -103,27 +102,22 @@ class Setting:
 
     Attributes:
         recipe: of the ERM run.
-        groups: the training images of each group.
         pretrained: whether the first weights came from a file.
         comparison_epochs: of the methods that train from the first weights again.
-        rates: of ERM continued.
-        joined: the training and the held-out images together, to give those methods the images that last layers are
-            retrained on; None leaves these arms out.
-        comparisons: the recipes of comparison methods that have one of their own, for their first stages too; the
-            others have that of the ERM run, which then is their first stage.
+        joined: training and held-out images, to give those methods what last layers are retrained on; None does not.
+        comparisons: the recipes of methods that have one of their own, for their first stages too; the others have that
+            of the ERM run, which then is their first stage.
         strengths: values of C that DFR chooses from.
-        full: whether there is time for the last of `VARIANTS` as well.
+        full: whether there is time for all `VARIANTS`, and to search for the rate of ERM continued.
     """
 
     trained: Trained
     source: SplitSource
     recipe: Recipe
     seed: int
-    groups: tuple[int, ...]
     pretrained: bool
     fine_tuning_epochs: int
     comparison_epochs: int
-    rates: Sequence[float] = RATES
     joined: SplitSource | None = None
     comparisons: Mapping[str, Recipe] = field(default_factory=dict)
     contrast_temperature: float = 0.1
@@ -200,7 +194,7 @@ def _fine_tuned(setting: Setting) -> list[Arm]:
     recipe = replace(FINE_TUNING, epochs=setting.fine_tuning_epochs)
     trained = functools.partial(Training, setting.trained.model, setting.source)
     arms = []
-    for rate in setting.rates:
+    for rate in MORE_RATES if setting.full else RATES:
         text = f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}"
         make = functools.partial(trained, Erm(), replace(recipe, learning_rate=rate))
         arms.append(Arm(f"{CONTINUED}, rate {rate:g}", "control", text, "class", make, choice=CONTINUED))
@@ -231,7 +225,7 @@ def _jtt(first: _FirstStage) -> Arm:
     def make() -> Training:
         errors = methods.error_set(first.model(), unaugmented(source))
         upsampling = methods.jtt_upsampling(errors)
-        upsampled = methods.Upsampled(source, jtt_weights(errors, upsampling))
+        upsampled = methods.upsampled(source, jtt_weights(errors, upsampling))
         recipe = setting.comparison("JTT")
         # As many steps as the others make: an epoch with copies has more.
         recipe = replace(recipe, epochs=max(1, round(recipe.epochs * len(source) / len(upsampled))))
@@ -268,7 +262,7 @@ def _group_dro(setting: Setting, source: SplitSource) -> Arm:
     def make() -> Training:
         recipe = setting.comparison("Group DRO")
         steps = recipe.epochs * -(-len(source) // recipe.batch_size)
-        method = methods.GroupDro(len(setting.groups), methods.group_dro_step_size(steps))
+        method = methods.GroupDro(len(source.split.counts), methods.group_dro_step_size(steps))
         return Training(setting.checkpoint(0), methods.GroupBalanced(source), method, recipe)
 
     text = "Group DRO: from the first weights, groups sampled alike and weighted by their losses"
@@ -291,24 +285,20 @@ class _FirstStage:
 
     @property
     def recipe(self) -> Recipe | None:
-        """Of a first stage of its own."""
         own = self.setting.comparisons.get(self.method)
         return None if own is None else replace(own, epochs=max(self.setting.early))
 
     @property
     def words(self) -> str:
-        """What it is."""
         if self.recipe is None:
             return f"the ERM model of epoch {self.early}"
         return f"the model of epoch {self.early} of a first stage with the method's own settings"
 
     @property
     def given(self) -> Row:
-        """What the results are to say of it."""
         return {"epoch": self.early} | ({} if self.recipe is None else {"first_stage": asdict(self.recipe)})
 
     def model(self) -> nn.Module:
-        """The network, which is trained if it is not there."""
         setting, recipe = self.setting, self.recipe
         if recipe is None:
             return setting.checkpoint(self.early)
@@ -333,10 +323,15 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting) -> Row:
     # By inferred group they are the same images as those of `unlabelled`, which are seen once.
     splits = ["validation", "test"] + ["held-out"] * (not inferred and unlabelled == "held-out")
     counts = {split: list(data.splits[split].counts) for split in ("train", *splits)}
-    judge = _Judge({split: data.loaders(split) for split in splits})
+    loaders = {split: data.loaders(split) for split in splits}
     if inferred:
         counts["inferred"] = [len(loader.split) for loader in inferred.values()]
-        judge.loaders["inferred"] = inferred
+        loaders["inferred"] = inferred
+
+    def judge(model: nn.Module) -> Row:
+        """Accuracy per group on all images that are looked at, by split."""
+        return {name: list(ns.evaluate(model, part).values) for name, part in loaders.items()}
+
     rows = [
         _start(folder, judge, setting),
         *(_train_arm(folder, judge, setting, arm) for arm in make_arms(setting)),
@@ -349,19 +344,8 @@ def stage_two(folder: RunFolder, data: Any, setting: Setting) -> Row:
         "selections": dict(SELECTIONS),
         "class_labels_of": unlabelled,
         "not_inferred": not_inferred,
-        "train_counts": list(setting.groups),
         "arms": select(rows, counts, unlabelled),
     }
-
-
-@dataclass(frozen=True, eq=False)
-class _Judge:
-    """Accuracy per group of a model on all images that Stage 2 looks at, by split."""
-
-    loaders: dict[str, Mapping[str, Any]]
-
-    def __call__(self, model: nn.Module) -> dict[str, list[float]]:
-        return {name: list(ns.evaluate(model, part).values) for name, part in self.loaders.items()}
 
 
 def _inferred(folder: RunFolder, data: Any, model: nn.Module, unlabelled: str) -> tuple[dict[str, Any], str | None]:
@@ -387,14 +371,14 @@ def _untrained(name: str, family: str, text: str, labels: str, found: Row) -> Ro
     return {**said, **found}
 
 
-def _start(folder: RunFolder, judge: _Judge, setting: Setting) -> Row:
+def _start(folder: RunFolder, judge: Judge, setting: Setting) -> Row:
     accuracies = folder.remember("stage-2-start", lambda: judge(setting.trained.model))
     trajectory = [{"epoch": setting.recipe.epochs, "loss": None, **accuracies}]
     found = {"settings": {"recipe": asdict(setting.recipe)}, "trajectory": trajectory}
     return _untrained("ERM", "control", "the model that the others start from or are compared with", "class", found)
 
 
-def _dfr(judge: Callable[[nn.Module], Row], setting: Setting, data: Any) -> Row:
+def _dfr(judge: Judge, setting: Setting, data: Any) -> Row:
     model = setting.trained.model
     try:
         validation = last_layer.extract_features(model, data.loaders("validation"))
@@ -410,7 +394,7 @@ def _dfr(judge: Callable[[nn.Module], Row], setting: Setting, data: Any) -> Row:
     return _untrained("DFR", "comparison", text, "class; class and group of validation images", found)
 
 
-def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm) -> Row:
+def _train_arm(folder: RunFolder, judge: Judge, setting: Setting, arm: Arm) -> Row:
     path, name = folder.path / "stage-2" / arm.slug, f"stage-2-{arm.slug}"
 
     def run() -> Row:
@@ -425,7 +409,7 @@ def _train_arm(folder: RunFolder, judge: _Judge, setting: Setting, arm: Arm) -> 
         arguments: Row = {"recipe": how.recipe, "seed": setting.seed, "hardware": setting.hardware}
         training.train(how.start, how.source, path, method=how.method, **arguments)
         losses = {met["epoch"]: met["loss"] for met in training.read_trajectory(path)}
-        kept = folder.parts(name, [list(judge.loaders), losses])
+        kept = folder.parts(name, losses)
         judged = []
         for epoch in filter(None, checkpoint_epochs(path)):
             model = load_checkpoint(how.start, path, epoch)
@@ -451,8 +435,7 @@ def _say(text: str) -> None:
 def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled: str) -> list[Row]:
     """Return the arms with the epoch that each rule of `SELECTIONS` picks; arms of one choice also as one arm.
 
-    `counts` are the images of each group, by split; `unlabelled` is the split whose class labels "class labels" may
-    look at.
+    `counts` are the images of each group, by split; "class labels" looks at those of the split `unlabelled`.
     """
     chosen = [{**row, "selected": _selected([row], counts, unlabelled)} for row in rows]
     for choice in dict.fromkeys(row["choice"] for row in rows if row["choice"]):
@@ -461,7 +444,7 @@ def select(rows: Sequence[Row], counts: Mapping[str, Sequence[int]], unlabelled:
         if len(variants) > 1 and together:
             selected = _selected(together, counts, unlabelled)
             del selected["last epoch"]  # which chooses none of several variants
-            said = {
+            said: Row = {
                 "name": f"{choice}, chosen",
                 "text": f"{choice}: which of {len(together)} variants is chosen together with the epoch",
                 "choice": None,
@@ -509,10 +492,7 @@ def average(accuracies: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def beside_last_layers(stage: Row) -> list[Row]:
-    """Return methods of Stage 2 as rows of the fragility stage's table: each with the rule that looks at most labels.
-
-    `stage` is the entry "stage_two" of the results.
-    """
+    """Return methods of Stage 2 as rows of the fragility stage's table, each with the rule that looks at most labels."""
     rows = []
     names = {arm["name"] for arm in stage["arms"]} - {"DFR"}
     for arm in stage["arms"]:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -39,9 +38,6 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), int64 t
 Outputs: TypeAlias = tuple[Tensor, ...]  # one row per image, the logits (B, classes) of the trained model first
 Passes: TypeAlias = Callable[[nn.Module, Tensor], Outputs]  # (model, images) -> outputs: the forward passes of a step
 State: TypeAlias = Mapping[str, Tensor]  # what a method carries from step to step; saved with the optimiser
-
-_METHOD: Final = "method"
-"""Stands before the names of a method's tensors in the optimiser's file, where those of the optimiser have a number."""
 
 
 def check_choices(chosen: Any) -> None:
@@ -107,15 +103,12 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """The number of images."""
-        ...
 
     def describe(self) -> dict[str, object]:
         """All that the batches depend on but size, seed and epoch, as JSON values."""
-        ...
 
     def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
         """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide; it has a length."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +192,7 @@ class Erm(Method):
 class Hardware:
     """Where and how the arithmetic of training is done.
 
-    Attributes:
-        device: of model and images; None leaves the model where it is.
-        bfloat16: whether to train under autocast to bfloat16.
-        channels_last: whether images and weights are laid out channels last.
+    None as the device leaves the model where it is; bfloat16 is that of autocast; channels last is a memory layout.
     """
 
     device: str | None = None
@@ -222,7 +212,7 @@ def train(
     hardware: Hardware = Hardware(),
     progress: Callable[[EpochReport], None] | None = None,
 ) -> nn.Module:
-    """A copy of `model`, trained; `model` itself is the initialisation and stays as it is.
+    """A trained copy of `model`, in evaluation mode; `model` itself is the initialisation and stays as it is.
 
     Leaves a checkpoint per epoch in `folder`. Where `folder` holds an unfinished run of the same arguments, that run is
     taken up after its last finished epoch; a finished run is only loaded. On one machine, with one number of threads,
@@ -238,9 +228,6 @@ def train(
         method: what is minimised.
         hardware: device, precision and memory layout.
         progress: called after each epoch, once its files are written.
-
-    Returns:
-        The trained copy, in evaluation mode.
 
     Raises:
         ValueError: if `folder` holds a run of other arguments or files that cannot be read.
@@ -277,9 +264,8 @@ def checkpoint_path(folder: str | os.PathLike[str], epoch: int) -> Path:
 
 def checkpoint_epochs(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     """The epochs whose checkpoints a run folder holds, in ascending order; unfinished files do not count."""
-    names = (path.name for path in (Path(folder) / "checkpoints").glob("epoch-*.safetensors"))
-    matches = (re.fullmatch(r"epoch-(\d+)\.safetensors", name) for name in names)
-    return tuple(sorted(int(match[1]) for match in matches if match))
+    names = (path.stem.removeprefix("epoch-") for path in (Path(folder) / "checkpoints").glob("epoch-*.safetensors"))
+    return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
 def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str], epoch: int) -> nn.Module:
@@ -357,12 +343,11 @@ class _Run:
 
     def take_up(self) -> None:
         """Go on from the last finished epoch that the folder holds; write down the first weights where it has none."""
-        found = self.file.exists()
-        if found:
-            self._load()
         for written in (self.file.name, "checkpoints/epoch-*.safetensors"):
             remove_abandoned(self.folder, written)
-        if not found:
+        if self.file.exists():
+            self._load()
+        else:
             self._save({})
 
     def train_epoch(self) -> EpochReport:
@@ -414,7 +399,7 @@ class _Run:
             for name, tensor in values.items()
             if tensor is not None  # SGD without momentum keeps an empty slot
         }
-        state = {f"{_METHOD}/{name}": tensor for name, tensor in self.state.items()}
+        state = {f"method/{name}": tensor for name, tensor in self.state.items()}
         header = {"epoch": epoch, "run": json.dumps(self.arguments), "losses": json.dumps(self.losses)}
         _write(moments | state, self.file, header)
 
@@ -437,7 +422,7 @@ class _Run:
         for key, tensor in tensors.items():
             owner, name = key.split("/", 1)
             saved.setdefault(owner, {})[name] = tensor
-        self.state = saved.pop(_METHOD, {})
+        self.state = saved.pop("method", {})
         by_index = {int(index): values for index, values in saved.items()}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": by_index})
 

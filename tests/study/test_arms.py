@@ -26,7 +26,6 @@ from neuronsurgery.study.methods import (
     CorrectNContrast,
     GroupBalanced,
     GroupDro,
-    Upsampled,
     error_set,
     predictions,
     unaugmented,
@@ -42,6 +41,7 @@ from neuronsurgery.study.training import (
     Embedded,
     Erm,
     Recipe,
+    Source,
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
@@ -77,7 +77,6 @@ def setting(dataset: data.DataSet, trained: Trained) -> Setting:
         source=Embedded(dataset.train, dataset.augmentation),
         recipe=RECIPE,
         seed=0,
-        groups=tuple(dataset.train.counts),
         pretrained=False,
         fine_tuning_epochs=3,
         comparison_epochs=5,
@@ -123,7 +122,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 FINE_TUNED = (
-    *("ERM continued, rate 0.0002", "ERM continued, rate 0.001"),
+    *(f"ERM continued, rate {rate:g}" for rate in MORE_RATES),
     *("pruned by gradient", "pruned by magnitude", "slides' objective", "pruned, own statistics"),
     *("nothing pruned", "random pruned", "random pruned, own statistics"),
 )
@@ -163,14 +162,15 @@ def test_fine_tuning_is_literally_this() -> None:
 
 @pytest.mark.parametrize("name", FINE_TUNED)
 def test_fine_tuning_has_its_recipe_and_continued_erm_its_rate(name: str, arms: dict[str, Training]) -> None:
-    rate = 1e-3 if name.endswith("rate 0.001") else 2e-4
+    rate = float(name.split("rate ")[1]) if "rate" in name else 2e-4
     assert arms[name].recipe == Recipe("adam", rate, epochs=3, batch_size=100, schedule="plateau")
 
 
 def test_continued_erm_has_every_rate_that_is_asked_for(setting: Setting) -> None:
-    made = [arm for arm in make_arms(replace(setting, rates=MORE_RATES)) if arm.choice == "ERM continued"]
-    assert [arm.make().recipe.learning_rate for arm in made] == list(MORE_RATES)
-    assert all(arm.make().method == Erm() for arm in made)
+    for full, rates in ((True, MORE_RATES), (False, RATES)):
+        made = [arm for arm in make_arms(replace(setting, full=full)) if arm.choice == "ERM continued"]
+        assert [arm.make().recipe.learning_rate for arm in made] == list(rates)
+        assert all(arm.make().method == Erm() for arm in made)
 
 
 @pytest.mark.parametrize("name", [name for name in ANEW if not name.startswith("JTT")])
@@ -253,6 +253,14 @@ def source_of(setting: Setting, too: str) -> Embedded:
     return source
 
 
+def assert_copied(found: Source, source: Embedded, copies: Tensor) -> None:
+    """As many copies of each image."""
+    assert isinstance(found, Embedded)
+    assert found.augmentation == source.augmentation
+    for name, part in vars(source.split).items():
+        assert torch.equal(getattr(found.split, name), part.repeat_interleave(copies, dim=0))
+
+
 @pytest.mark.parametrize("early", [1, 2])
 @pytest.mark.parametrize("too", ["", TOO])
 def test_jtt_copies_the_errors_of_the_early_epoch(
@@ -263,21 +271,18 @@ def test_jtt_copies_the_errors_of_the_early_epoch(
     assert not torch.equal(wrong, late) and late.any()
     count, all_images = int(wrong.sum()), len(source)
     more = max(0, round((all_images - count) / count) - 1)
-    assert isinstance(how.source, Upsampled)
-    assert how.source.source is source
-    assert torch.equal(how.source.copies, 1 + more * wrong.long())
+    assert_copied(how.source, source, 1 + more * wrong.long())
     assert how.method == Erm()
     fewer = max(1, round(5 * all_images / (all_images + more * count)))
     assert how.recipe == replace(RECIPE, epochs=fewer)
     assert how.given == {"name": "just train twice", "errors": count, "upsampling": more, "epoch": early}
 
 
-def test_jtt_is_shorter_where_there_are_copies(arms: dict[str, Training]) -> None:
+def test_jtt_is_shorter_where_there_are_copies(arms: dict[str, Training], setting: Setting) -> None:
     """As many steps as 5 epochs without copies, as near as whole epochs come to it."""
     how = arms["JTT, T = 2"]
-    assert isinstance(how.source, Upsampled)
     assert how.recipe.epochs < 5
-    assert abs(how.recipe.epochs * len(how.source) - 5 * len(how.source.source)) <= len(how.source) / 2
+    assert abs(how.recipe.epochs * len(how.source) - 5 * len(setting.source)) <= len(how.source) / 2
 
 
 @pytest.mark.parametrize("early", [1, 2])
@@ -378,9 +383,10 @@ def test_a_first_stage_has_the_method_s_recipe_images_and_folder(
             assert how.given["epoch"] == early
             assert same_weights(how.start, start)
             assert same_weights(asked[-1], first)
-            if isinstance(how.source, Upsampled):
-                assert how.source.source is source
-                assert (how.source.copies > 1).tolist() == [index % 3 == 0 for index in range(len(source))]
+            if method == "JTT":
+                wrong = torch.arange(len(source)) % 3 == 0
+                assert_copied(how.source, source, 1 + how.given["upsampling"] * wrong.long())
+                assert how.given["upsampling"] > 0
             else:
                 assert isinstance(how.source, ContrastiveBatches)
                 assert how.source.source is source

@@ -29,13 +29,13 @@ from neuronsurgery.study.methods import (
     CorrectNContrast,
     GroupBalanced,
     GroupDro,
-    Upsampled,
     contrastive_pairs,
     error_set,
     jtt_upsampling,
     logits_and_features,
     predictions,
     unaugmented,
+    upsampled,
 )
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.readers import Framing, FromDisk, ImageSplit, Loading, RandomCrop
@@ -101,7 +101,7 @@ METHODS: dict[str, Callable[[Embedded], tuple[Source, Method]]] = {
     "random": lambda source: (source, pruning(source, criterion="random", statistics="frozen", supervised="mse")),
     "none": lambda source: (source, pruning(source, criterion="none")),
     "group DRO": lambda source: (GroupBalanced(source), GroupDro(4, step_size=0.5)),
-    "just train twice": lambda source: (Upsampled(source, jtt_weights(source.split.groups == 2, 3)), Erm()),
+    "just train twice": lambda source: (upsampled(source, jtt_weights(source.split.groups == 2, 3)), Erm()),
     "correct-n-contrast": lambda source: (ContrastiveBatches(source, source.split.groups % 2), CorrectNContrast()),
     "with batch norm": lambda source: (
         ContrastiveBatches(source, source.split.groups % 2),
@@ -451,29 +451,29 @@ def test_groups_are_balanced_in_the_long_run(source: Embedded) -> None:
 def test_copies_by_hand() -> None:
     source = numbered([0, 0, 1, 1])
     errors = torch.tensor([False, True, False, False])
-    twice = Upsampled(source, jtt_weights(errors, 2))
+    twice = upsampled(source, jtt_weights(errors, 2))
     assert len(twice) == 6
     assert sorted(shown(twice)) == [0, 1, 1, 1, 2, 3]
     assert len(shown(twice, size=4)) == 6
     assert {tuple(shown(twice, epoch=epoch)) for epoch in range(9)} > {tuple(shown(twice))}
-    assert sorted(shown(Upsampled(source, torch.tensor([0, 2, 0, 1])))) == [1, 1, 3]
+    assert sorted(shown(upsampled(source, torch.tensor([0, 2, 0, 1])))) == [1, 1, 3]
 
 
 def test_one_copy_of_each_is_the_source(source: Embedded) -> None:
-    same = Upsampled(source, torch.ones(26, dtype=torch.long))
+    same = upsampled(source, torch.ones(26, dtype=torch.long))
     for one, two in zip(same.epoch(8, 3, 2), source.epoch(8, 3, 2), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_copies_of_an_image_are_augmented_each_by_itself(source: Embedded) -> None:
-    ((images, _, _),) = Upsampled(source, torch.eye(26, dtype=torch.long)[0] * 9).epoch(9, 0, 1)
+    ((images, _, _),) = upsampled(source, torch.eye(26, dtype=torch.long)[0] * 9).epoch(9, 0, 1)
     assert len({image.numpy().tobytes() for image in images}) > 3
 
 
 @pytest.mark.parametrize("copies", [torch.ones(3, dtype=torch.long), torch.tensor([1, -1]), torch.tensor([0, 0])])
 def test_copies_that_do_not_fit_are_refused(copies: Tensor) -> None:
     with pytest.raises(ValueError, match="copies must say of each of 2 images how often it comes, at least once"):
-        Upsampled(numbered([0, 1]), copies)
+        upsampled(numbered([0, 1]), copies)
 
 
 @pytest.mark.parametrize("wrong", [1, 7, 26, 100, 333])
@@ -669,7 +669,7 @@ def greys(source: Source, size: int = 4) -> list[int]:
 
 
 def test_sources_pick_images_from_disk_too(on_disk: FromDisk) -> None:
-    assert sorted(greys(Upsampled(on_disk, jtt_weights(torch.arange(8) == 3, 2)))) == [0, 1, 2, 3, 3, 3, 4, 5, 6, 7]
+    assert sorted(greys(upsampled(on_disk, jtt_weights(torch.arange(8) == 3, 2)))) == [0, 1, 2, 3, 3, 3, 4, 5, 6, 7]
     balanced = GroupBalanced(on_disk)
     assert sorted(greys(balanced)) == sorted(balanced.draw(0, 1).tolist())
     contrast = ContrastiveBatches(on_disk, torch.tensor(PREDICTED))

@@ -60,7 +60,7 @@ def trained(dataset: data.DataSet, erm: Any, tmp_path_factory: pytest.TempPathFa
 def setting_of(dataset: data.DataSet, trained: Trained) -> Setting:
     """Stage 2 at its shortest."""
     source = Embedded(dataset.train, dataset.augmentation)
-    return Setting(trained, source, RECIPE, 0, tuple(dataset.train.counts), False, 1, 1)
+    return Setting(trained, source, RECIPE, 0, False, 1, 1)
 
 
 # Which epoch counts
