@@ -27,7 +27,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import neuronsurgery as ns
 from neuronsurgery.objectives import group_dro, supervised_contrastive
-from neuronsurgery.precision import widened
 from neuronsurgery.study import readers, training
 from neuronsurgery.study.data import permutation, uniforms
 from neuronsurgery.study.training import Batch, Embedded, Method, Outputs, Passes, Recipe, State
@@ -157,7 +156,7 @@ class ContrastivePruning(Method):
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are the logits of model and twin, (B, classes) each."""
-        logits, pruned = (widened(output) for output in outputs)
+        logits, pruned = outputs
         dense = logits.softmax(dim=1)
         loss = ns.contrastive_pruning_loss(
             dense,
@@ -225,7 +224,7 @@ class GroupDro(Method):
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`."""
         loss, weights = group_dro(
-            functional.cross_entropy(widened(outputs[0]), targets, reduction="none"),
+            functional.cross_entropy(outputs[0], targets, reduction="none"),
             groups,
             state["weights"].to(groups.device),
             step_size=self.step_size,
@@ -362,7 +361,7 @@ class CorrectNContrast(Method):
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are logits and features, `groups` are the predictions of the first stage."""
-        logits, features = (widened(output) for output in outputs)
+        logits, features = outputs
         contrast = supervised_contrastive(features, *contrastive_pairs(targets, groups), self.temperature)
         return self.weight * contrast + (1 - self.weight) * functional.cross_entropy(logits, targets), state
 

@@ -492,7 +492,7 @@ def average(accuracies: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def beside_last_layers(stage: Row) -> list[Row]:
-    """Return methods of Stage 2 as rows of the fragility stage's table, each with the rule that looks at most labels."""
+    """Return methods as rows of the fragility stage's table, each with the rule that looks at most labels."""
     rows = []
     names = {arm["name"] for arm in stage["arms"]} - {"DFR"}
     for arm in stage["arms"]:

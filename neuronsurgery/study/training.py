@@ -162,7 +162,7 @@ class Method:
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """What is to be minimised, a scalar with a gradient to the outputs; and the state of the next step.
 
-        A function of tensors: outputs, targets and groups are of the whole batch, in its order.
+        A function of tensors of the whole batch, in its order; outputs are float32 or wider.
         """
         raise NotImplementedError
 
@@ -185,7 +185,7 @@ class Erm(Method):
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`."""
-        return functional.cross_entropy(outputs[0].float(), targets), state
+        return functional.cross_entropy(outputs[0], targets), state
 
 
 @dataclass(frozen=True)
@@ -383,6 +383,7 @@ class _Run:
         with torch.enable_grad():
             with torch.autocast(device.type, torch.bfloat16, enabled=self.hardware.bfloat16):
                 outputs = passes(self.model, images)
+            outputs = tuple(output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs)
             loss, self.state = self.method.loss(outputs, targets, groups, self.state)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
