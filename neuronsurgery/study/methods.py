@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +26,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import neuronsurgery as ns
 from neuronsurgery.objectives import group_dro, supervised_contrastive
-from neuronsurgery.study import readers, training
-from neuronsurgery.study.data import permutation, uniforms
-from neuronsurgery.study.training import Batch, Embedded, Method, Outputs, Passes, Recipe, State
+from neuronsurgery.study import training
+from neuronsurgery.study.data import Batches, batches, permutation, uniforms
+from neuronsurgery.study.training import Method, Outputs, Passes, Recipe, Source, State
 from neuronsurgery.types import Loader, Where
 from neuronsurgery.wrappers import unwrap
-
-SplitSource: TypeAlias = Embedded | readers.FromDisk
-"""A source of training images that can be picked one by one."""
 
 FINE_TUNING: Final = Recipe("adam", learning_rate=2e-4, epochs=20, batch_size=100, schedule="plateau")
 """Stage 2 of the paper: 20 epochs more, with the optimiser and the schedule of its authors' code."""
@@ -46,9 +42,9 @@ IDENTIFICATION_SHARES: Final = (0.02, 0.2)
 # What a first stage says of the training images
 
 
-def unaugmented(source: SplitSource, size: int = 250) -> Iterable[Batch]:
+def unaugmented(source: Source, size: int = 250) -> Batches:
     """The images of a source as they are, in the order of its split: a loader of `(images, targets, groups)`."""
-    return readers.batches(source.split, size)
+    return batches(source.split, size)
 
 
 def predictions(model: nn.Module, loader: Loader) -> Tensor:
@@ -235,28 +231,24 @@ class GroupDro(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class GroupBalanced:
-    """As many images as `source` has, each of a group and an image of it drawn at random, with replacement.
+class GroupBalanced(Source):
+    """As many images as the split has, each of a group and an image of it drawn at random, with replacement.
 
     Every epoch draws anew, from (seed, epoch) alone. Groups without images are left out.
     """
 
-    source: SplitSource
-
-    def __len__(self) -> int:
-        return len(self.source)
-
     def describe(self) -> dict[str, object]:
         """See `Source`."""
-        return {**self.source.describe(), "sampling": "groups alike"}
+        return {**super().describe(), "sampling": "groups alike"}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`."""
-        return _pick(self.source, self.draw(seed, epoch)).epoch(size, seed, epoch)
+        drawn = self.split.subset(self.draw(seed, epoch))
+        return Source(drawn, self.augmentation).epoch(size, seed, epoch)
 
     def draw(self, seed: int, epoch: int) -> Tensor:
         """The indices of the images of an epoch, int64 (N,)."""
-        groups = self.source.split.groups
+        groups = self.split.groups
         counts = torch.unique(groups, return_counts=True)[1]
         draws = torch.from_numpy(uniforms((len(groups), 2), "groups alike", seed, epoch))
         which = (draws[:, 0] * len(counts)).long()
@@ -293,7 +285,7 @@ def jtt_upsampling(errors: Tensor, share: float = 0.5) -> int:
     return max(0, round(share / (1 - share) * (len(errors) - wrong) / wrong) - 1)
 
 
-def upsampled(source: SplitSource, copies: Tensor) -> SplitSource:
+def upsampled(source: Source, copies: Tensor) -> Source:
     """A source in which each image comes as often as it is told: the second stage of Just Train Twice.
 
     Each copy has a place and an augmentation of its own. Train with `Erm`, from the initial weights.
@@ -310,7 +302,7 @@ def upsampled(source: SplitSource, copies: Tensor) -> SplitSource:
             f"copies must say of each of {len(source)} images how often it comes, at least once for one of them, not "
             f"{copies}: see jtt_weights"
         )
-    return _pick(source, torch.arange(len(source)).repeat_interleave(copies))
+    return replace(source, split=source.split.subset(torch.arange(len(source)).repeat_interleave(copies)))
 
 
 # Correct-n-Contrast
@@ -402,7 +394,7 @@ def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastiveBatches:
+class ContrastiveBatches(Source):
     """Batches of anchors, positives and negatives; each image has the first stage's prediction in place of its group.
 
     A batch begins with an image, of class y and prediction p, drawn from all that have positives and negatives. It is
@@ -417,15 +409,15 @@ class ContrastiveBatches:
     recipe's batch, as the authors' are; an epoch has as many images as the source, rounded up to whole batches.
 
     Attributes:
-        source: the training images.
+        split: the training images.
+        augmentation: how they vary from epoch to epoch.
         predicted: the first stage's class of each, int64 (N,), see `predictions`.
     """
 
-    source: SplitSource
     predicted: Tensor
 
     def __post_init__(self) -> None:
-        targets = self.source.split.targets
+        targets = self.split.targets
         if self.predicted.shape != targets.shape:
             raise ValueError(
                 f"predicted must be one class per image, shape {tuple(targets.shape)}, not "
@@ -443,35 +435,33 @@ class ContrastiveBatches:
     @cached_property
     def anchors(self) -> Tensor:
         """The images that have both positives and negatives, int64 indices."""
-        targets, predicted = self.source.split.targets, self.predicted
+        targets, predicted = self.split.targets, self.predicted
         classes = int(torch.cat([targets, predicted]).max()) + 1
         cells = torch.bincount(targets * classes + predicted, minlength=classes**2).view(classes, classes)
         eligible = (cells.sum(1, keepdim=True) > cells) & (cells.sum(0) > cells)
         return eligible[targets, predicted].nonzero().flatten()
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def describe(self) -> dict[str, object]:
         """See `Source`."""
-        return {**self.source.describe(), "first stage's predictions": training.digest([self.predicted])}
+        return {**super().describe(), "first stage's predictions": training.digest([self.predicted])}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`; a batch has at least four images."""
         if size < 4:
             raise ValueError(
                 f"a batch of anchors, positives and two kinds of negatives has at least 4 images, not {size}"
             )
         block = size // 4
-        steps = -(-len(self.source) // (4 * block))
+        steps = -(-len(self.split) // (4 * block))
         order = torch.cat([self.draw(block, seed, epoch, step) for step in range(steps)])
-        split = replace(self.source.split.subset(order), groups=self.predicted[order])
-        return readers.batches(split, 4 * block, seed=seed, epoch=epoch, augmentation=self.source.augmentation)
+        drawn: Any = self.split.subset(order)
+        split = replace(drawn, groups=self.predicted[order])
+        return batches(split, 4 * block, seed=seed, epoch=epoch, augmentation=self.augmentation)
 
     def draw(self, block: int, seed: int, epoch: int, step: int) -> Tensor:
         """The indices of the images of one batch, int64 (4 * block,)."""
         key = ("contrast", seed, epoch, step)
-        targets, predicted = self.source.split.targets, self.predicted
+        targets, predicted = self.split.targets, self.predicted
         first = self.anchors[int(uniforms((1,), *key)[0] * len(self.anchors))]
         same_class, same_prediction = targets == targets[first], predicted == predicted[first]
         anchors = _draw(same_class & same_prediction, block, *key, "anchors")
@@ -490,12 +480,6 @@ def _draw(pool: Tensor, count: int, *key: str | int) -> Tensor:
     members = pool.nonzero().flatten()
     order = torch.from_numpy(permutation(len(members), *key))
     return members[order[torch.arange(count) % len(members)]]
-
-
-def _pick(source: SplitSource, indices: Tensor) -> SplitSource:
-    """The source of the images at the indices, which may be there several times."""
-    picked: Any = source.split.subset(indices)  # of the kind that this source has, which mypy cannot tell
-    return replace(source, split=picked)
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

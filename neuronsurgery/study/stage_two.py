@@ -24,11 +24,11 @@ from torch import nn
 import neuronsurgery as ns
 from neuronsurgery.objectives import jtt_weights
 from neuronsurgery.study import last_layer, methods, readers, training
-from neuronsurgery.study.methods import FINE_TUNING, SplitSource, unaugmented
+from neuronsurgery.study.methods import FINE_TUNING, unaugmented
 from neuronsurgery.study.run import RunFolder
 from neuronsurgery.study.stage_fragility import infer, inferred_places, knockout
 from neuronsurgery.study.stage_one import Trained
-from neuronsurgery.study.training import Erm, Hardware, Recipe, checkpoint_epochs, checkpoint_path, load_checkpoint
+from neuronsurgery.study.training import Erm, Recipe, Source, checkpoint_epochs, checkpoint_path, load_checkpoint
 
 Row: TypeAlias = dict[str, Any]
 Judge: TypeAlias = Callable[[nn.Module], Row]
@@ -54,7 +54,7 @@ class Training:
     """What an arm is trained with; `given` is what else the results are to say of it, as JSON values."""
 
     start: nn.Module
-    source: training.Source
+    source: Source
     method: training.Method
     recipe: Recipe
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -112,18 +112,18 @@ class Setting:
     """
 
     trained: Trained
-    source: SplitSource
+    source: Source
     recipe: Recipe
     seed: int
     pretrained: bool
     fine_tuning_epochs: int
     comparison_epochs: int
-    joined: SplitSource | None = None
+    joined: Source | None = None
     comparisons: Mapping[str, Recipe] = field(default_factory=dict)
     contrast_temperature: float = 0.1
     strengths: Sequence[float] = last_layer.STRENGTHS
     full: bool = False
-    hardware: Hardware = field(default_factory=Hardware)
+    hardware: training.Hardware = field(default_factory=training.Hardware)
 
     @property
     def folder(self) -> Path:
@@ -207,14 +207,14 @@ def _fine_tuned(setting: Setting) -> list[Arm]:
     return arms
 
 
-def _from_scratch(setting: Setting, source: SplitSource) -> Arm:
+def _from_scratch(setting: Setting, source: Source) -> Arm:
     def make() -> Training:
         return Training(setting.checkpoint(0), source, Erm(), setting.comparison("ERM"))
 
     return Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", make)
 
 
-def _comparisons(setting: Setting, source: SplitSource) -> list[Arm]:
+def _comparisons(setting: Setting, source: Source) -> list[Arm]:
     jtt, cnc = ([_FirstStage(setting, source, name, early) for early in setting.early] for name in ("JTT", "CnC"))
     return [*map(_jtt, jtt), *map(_cnc, cnc), _group_dro(setting, source)]
 
@@ -248,7 +248,7 @@ def _cnc(first: _FirstStage) -> Arm:
         method = methods.CorrectNContrast(
             temperature=setting.contrast_temperature, statistics="frozen" if setting.pretrained else "batch"
         )
-        contrasted = methods.ContrastiveBatches(source, predicted)
+        contrasted = methods.ContrastiveBatches(source.split, source.augmentation, predicted)
         return Training(start, contrasted, method, setting.comparison("CnC"), first.given)
 
     text = (
@@ -258,12 +258,12 @@ def _cnc(first: _FirstStage) -> Arm:
     return Arm(f"CnC, T = {first.early}", "comparison", text, "class", make, choice="CnC")
 
 
-def _group_dro(setting: Setting, source: SplitSource) -> Arm:
+def _group_dro(setting: Setting, source: Source) -> Arm:
     def make() -> Training:
         recipe = setting.comparison("Group DRO")
         steps = recipe.epochs * -(-len(source) // recipe.batch_size)
         method = methods.GroupDro(len(source.split.counts), methods.group_dro_step_size(steps))
-        return Training(setting.checkpoint(0), methods.GroupBalanced(source), method, recipe)
+        return Training(setting.checkpoint(0), methods.GroupBalanced(source.split, source.augmentation), method, recipe)
 
     text = "Group DRO: from the first weights, groups sampled alike and weighted by their losses"
     return Arm("Group DRO", "comparison", text, "class, group", make)
@@ -279,7 +279,7 @@ class _FirstStage:
     """
 
     setting: Setting
-    source: SplitSource
+    source: Source
     method: str
     early: int
 

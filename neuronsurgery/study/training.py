@@ -18,11 +18,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,9 +32,8 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from neuronsurgery.atomic import remove_abandoned, replaced_atomically
-from neuronsurgery.study.data import Augmentation, Batches, Split, batches, raw_bits
+from neuronsurgery.study.data import Batch, Batches, Labelled, Split, batches, raw_bits
 
-Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), int64 targets (B,), int64 groups (B,)
 Outputs: TypeAlias = tuple[Tensor, ...]  # one row per image, the logits (B, classes) of the trained model first
 Passes: TypeAlias = Callable[[nn.Module, Tensor], Outputs]  # (model, images) -> outputs: the forward passes of a step
 State: TypeAlias = Mapping[str, Tensor]  # what a method carries from step to step; saved with the optimiser
@@ -98,38 +97,29 @@ class EpochReport:
         )
 
 
-class Source(Protocol):
-    """Where training images come from: `Embedded`, or images read from disk."""
-
-    def __len__(self) -> int:
-        """The number of images."""
-
-    def describe(self) -> dict[str, object]:
-        """All that the batches depend on but size, seed and epoch, as JSON values."""
-
-    def epoch(self, size: int, seed: int, epoch: int) -> Iterable[Batch]:
-        """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide; it has a length."""
-
-
 @dataclass(frozen=True, eq=False)
-class Embedded:
-    """A split in memory and how its images vary from epoch to epoch."""
+class Source:
+    """Training images, in memory or on disk, and how they vary from epoch to epoch; None leaves them as they are."""
 
-    split: Split
-    augmentation: Augmentation | None
+    split: Labelled
+    augmentation: Any
 
     def __len__(self) -> int:
         return len(self.split)
 
     def describe(self) -> dict[str, object]:
-        """See `Source`."""
+        """All that the batches depend on but size, seed and epoch, as JSON values; on disk pixels only by their paths.
+
+        A source that has the images in another order of its own says so.
+        """
+        split: Any = self.split
         return {
             "augmentation": None if self.augmentation is None else asdict(self.augmentation),
-            "images and targets": digest([self.split.images, self.split.targets]),
+            "images and targets": digest([split.images, split.targets]) if isinstance(split, Split) else split.digest,
         }
 
     def epoch(self, size: int, seed: int, epoch: int) -> Batches:
-        """See `Source`."""
+        """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide."""
         return batches(self.split, size, seed=seed, epoch=epoch, shuffle=True, augmentation=self.augmentation)
 
 
@@ -202,12 +192,12 @@ class Hardware:
 
 def train(
     model: nn.Module,
-    source: Split | Source,
+    source: Labelled | Source,
     folder: str | os.PathLike[str],
     *,
     recipe: Recipe = RECIPES["adam"],
     seed: int = 0,
-    augmentation: Augmentation | None = None,
+    augmentation: Any = None,
     method: Method = Erm(),
     hardware: Hardware = Hardware(),
     progress: Callable[[EpochReport], None] | None = None,
@@ -220,7 +210,7 @@ def train(
 
     Args:
         model: the initialised network; its parameters must be floating point, its output logits (B, classes).
-        source: the training images: a split in memory, or what else can give batches by (seed, epoch).
+        source: the training images: a split, or a source with an augmentation or an order of its own.
         folder: the run folder, made if it is missing.
         recipe: optimiser, rates, epochs and batch size.
         seed: of the order of the images, their augmentation, dropout, and what the method draws.
@@ -233,8 +223,8 @@ def train(
         ValueError: if `folder` holds a run of other arguments or files that cannot be read.
         FileNotFoundError: if the checkpoint to go on from is missing.
     """
-    if isinstance(source, Split):
-        source = Embedded(source, augmentation)
+    if isinstance(source, Labelled):
+        source = Source(source, augmentation)
     trained = copy.deepcopy(model).train().to(hardware.device)
     if hardware.channels_last:
         trained = trained.to(memory_format=torch.channels_last)
@@ -360,7 +350,6 @@ class _Run:
             self.model.train()
             passes = self.method.begin_epoch(self.model, self.seed, epoch)
             loader = self.source.epoch(self.recipe.batch_size, self.seed, epoch)
-            assert isinstance(loader, Sized), "a Source gives batches that have a length"
             for step, batch in enumerate(loader, start=self.epoch * len(loader)):
                 for group in self.optimizer.param_groups:
                     group["lr"] = _rate(self.recipe, step, self.recipe.epochs * len(loader), self.losses)

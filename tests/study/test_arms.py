@@ -38,7 +38,6 @@ from neuronsurgery.study.run import RunFolder, Settings, made_files
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, Training, make_arms, stage_two
 from neuronsurgery.study.training import (
-    Embedded,
     Erm,
     Recipe,
     Source,
@@ -74,7 +73,7 @@ def setting(dataset: data.DataSet, trained: Trained) -> Setting:
     """Everything that arms can be made from, embedded and from random weights."""
     return Setting(
         trained=trained,
-        source=Embedded(dataset.train, dataset.augmentation),
+        source=Source(dataset.train, dataset.augmentation),
         recipe=RECIPE,
         seed=0,
         pretrained=False,
@@ -247,15 +246,15 @@ def test_defaults_of_contrastive_pruning_are_literally_these() -> None:
 # Just Train Twice and Correct-n-Contrast
 
 
-def source_of(setting: Setting, too: str) -> Embedded:
+def source_of(setting: Setting, too: str) -> Source:
     source = setting.joined if too else setting.source
-    assert isinstance(source, Embedded)
+    assert isinstance(source, Source)
     return source
 
 
-def assert_copied(found: Source, source: Embedded, copies: Tensor) -> None:
+def assert_copied(found: Source, source: Source, copies: Tensor) -> None:
     """As many copies of each image."""
-    assert isinstance(found, Embedded)
+    assert isinstance(found, Source)
     assert found.augmentation == source.augmentation
     for name, part in vars(source.split).items():
         assert torch.equal(getattr(found.split, name), part.repeat_interleave(copies, dim=0))
@@ -294,7 +293,7 @@ def test_cnc_goes_by_the_predictions_of_the_early_epoch(
     then, late = (predictions(of_epoch(trained, epoch), unaugmented(source)) for epoch in (early, 10))
     assert not torch.equal(then, late)
     assert isinstance(how.source, ContrastiveBatches)
-    assert how.source.source is source
+    assert how.source.split is source.split
     assert torch.equal(how.source.predicted, then)
     assert how.method == CorrectNContrast(weight=0.75, temperature=0.1, statistics="batch")
     assert how.given == {"epoch": early}
@@ -328,7 +327,7 @@ def test_group_dro_has_balanced_groups_and_the_step_size_of_its_steps(
     how = next(arm for arm in make_arms(changed) if arm.name == f"Group DRO{too}").make()
     assert how.method == GroupDro(4, step_size=pytest.approx(step_size), adjustment=0.0)
     assert isinstance(how.source, GroupBalanced)
-    assert how.source.source is source_of(setting, too)
+    assert how.source.split is source_of(setting, too).split
     assert how.recipe.epochs == epochs
 
 
@@ -389,7 +388,7 @@ def test_a_first_stage_has_the_method_s_recipe_images_and_folder(
                 assert how.given["upsampling"] > 0
             else:
                 assert isinstance(how.source, ContrastiveBatches)
-                assert how.source.source is source
+                assert how.source.split is source.split
                 assert how.source.predicted.tolist() == [index % 2 for index in range(len(source))]
 
 

@@ -30,8 +30,8 @@ from neuronsurgery.study.stage_fragility import (
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, beside_last_layers, make_arms, select, stage_two
 from neuronsurgery.study.training import (
-    Embedded,
     Recipe,
+    Source,
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
@@ -59,7 +59,7 @@ def trained(dataset: data.DataSet, erm: Any, tmp_path_factory: pytest.TempPathFa
 
 def setting_of(dataset: data.DataSet, trained: Trained) -> Setting:
     """Stage 2 at its shortest."""
-    source = Embedded(dataset.train, dataset.augmentation)
+    source = Source(dataset.train, dataset.augmentation)
     return Setting(trained, source, RECIPE, 0, False, 1, 1)
 
 
@@ -180,7 +180,7 @@ def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
         a + b for a, b in zip(dataset.train.counts, dataset.splits["held-out"].counts, strict=True)
     )
     assert torch.equal(joined.groups, joined.groups.sort().values)
-    setting = replace(setting_of(dataset, trained), joined=Embedded(joined, dataset.augmentation))
+    setting = replace(setting_of(dataset, trained), joined=Source(joined, dataset.augmentation))
     more = [one for one in make_arms(setting) if one.held_out]
     assert {one.name for one in more} > {"ERM, held-out images too", "Group DRO, held-out images too"}
     sources = {one.name: one.make().source for one in more if not one.name.startswith(("JTT", "CnC"))}

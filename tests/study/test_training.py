@@ -22,9 +22,9 @@ from neuronsurgery.study.methods import GroupDro
 from neuronsurgery.study.network import SmallResNet, small_resnet
 from neuronsurgery.study.training import (
     RECIPES,
-    Embedded,
     EpochReport,
     Recipe,
+    Source,
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
@@ -319,7 +319,7 @@ def test_dropout_is_drawn_from_a_seed_of_the_epoch(split: Split, tmp_path: Path)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3 * 32 * 32, 2))
     recipe = Recipe("sgd", learning_rate=0.1, epochs=1, batch_size=len(split))
     after = train(model, split, tmp_path, recipe=recipe, seed=3)
-    (batch,) = Embedded(split, None).epoch(len(split), 3, 1)
+    (batch,) = Source(split, None).epoch(len(split), 3, 1)
     torch.manual_seed(int(raw_bits(1, "dropout", 3, 1)[0]) >> 1)
     loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
     (gradient,) = torch.autograd.grad(loss, [model.get_parameter("2.weight")])
