@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -140,10 +140,6 @@ class Setting:
         shares = methods.IDENTIFICATION_SHARES
         return sorted({methods.identification_epoch(self.recipe.epochs, share) for share in shares})
 
-    def comparison(self, method: str) -> Recipe:
-        """The recipe of a method that trains from the first weights: its own where it has one."""
-        return replace(self.comparisons.get(method, self.recipe), epochs=self.comparison_epochs)
-
 
 VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "pruned by gradient": (
@@ -167,17 +163,17 @@ VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         {"criterion": "random", "statistics": "own"},
     ),
 }
-"""The paper's fine-tuning and its controls: text, and what differs from `ContrastivePruning`'s defaults."""
-
-WITH_TIME: Final = "random pruned, own statistics"
-"""Only with `--full`."""
+"""The paper's fine-tuning and its controls: text, and what differs from `ContrastivePruning`'s defaults; the last one
+only with `--full`."""
 
 
 def make_arms(setting: Setting) -> list[Arm]:
     """Return every arm that is trained: the paper's, its controls, and the comparisons."""
-    arms = [*_fine_tuned(setting), *_comparisons(setting, setting.source)]
+    arms = [*_fine_tuned(setting), *_FromScratch(setting, setting.source).arms()]
     if setting.joined is None:
         return arms
+    too = _FromScratch(setting, setting.joined)
+    erm = Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", too.erm)
     return arms + [
         replace(
             arm,
@@ -186,7 +182,7 @@ def make_arms(setting: Setting) -> list[Arm]:
             choice=arm.choice and f"{arm.choice}, {HELD_OUT_TOO}",
             held_out=True,
         )
-        for arm in (_from_scratch(setting, setting.joined), *_comparisons(setting, setting.joined))
+        for arm in (erm, *too.arms())
     ]
 
 
@@ -198,119 +194,105 @@ def _fine_tuned(setting: Setting) -> list[Arm]:
         text = f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}"
         make = functools.partial(trained, Erm(), replace(recipe, learning_rate=rate))
         arms.append(Arm(f"{CONTINUED}, rate {rate:g}", "control", text, "class", make, choice=CONTINUED))
-    for name, (difference, options) in VARIANTS.items():
+    for name, (difference, options) in list(VARIANTS.items())[: None if setting.full else -1]:
         text = f"fine-tuned against a twin that shares the weights: {difference}"
         family = "control" if options.get("criterion") in ("none", "random") else "paper"
         method = methods.ContrastivePruning(unaugmented(setting.source), setting.trained.where, **options)
-        if setting.full or name != WITH_TIME:
-            arms.append(Arm(name, family, text, "class", functools.partial(trained, method, recipe)))
+        arms.append(Arm(name, family, text, "class", functools.partial(trained, method, recipe)))
     return arms
 
 
-def _from_scratch(setting: Setting, source: Source) -> Arm:
-    def make() -> Training:
-        return Training(setting.checkpoint(0), source, Erm(), setting.comparison("ERM"))
-
-    return Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", make)
-
-
-def _comparisons(setting: Setting, source: Source) -> list[Arm]:
-    jtt, cnc = ([_FirstStage(setting, source, name, early) for early in setting.early] for name in ("JTT", "CnC"))
-    return [*map(_jtt, jtt), *map(_cnc, cnc), _group_dro(setting, source)]
-
-
-def _jtt(first: _FirstStage) -> Arm:
-    setting, source = first.setting, first.source
-
-    def make() -> Training:
-        errors = methods.error_set(first.model(), unaugmented(source))
-        upsampling = methods.jtt_upsampling(errors)
-        upsampled = methods.upsampled(source, jtt_weights(errors, upsampling))
-        recipe = setting.comparison("JTT")
-        # As many steps as the others make: an epoch with copies has more.
-        recipe = replace(recipe, epochs=max(1, round(recipe.epochs * len(source) / len(upsampled))))
-        given = {"name": "just train twice", "errors": int(errors.sum()), "upsampling": upsampling, **first.given}
-        return Training(setting.checkpoint(0), upsampled, Erm(), recipe, given)
-
-    text = f"Just Train Twice: from the first weights, the images that {first.words} gets wrong being half of an epoch"
-    return Arm(f"JTT, T = {first.early}", "comparison", text, "class", make, choice="JTT")
-
-
-def _cnc(first: _FirstStage) -> Arm:
-    setting, source = first.setting, first.source
-
-    def make() -> Training:
-        start = setting.checkpoint(0)
-        images, *_ = next(iter(unaugmented(source, size=2)))
-        with torch.no_grad():  # contrast needs a linear head: said before a first stage is trained
-            methods.logits_and_features(start, images.to(next(start.parameters()).device))
-        predicted = methods.predictions(first.model(), unaugmented(source))
-        method = methods.CorrectNContrast(
-            temperature=setting.contrast_temperature, statistics="frozen" if setting.pretrained else "batch"
-        )
-        contrasted = methods.ContrastiveBatches(source.split, source.augmentation, predicted)
-        return Training(start, contrasted, method, setting.comparison("CnC"), first.given)
-
-    text = (
-        f"Correct-n-Contrast: from the first weights, features of a class brought together across the predictions of "
-        f"{first.words}"
-    )
-    return Arm(f"CnC, T = {first.early}", "comparison", text, "class", make, choice="CnC")
-
-
-def _group_dro(setting: Setting, source: Source) -> Arm:
-    def make() -> Training:
-        recipe = setting.comparison("Group DRO")
-        steps = recipe.epochs * -(-len(source) // recipe.batch_size)
-        method = methods.GroupDro(len(source.split.counts), methods.group_dro_step_size(steps))
-        return Training(setting.checkpoint(0), methods.GroupBalanced(source.split, source.augmentation), method, recipe)
-
-    text = "Group DRO: from the first weights, groups sampled alike and weighted by their losses"
-    return Arm("Group DRO", "comparison", text, "class, group", make)
-
-
 @dataclass(frozen=True, eq=False)
-class _FirstStage:
-    """The network of an early epoch by which JTT or CnC goes: of the ERM run, or of a first stage of its own.
+class _FromScratch:
+    """The methods that train from the first weights, on some images.
 
-    Such a stage is trained once for all early epochs, by empirical risk minimisation on the method's images, and of its
-    checkpoints only theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch is what
-    a shorter training ends with.
+    JTT and CnC go by the network of an early epoch: of the ERM run, or of a first stage of their own. Such a stage is
+    trained once for all early epochs, by empirical risk minimisation on the same images, and of its checkpoints only
+    theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch is what a shorter
+    training ends with.
     """
 
     setting: Setting
     source: Source
-    method: str
-    early: int
 
-    @property
-    def recipe(self) -> Recipe | None:
-        own = self.setting.comparisons.get(self.method)
+    def arms(self) -> list[Arm]:
+        arms = []
+        for early in self.setting.early:
+            text = f"the images that {self._words('JTT', early)} gets wrong being half of an epoch"
+            text = f"Just Train Twice: from the first weights, {text}"
+            make = functools.partial(self.jtt, early)
+            arms.append(Arm(f"JTT, T = {early}", "comparison", text, "class", make, choice="JTT"))
+        for early in self.setting.early:
+            text = f"features of a class brought together across the predictions of {self._words('CnC', early)}"
+            text = f"Correct-n-Contrast: from the first weights, {text}"
+            make = functools.partial(self.cnc, early)
+            arms.append(Arm(f"CnC, T = {early}", "comparison", text, "class", make, choice="CnC"))
+        text = "Group DRO: from the first weights, groups sampled alike and weighted by their losses"
+        return [*arms, Arm("Group DRO", "comparison", text, "class, group", self.group_dro)]
+
+    def erm(self) -> Training:
+        return Training(self.setting.checkpoint(0), self.source, Erm(), self._recipe("ERM"))
+
+    def jtt(self, early: int) -> Training:
+        errors = methods.error_set(self._first_stage("JTT", early), unaugmented(self.source))
+        upsampling = methods.jtt_upsampling(errors)
+        upsampled = methods.upsampled(self.source, jtt_weights(errors, upsampling))
+        recipe = self._recipe("JTT")
+        # As many steps as the others make: an epoch with copies has more.
+        recipe = replace(recipe, epochs=max(1, round(recipe.epochs * len(self.source) / len(upsampled))))
+        given = {"name": "just train twice", "errors": int(errors.sum()), "upsampling": upsampling}
+        return Training(self.setting.checkpoint(0), upsampled, Erm(), recipe, given | self._given("JTT", early))
+
+    def cnc(self, early: int) -> Training:
+        start = self.setting.checkpoint(0)
+        images, *_ = next(iter(unaugmented(self.source, size=2)))
+        with torch.no_grad():  # contrast needs a linear head: said before a first stage is trained
+            methods.logits_and_features(start, images.to(next(start.parameters()).device))
+        predicted = methods.predictions(self._first_stage("CnC", early), unaugmented(self.source))
+        contrasted = methods.ContrastiveBatches(self.source.split, self.source.augmentation, predicted)
+        statistics: Literal["frozen", "batch"] = "frozen" if self.setting.pretrained else "batch"
+        method = methods.CorrectNContrast(temperature=self.setting.contrast_temperature, statistics=statistics)
+        return Training(start, contrasted, method, self._recipe("CnC"), self._given("CnC", early))
+
+    def group_dro(self) -> Training:
+        recipe, split = self._recipe("Group DRO"), self.source.split
+        steps = recipe.epochs * -(-len(split) // recipe.batch_size)
+        method = methods.GroupDro(len(split.counts), methods.group_dro_step_size(steps))
+        balanced = methods.GroupBalanced(split, self.source.augmentation)
+        return Training(self.setting.checkpoint(0), balanced, method, recipe)
+
+    def _recipe(self, method: str) -> Recipe:
+        """The recipe of a method: its own where it has one."""
+        recipe = self.setting.comparisons.get(method, self.setting.recipe)
+        return replace(recipe, epochs=self.setting.comparison_epochs)
+
+    def _first_recipe(self, method: str) -> Recipe | None:
+        """The recipe of a first stage of the method's own."""
+        own = self.setting.comparisons.get(method)
         return None if own is None else replace(own, epochs=max(self.setting.early))
 
-    @property
-    def words(self) -> str:
-        if self.recipe is None:
-            return f"the ERM model of epoch {self.early}"
-        return f"the model of epoch {self.early} of a first stage with the method's own settings"
+    def _words(self, method: str, early: int) -> str:
+        if method not in self.setting.comparisons:
+            return f"the ERM model of epoch {early}"
+        return f"the model of epoch {early} of a first stage with the method's own settings"
 
-    @property
-    def given(self) -> Row:
-        return {"epoch": self.early} | ({} if self.recipe is None else {"first_stage": asdict(self.recipe)})
+    def _given(self, method: str, early: int) -> Row:
+        recipe = self._first_recipe(method)
+        return {"epoch": early} | ({} if recipe is None else {"first_stage": asdict(recipe)})
 
-    def model(self) -> nn.Module:
-        setting, recipe = self.setting, self.recipe
+    def _first_stage(self, method: str, early: int) -> nn.Module:
+        setting, recipe = self.setting, self._first_recipe(method)
         if recipe is None:
-            return setting.checkpoint(self.early)
-        name = f"{self.method} first stage" + (f", {HELD_OUT_TOO}" if self.source is setting.joined else "")
+            return setting.checkpoint(early)
+        name = f"{method} first stage" + (f", {HELD_OUT_TOO}" if self.source is setting.joined else "")
         folder, start = setting.folder / "stage-2" / _slug(name), setting.checkpoint(0)
         try:
             training.train(start, self.source, folder, recipe=recipe, seed=setting.seed, hardware=setting.hardware)
         except ValueError as error:  # which of an arm would be taken for a finding about the data
-            raise RuntimeError(f"the first stage of {self.method} could not be trained: {error}") from error
+            raise RuntimeError(f"the first stage of {method} could not be trained: {error}") from error
         for epoch in set(checkpoint_epochs(folder)).difference(setting.early):
             checkpoint_path(folder, epoch).unlink()
-        return load_checkpoint(start, folder, self.early)
+        return load_checkpoint(start, folder, early)
 
 
 # Running

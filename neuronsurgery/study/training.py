@@ -383,15 +383,14 @@ class _Run:
         """Write the files of an epoch: its checkpoint, then the state of optimiser and method."""
         epoch = str(self.epoch)
         _write(self.model.state_dict(), checkpoint_path(self.folder, self.epoch), {"epoch": epoch, **met})
-        moments = {
-            f"{index}/{name}": tensor
-            for index, values in self.optimizer.state_dict()["state"].items()
+        tensors = {
+            f"{owner}/{name}": tensor
+            for owner, values in {**self.optimizer.state_dict()["state"], "method": self.state}.items()
             for name, tensor in values.items()
             if tensor is not None  # SGD without momentum keeps an empty slot
         }
-        state = {f"method/{name}": tensor for name, tensor in self.state.items()}
         header = {"epoch": epoch, "run": json.dumps(self.arguments), "losses": json.dumps(self.losses)}
-        _write(moments | state, self.file, header)
+        _write(tensors, self.file, header)
 
     def _load(self) -> None:
         """Load the last finished epoch; a ValueError says how the folder's run is another one."""
@@ -428,11 +427,13 @@ def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _rate(recipe: Recipe, step: int, steps: int, losses: Sequence[float]) -> float:
     """The learning rate, as step and losses of the epochs so far alone decide: nothing to save, nothing to restore."""
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
     if recipe.schedule == "cosine":
         return recipe.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
     optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))], recipe.learning_rate)
     plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=1, eps=0.0)
-    for loss in losses if recipe.schedule == "plateau" else ():
+    for loss in losses:
         plateau.step(loss)
     return float(optimizer.param_groups[0]["lr"])
 
