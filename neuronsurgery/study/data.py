@@ -29,17 +29,13 @@ Counts = Sequence[int]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Images float32 (B, 3, H, W), targets int64 (B,), groups int64 (B,)."""
 
-SYNTHETIC_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
-    {
-        "train": (1749, 92, 28, 528),
-        "held-out": (875, 46, 14, 264),  # distributed as the training images, which the other two are not
-        "validation": (60,) * 4,
-        "test": (250,) * 4,
-    }
-)
-DIGITS_COUNTS: Final[Mapping[str, Counts]] = MappingProxyType(
-    {"train": (600, 32, 10, 180), "validation": (30,) * 4, "test": (100,) * 4}
-)
+SYNTHETIC_COUNTS: Final[Mapping[str, Counts]] = {
+    "train": (1749, 92, 28, 528),
+    "held-out": (875, 46, 14, 264),  # distributed as the training images, which the other two are not
+    "validation": (60,) * 4,
+    "test": (250,) * 4,
+}
+DIGITS_COUNTS: Final[Mapping[str, Counts]] = {"train": (600, 32, 10, 180), "validation": (30,) * 4, "test": (100,) * 4}
 
 
 # What a data set is, in memory or on disk
@@ -56,19 +52,15 @@ class Labelled(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __repr__(self) -> str:
-        counts = "/".join(map(str, self.counts))
-        return f"{type(self).__name__}({len(self)} images of {self.shape}, {counts} per group)"
-
     @property
     def counts(self) -> tuple[int, ...]:
         """The number of images in each group."""
         return tuple(torch.bincount(self.groups, minlength=self.group_count).tolist())
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
+    def described(self, shape: Sequence[int]) -> str:
+        """How the split prints, given the shape of an image."""
+        counts = "/".join(map(str, self.counts))
+        return f"{type(self).__name__}({len(self)} images of {tuple(shape)}, {counts} per group)"
 
     @abstractmethod
     def subset(self, indices: Tensor) -> Self:
@@ -87,7 +79,7 @@ class Augmentation:
     shift: int = 1
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Split(Labelled):
     """A split in memory, in ascending order of its groups; `images` are multiples of 1/255, float32 (N, 3, H, W)."""
 
@@ -97,10 +89,8 @@ class Split(Labelled):
     group_count = 4
     varied_by = Augmentation
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
-        return tuple(self.images.shape[1:])
+    def __repr__(self) -> str:
+        return self.described(self.images.shape[1:])
 
     def subset(self, indices: Tensor) -> Split:
         """The images at `indices` (int64, or a boolean mask of length N), as a split of their own."""
@@ -128,13 +118,10 @@ AnySplit = TypeVar("AnySplit", bound=Labelled)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Splits(ABC, Generic[AnySplit]):
-    """A named data set.
+    """A named data set; "train", "validation" and "test" are always among its splits, on disk perhaps without images.
 
-    Attributes:
-        name: such as "synthetic" or "waterbirds".
-        group_names: what group 0, 1, ... shows, such as "landbird on water".
-        augmentation: what may be done to its training images.
-        splits: split name to split; "train", "validation" and "test" are always there, on disk perhaps without images.
+    Group 0, 1, ... shows what `group_names` say, such as "landbird on water"; training images may be varied as the
+    augmentation says.
     """
 
     name: str
@@ -328,21 +315,18 @@ SEPARATION: Final = 0.6
 
 # One row per trait of a bird: landbird mean, waterbird mean, spread of the species, spread of the individuals.
 # Lengths are in pixels before scaling, angles in radians, against the horizontal.
-TRAITS: Final[Mapping[str, tuple[float, float, float, float]]] = MappingProxyType(
-    {
-        "body length": (5.0, 7.5, 0.8, 0.5),
-        "body tilt": (0.6, 0.1, 0.12, 0.1),
-        "neck length": (1.0, 4.5, 0.8, 0.5),
-        "beak length": (1.6, 4.0, 0.6, 0.4),
-        "tail length": (6.0, 2.5, 0.9, 0.5),
-        "tail angle": (0.1, -0.3, 0.15, 0.12),
-        "leg length": (4.5, 2.5, 0.6, 0.4),
-    }
-)
+TRAITS: Final[Mapping[str, tuple[float, float, float, float]]] = {
+    "body length": (5.0, 7.5, 0.8, 0.5),
+    "body tilt": (0.6, 0.1, 0.12, 0.1),
+    "neck length": (1.0, 4.5, 0.8, 0.5),
+    "beak length": (1.6, 4.0, 0.6, 0.4),
+    "tail length": (6.0, 2.5, 0.9, 0.5),
+    "tail angle": (0.1, -0.3, 0.15, 0.12),
+    "leg length": (4.5, 2.5, 0.6, 0.4),
+}
 PALETTE: Final = np.array([3, 3, 1, 0, 0, 2, 3, 1])
 """The colour of each part of a bird: 0 of body and neck, 1 of wing and tail, 2 of the head, 3 of beak and legs."""
 _PIXEL_NOISE: Final = 0.03
-_CHUNK: Final = 32  # images painted at once: small enough for the cache
 
 
 def synthetic(seed: int = 0, *, counts: Mapping[str, Counts] | None = None) -> DataSet:
@@ -383,9 +367,7 @@ def _draw_birds(groups: Integers, seed: int, split: str) -> Split:
     canvas = _draw_backgrounds(groups % 2, 32, 0.06, 0.06, *key)
     capsules = _place(_build_birds(_draw_traits(groups // 2, seed, split)), *key)
     colours = _draw_colours(len(groups), *key)[:, PALETTE]
-    for start in range(0, len(groups), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        _paint(canvas[chunk], capsules[chunk], colours[chunk])
+    _paint(canvas, capsules, colours)
     return finish(canvas, groups, *key)
 
 

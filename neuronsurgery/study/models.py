@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import torch
@@ -52,25 +51,27 @@ def _published(rate: float, decay: float, batch_size: int) -> Recipe:
 
 # JTT: README of github.com/anniesch/jtt. CnC: README of github.com/HazyResearch/correct-n-contrast, a batch being four
 # blocks of its 17 and 64 images. Group DRO: the README of github.com/kohpangwei/group_DRO, standard regularisation.
-_WATERBIRDS_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {"JTT": _published(1e-5, 1.0, 64), "CnC": _published(1e-4, 1e-3, 68), "Group DRO": _published(1e-3, 1e-4, 128)}
-)
-_CELEBA_COMPARISONS: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {"JTT": _published(1e-5, 0.1, 64), "CnC": _published(1e-5, 0.1, 256), "Group DRO": _published(1e-4, 1e-4, 128)}
-)
+_WATERBIRDS_COMPARISONS: Final[Mapping[str, Recipe]] = {
+    "JTT": _published(1e-5, 1.0, 64),
+    "CnC": _published(1e-4, 1e-3, 68),
+    "Group DRO": _published(1e-3, 1e-4, 128),
+}
+_CELEBA_COMPARISONS: Final[Mapping[str, Recipe]] = {
+    "JTT": _published(1e-5, 0.1, 64),
+    "CnC": _published(1e-5, 0.1, 256),
+    "Group DRO": _published(1e-4, 1e-4, 128),
+}
 # DFR: dfr_evaluate_spurious.py, where these stand in a comment for CelebA.
 _CELEBA_STRENGTHS: Final = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _WATERBIRDS: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-3, momentum=0.9, epochs=40, batch_size=32)
 _CELEBA: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128)
-DEFAULTS: Final[Mapping[str, Defaults]] = MappingProxyType(
-    {
-        "synthetic": Defaults("small_resnet", RECIPES["adam"]),  # 30 epochs
-        "digits": Defaults("small_resnet", RECIPES["adam"]),
-        "waterbirds": Defaults("resnet50", _WATERBIRDS, _WATERBIRDS_COMPARISONS),
-        "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, 0.05, _CELEBA_STRENGTHS),
-        "folder": Defaults("resnet50", _WATERBIRDS),
-    }
-)
+DEFAULTS: Final[Mapping[str, Defaults]] = {
+    "synthetic": Defaults("small_resnet", RECIPES["adam"]),  # 30 epochs
+    "digits": Defaults("small_resnet", RECIPES["adam"]),
+    "waterbirds": Defaults("resnet50", _WATERBIRDS, _WATERBIRDS_COMPARISONS),
+    "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, 0.05, _CELEBA_STRENGTHS),
+    "folder": Defaults("resnet50", _WATERBIRDS),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ SPLITS: Final = {
     "validation": ("1", "val", "valid", "validation"),
     "test": ("2", "test"),
 }
-SPLIT_NAMES: Final[Mapping[str, str]] = MappingProxyType({name: split for split in SPLITS for name in SPLITS[split]})
+SPLIT_NAMES: Final[Mapping[str, str]] = {name: split for split in SPLITS for name in SPLITS[split]}
 """What a table may say, in any case, and the split that it means."""
 _MOST_VALUES: Final = 100  # of a class or an attribute: above it is another column
 _AT_ONCE: Final = 10_000  # images looked at between two lines of progress

@@ -14,37 +14,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from neuronsurgery.study.data import (
-    Batch,
-    Counts,
-    DataSet,
-    Integers,
-    Labelled,
-    Split,
-    Splits,
-    join,
-    raw_bits,
-)
+from neuronsurgery.study import data
+from neuronsurgery.study.data import Batch, Counts, DataSet, Integers, Labelled, Split, Splits
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
 from neuronsurgery.study.training import Source, digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = MappingProxyType(
-    {
-        "waterbirds": {
-            "train": (3498, 184, 56, 1057),
-            "validation": (467, 466, 133, 133),
-            "test": (2255, 2255, 642, 642),
-        },
-        "celeba": {
-            "train": (71629, 66874, 22880, 1387),
-            "validation": (8535, 8276, 2874, 182),
-            "test": (9767, 7535, 2480, 180),
-        },
-    }
-)
+EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = {
+    "waterbirds": {
+        "train": (3498, 184, 56, 1057),
+        "validation": (467, 466, 133, 133),
+        "test": (2255, 2255, 642, 642),
+    },
+    "celeba": {
+        "train": (71629, 66874, 22880, 1387),
+        "validation": (8535, 8276, 2874, 182),
+        "test": (9767, 7535, 2480, 180),
+    },
+}
 """Of the published data sets, as their papers and generators give them; groups in the order of `group_names`."""
 
 
@@ -59,7 +48,7 @@ class Loading:
     pin_memory: bool = False
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class ImageSplit(Labelled):
     """The images of one split, in the order of the table.
 
@@ -82,10 +71,8 @@ class ImageSplit(Labelled):
     loading: Loading
     varied_by = RandomCrop
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of an image."""
-        return (3, self.framing.size, self.framing.size)
+    def __repr__(self) -> str:
+        return self.described((3, self.framing.size, self.framing.size))
 
     @property
     def digest(self) -> str:
@@ -106,12 +93,12 @@ class ImageSplit(Labelled):
     ) -> Iterator[Batch]:
         """A batch of the images at each of some places."""
         loader = DataLoader(
-            _WithFaults(self, augmentation, seed, epoch),
-            batch_sampler=[some.tolist() for some in places],
+            _Batched(Images(self, augmentation, seed, epoch)),
+            batch_size=None,  # the sampler says which images make a batch
+            sampler=places,
             num_workers=self.loading.workers,
             pin_memory=self.loading.pin_memory and torch.cuda.is_available(),
             generator=torch.Generator(),  # the seeds of the workers come from here, not from the global state
-            collate_fn=_collate,
         )
         for batch in loader:
             if isinstance(batch, ValueError):
@@ -142,7 +129,7 @@ class Images(Dataset[Batch]):
         varied = self.augmentation is not None
         with torch.random.fork_rng(devices=[], enabled=varied):  # torchvision draws from the global state
             if varied:
-                bits = raw_bits(1, "augmentation", self.seed, self.epoch, int(index))
+                bits = data.raw_bits(1, "augmentation", self.seed, self.epoch, int(index))
                 torch.default_generator.manual_seed(int(bits[0]) >> 1)
             return self._transform(image), self.split.targets[index], self.split.groups[index]
 
@@ -154,19 +141,17 @@ class Images(Dataset[Batch]):
         return training_transform(self.augmentation, framing.mean, framing.std)
 
 
-class _WithFaults(Images):
-    """Images, and in place of one that cannot be read its error, which a worker would make the text of a traceback."""
+@dataclass(frozen=True, eq=False)
+class _Batched(Dataset[Any]):
+    """Batches of images by their places, or the error of the first one that cannot be read."""
 
-    def __getitem__(self, index: int) -> Any:
+    images: Images
+
+    def __getitem__(self, places: Integers) -> Any:
         try:
-            return super().__getitem__(index)
+            return default_collate([self.images[place] for place in places.tolist()])
         except ValueError as error:
-            return error
-
-
-def _collate(rows: list[Any]) -> Any:
-    """A batch of the rows, or the first error among them."""
-    return next((row for row in rows if isinstance(row, ValueError)), None) or default_collate(rows)
+            return error  # a worker that raised it would make a text of it, with its traceback
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,8 +162,7 @@ class ImageData(Splits[ImageSplit]):
         name: "waterbirds", "celeba", or what `image_folder` was told.
         group_names: what group 0, 1, ... shows, such as "landbird on water".
         augmentation: what may be done to its training images.
-        splits: split name to `ImageSplit`; "train", "validation" and "test" are always there, the last two perhaps
-            without images.
+        splits: split name to `ImageSplit`: "train", and "validation" and "test", perhaps without images.
         class_names: what class 0, 1, ... shows.
     """
 
@@ -225,7 +209,7 @@ def joined_source(dataset: DataSet | ImageData) -> Source | None:
     if "held-out" not in dataset.splits:
         return None
     if isinstance(dataset, DataSet):
-        return Source(join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
+        return Source(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
     train, held = dataset.train, dataset.splits["held-out"]
     targets, groups = torch.cat([train.targets, held.targets]), torch.cat([train.groups, held.groups])
     whole = replace(train, paths=train.paths + held.paths, targets=targets, groups=groups)

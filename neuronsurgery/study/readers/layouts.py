@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from neuronsurgery.study.readers.assembly import SPLIT_NAMES, SPLITS, assemble
@@ -75,14 +74,12 @@ def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCES
     )
 
 
-_CELEBA_COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
-    {
-        "path": ("img_filename", "filename", "image_id"),
-        "y": ("y", "Blond_Hair"),
-        "attribute": ("place", "a", "Male"),
-        "split": ("split", "partition"),
-    }
-)
+_CELEBA_COLUMNS: Final[Mapping[str, Sequence[str]]] = {
+    "path": ("img_filename", "filename", "image_id"),
+    "y": ("y", "Blond_Hair"),
+    "attribute": ("place", "a", "Male"),
+    "split": ("split", "partition"),
+}
 
 
 def _read_celeba_tables(root: PathLike) -> tuple[Path, dict[str, list[str]]]:
@@ -185,9 +182,11 @@ def image_folder(
     )
 
 
-READERS: Final[Mapping[str, Callable[..., ImageData]]] = MappingProxyType(
-    {"waterbirds": waterbirds, "celeba": celeba, "folder": image_folder}
-)
+READERS: Final[Mapping[str, Callable[..., ImageData]]] = {
+    "waterbirds": waterbirds,
+    "celeba": celeba,
+    "folder": image_folder,
+}
 
 
 def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str]) -> Path:

@@ -47,13 +47,9 @@ class Framing:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """How a training image varies from epoch to epoch: a random part of it, resized; then normalised as framings are.
+    """How a training image varies from epoch to epoch: a random part is resized to `size`, one in two mirrored.
 
-    Attributes:
-        size: height and width of the result.
-        scale: smallest and largest share of the image's area, before resizing.
-        ratio: smallest and largest width / height of the part, before resizing.
-        flip: mirror left and right, for one image in two.
+    `scale` and `ratio` are the smallest and the largest share of the image's area and width / height of the part.
     """
 
     size: int = 224
