@@ -96,9 +96,35 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+    "pruned by gradient": (
+        "the neurons of largest gradient on the hardest images pruned; the supervised term is the cross entropy of the "
+        "logits, with a weight of 1",
+        {},
+    ),
+    "pruned by magnitude": ("the neurons of largest magnitude pruned", {"criterion": "magnitude"}),
+    "slides' objective": (
+        "pruned by gradient, the supervised term being 0.2 times the squared error of the softmax outputs",
+        {"supervised": "mse", "weight": 0.2},
+    ),
+    "pruned, own statistics": (
+        "pruned by gradient, the twin's pass kept out of the batch-norm statistics that the network is judged with",
+        {"statistics": "own"},
+    ),
+    "nothing pruned": ("the same loss, the twin having all neurons", {"criterion": "none"}),
+    "random pruned": ("the same loss, as many random neurons pruned", {"criterion": "random"}),
+    "random pruned, own statistics": (
+        "random neurons pruned, the twin's pass kept out of the batch-norm statistics that the network is judged with",
+        {"criterion": "random", "statistics": "own"},
+    ),
+}
+"""The paper's fine-tuning and its controls: text, and what differs from `ContrastivePruning`'s defaults; the last one
+only with `--full`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What the arms are made from.
+    """What the arms are made from, and how.
 
     Attributes:
         recipe: of the ERM run.
@@ -134,106 +160,59 @@ class Setting:
         """The ERM model after an epoch."""
         return load_checkpoint(self.trained.model, self.folder, epoch)
 
-    @property
-    def early(self) -> list[int]:
-        """The epochs of the first stage whose mistakes JTT and CnC go by, as shares of the ERM run."""
-        shares = methods.IDENTIFICATION_SHARES
-        return sorted({methods.identification_epoch(self.recipe.epochs, share) for share in shares})
-
-
-VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
-    "pruned by gradient": (
-        "the neurons of largest gradient on the hardest images pruned; the supervised term is the cross entropy of the "
-        "logits, with a weight of 1",
-        {},
-    ),
-    "pruned by magnitude": ("the neurons of largest magnitude pruned", {"criterion": "magnitude"}),
-    "slides' objective": (
-        "pruned by gradient, the supervised term being 0.2 times the squared error of the softmax outputs",
-        {"supervised": "mse", "weight": 0.2},
-    ),
-    "pruned, own statistics": (
-        "pruned by gradient, the twin's pass kept out of the batch-norm statistics that the network is judged with",
-        {"statistics": "own"},
-    ),
-    "nothing pruned": ("the same loss, the twin having all neurons", {"criterion": "none"}),
-    "random pruned": ("the same loss, as many random neurons pruned", {"criterion": "random"}),
-    "random pruned, own statistics": (
-        "random neurons pruned, the twin's pass kept out of the batch-norm statistics that the network is judged with",
-        {"criterion": "random", "statistics": "own"},
-    ),
-}
-"""The paper's fine-tuning and its controls: text, and what differs from `ContrastivePruning`'s defaults; the last one
-only with `--full`."""
-
-
-def make_arms(setting: Setting) -> list[Arm]:
-    """Return every arm that is trained: the paper's, its controls, and the comparisons."""
-    arms = [*_fine_tuned(setting), *_FromScratch(setting, setting.source).arms()]
-    if setting.joined is None:
-        return arms
-    too = _FromScratch(setting, setting.joined)
-    erm = Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", too.erm)
-    return arms + [
-        replace(
-            arm,
-            name=f"{arm.name}, {HELD_OUT_TOO}",
-            text=f"{arm.text}; on training and held-out images",
-            choice=arm.choice and f"{arm.choice}, {HELD_OUT_TOO}",
-            held_out=True,
-        )
-        for arm in (erm, *too.arms())
-    ]
-
-
-def _fine_tuned(setting: Setting) -> list[Arm]:
-    recipe = replace(FINE_TUNING, epochs=setting.fine_tuning_epochs)
-    trained = functools.partial(Training, setting.trained.model, setting.source)
-    arms = []
-    for rate in MORE_RATES if setting.full else RATES:
-        text = f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}"
-        make = functools.partial(trained, Erm(), replace(recipe, learning_rate=rate))
-        arms.append(Arm(f"{CONTINUED}, rate {rate:g}", "control", text, "class", make, choice=CONTINUED))
-    for name, (difference, options) in list(VARIANTS.items())[: None if setting.full else -1]:
-        text = f"fine-tuned against a twin that shares the weights: {difference}"
-        family = "control" if options.get("criterion") in ("none", "random") else "paper"
-        method = methods.ContrastivePruning(unaugmented(setting.source), setting.trained.where, **options)
-        arms.append(Arm(name, family, text, "class", functools.partial(trained, method, recipe)))
-    return arms
-
-
-@dataclass(frozen=True, eq=False)
-class _FromScratch:
-    """The methods that train from the first weights, on some images.
-
-    JTT and CnC go by the network of an early epoch: of the ERM run, or of a first stage of their own. Such a stage is
-    trained once for all early epochs, by empirical risk minimisation on the same images, and of its checkpoints only
-    theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch is what a shorter
-    training ends with.
-    """
-
-    setting: Setting
-    source: Source
-
-    def arms(self) -> list[Arm]:
+    def fine_tuned(self) -> list[Arm]:
+        """The paper's method and its controls, which start from the ERM model."""
+        recipe = replace(FINE_TUNING, epochs=self.fine_tuning_epochs)
+        trained = functools.partial(Training, self.trained.model, self.source)
         arms = []
-        for early in self.setting.early:
-            text = f"the images that {self._words('JTT', early)} gets wrong being half of an epoch"
+        for rate in MORE_RATES if self.full else RATES:
+            text = f"the ERM model trained on by cross entropy alone, for as many epochs, at a rate of {rate:g}"
+            make = functools.partial(trained, Erm(), replace(recipe, learning_rate=rate))
+            arms.append(Arm(f"{CONTINUED}, rate {rate:g}", "control", text, "class", make, choice=CONTINUED))
+        for name, (difference, options) in list(VARIANTS.items())[: None if self.full else -1]:
+            text = f"fine-tuned against a twin that shares the weights: {difference}"
+            family = "control" if options.get("criterion") in ("none", "random") else "paper"
+            method = methods.ContrastivePruning(unaugmented(self.source), self.trained.where, **options)
+            arms.append(Arm(name, family, text, "class", functools.partial(trained, method, recipe)))
+        return arms
+
+    def from_scratch(self) -> list[Arm]:
+        """The methods to compare with, which start from the first weights."""
+        arms = []
+        for early in self._early:
+            text = f"the images that {self._first_words('JTT', early)} gets wrong being half of an epoch"
             text = f"Just Train Twice: from the first weights, {text}"
-            make = functools.partial(self.jtt, early)
+            make = functools.partial(self._jtt, early)
             arms.append(Arm(f"JTT, T = {early}", "comparison", text, "class", make, choice="JTT"))
-        for early in self.setting.early:
-            text = f"features of a class brought together across the predictions of {self._words('CnC', early)}"
+        for early in self._early:
+            text = f"features of a class brought together across the predictions of {self._first_words('CnC', early)}"
             text = f"Correct-n-Contrast: from the first weights, {text}"
-            make = functools.partial(self.cnc, early)
+            make = functools.partial(self._cnc, early)
             arms.append(Arm(f"CnC, T = {early}", "comparison", text, "class", make, choice="CnC"))
         text = "Group DRO: from the first weights, groups sampled alike and weighted by their losses"
-        return [*arms, Arm("Group DRO", "comparison", text, "class, group", self.group_dro)]
+        return [*arms, Arm("Group DRO", "comparison", text, "class, group", self._group_dro)]
 
-    def erm(self) -> Training:
-        return Training(self.setting.checkpoint(0), self.source, Erm(), self._recipe("ERM"))
+    def with_held_out(self) -> list[Arm]:
+        """These, and ERM, on the training and the held-out images."""
+        if self.joined is None:
+            return []
+        setting = replace(self, source=self.joined)
+        erm = Arm("ERM", "comparison", "empirical risk minimisation from the first weights", "class", setting._erm)
+        return [
+            replace(
+                arm,
+                name=f"{arm.name}, {HELD_OUT_TOO}",
+                text=f"{arm.text}; on training and held-out images",
+                choice=arm.choice and f"{arm.choice}, {HELD_OUT_TOO}",
+                held_out=True,
+            )
+            for arm in (erm, *setting.from_scratch())
+        ]
 
-    def jtt(self, early: int) -> Training:
+    def _erm(self) -> Training:
+        return Training(self.checkpoint(0), self.source, Erm(), self._recipe("ERM"))
+
+    def _jtt(self, early: int) -> Training:
         errors = methods.error_set(self._first_stage("JTT", early), unaugmented(self.source))
         upsampling = methods.jtt_upsampling(errors)
         upsampled = methods.upsampled(self.source, jtt_weights(errors, upsampling))
@@ -241,58 +220,73 @@ class _FromScratch:
         # As many steps as the others make: an epoch with copies has more.
         recipe = replace(recipe, epochs=max(1, round(recipe.epochs * len(self.source) / len(upsampled))))
         given = {"name": "just train twice", "errors": int(errors.sum()), "upsampling": upsampling}
-        return Training(self.setting.checkpoint(0), upsampled, Erm(), recipe, given | self._given("JTT", early))
+        return Training(self.checkpoint(0), upsampled, Erm(), recipe, given | self._first_settings("JTT", early))
 
-    def cnc(self, early: int) -> Training:
-        start = self.setting.checkpoint(0)
+    def _cnc(self, early: int) -> Training:
+        start = self.checkpoint(0)
         images, *_ = next(iter(unaugmented(self.source, size=2)))
         with torch.no_grad():  # contrast needs a linear head: said before a first stage is trained
             methods.logits_and_features(start, images.to(next(start.parameters()).device))
         predicted = methods.predictions(self._first_stage("CnC", early), unaugmented(self.source))
         contrasted = methods.ContrastiveBatches(self.source.split, self.source.augmentation, predicted)
-        statistics: Literal["frozen", "batch"] = "frozen" if self.setting.pretrained else "batch"
-        method = methods.CorrectNContrast(temperature=self.setting.contrast_temperature, statistics=statistics)
-        return Training(start, contrasted, method, self._recipe("CnC"), self._given("CnC", early))
+        statistics: Literal["frozen", "batch"] = "frozen" if self.pretrained else "batch"
+        method = methods.CorrectNContrast(temperature=self.contrast_temperature, statistics=statistics)
+        return Training(start, contrasted, method, self._recipe("CnC"), self._first_settings("CnC", early))
 
-    def group_dro(self) -> Training:
+    def _group_dro(self) -> Training:
         recipe, split = self._recipe("Group DRO"), self.source.split
         steps = recipe.epochs * -(-len(split) // recipe.batch_size)
         method = methods.GroupDro(len(split.counts), methods.group_dro_step_size(steps))
         balanced = methods.GroupBalanced(split, self.source.augmentation)
-        return Training(self.setting.checkpoint(0), balanced, method, recipe)
+        return Training(self.checkpoint(0), balanced, method, recipe)
 
     def _recipe(self, method: str) -> Recipe:
-        """The recipe of a method: its own where it has one."""
-        recipe = self.setting.comparisons.get(method, self.setting.recipe)
-        return replace(recipe, epochs=self.setting.comparison_epochs)
+        return replace(self.comparisons.get(method, self.recipe), epochs=self.comparison_epochs)
 
-    def _first_recipe(self, method: str) -> Recipe | None:
-        """The recipe of a first stage of the method's own."""
-        own = self.setting.comparisons.get(method)
-        return None if own is None else replace(own, epochs=max(self.setting.early))
+    @property
+    def _early(self) -> list[int]:
+        """The epochs of the first stage whose mistakes JTT and CnC go by, as shares of the ERM run."""
+        shares = methods.IDENTIFICATION_SHARES
+        return sorted({methods.identification_epoch(self.recipe.epochs, share) for share in shares})
 
-    def _words(self, method: str, early: int) -> str:
-        if method not in self.setting.comparisons:
+    def _first_words(self, method: str, early: int) -> str:
+        if method not in self.comparisons:
             return f"the ERM model of epoch {early}"
         return f"the model of epoch {early} of a first stage with the method's own settings"
 
-    def _given(self, method: str, early: int) -> Row:
+    def _first_settings(self, method: str, early: int) -> Row:
         recipe = self._first_recipe(method)
         return {"epoch": early} | ({} if recipe is None else {"first_stage": asdict(recipe)})
 
+    def _first_recipe(self, method: str) -> Recipe | None:
+        """The recipe of a first stage of the method's own; None where it goes by the ERM run."""
+        own = self.comparisons.get(method)
+        return None if own is None else replace(own, epochs=max(self._early))
+
     def _first_stage(self, method: str, early: int) -> nn.Module:
-        setting, recipe = self.setting, self._first_recipe(method)
+        """The network of an early epoch by which JTT or CnC goes: of the ERM run, or of a first stage of its own.
+
+        Such a stage is trained once for all early epochs, by empirical risk minimisation on the method's images, and of
+        its checkpoints only theirs are kept. With a constant rate, as all recipes of `comparisons` have, an early epoch
+        is what a shorter training ends with.
+        """
+        recipe = self._first_recipe(method)
         if recipe is None:
-            return setting.checkpoint(early)
-        name = f"{method} first stage" + (f", {HELD_OUT_TOO}" if self.source is setting.joined else "")
-        folder, start = setting.folder / "stage-2" / _slug(name), setting.checkpoint(0)
+            return self.checkpoint(early)
+        name = f"{method} first stage" + (f", {HELD_OUT_TOO}" if self.source is self.joined else "")
+        folder, start = self.folder / "stage-2" / _slug(name), self.checkpoint(0)
         try:
-            training.train(start, self.source, folder, recipe=recipe, seed=setting.seed, hardware=setting.hardware)
+            training.train(start, self.source, folder, recipe=recipe, seed=self.seed, hardware=self.hardware)
         except ValueError as error:  # which of an arm would be taken for a finding about the data
             raise RuntimeError(f"the first stage of {method} could not be trained: {error}") from error
-        for epoch in set(checkpoint_epochs(folder)).difference(setting.early):
+        for epoch in set(checkpoint_epochs(folder)).difference(self._early):
             checkpoint_path(folder, epoch).unlink()
         return load_checkpoint(start, folder, early)
+
+
+def make_arms(setting: Setting) -> list[Arm]:
+    """Return every arm that is trained: the paper's, its controls, and the comparisons."""
+    return [*setting.fine_tuned(), *setting.from_scratch(), *setting.with_held_out()]
 
 
 # Running
