@@ -14,13 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, TypeVar
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -113,12 +113,12 @@ def join(*splits: Split) -> Split:
     return whole.subset(torch.argsort(groups, stable=True))
 
 
-AnySplit = TypeVar("AnySplit", bound=Labelled)
+AnySplit = TypeVar("AnySplit", bound=Labelled, default=Split)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Splits(ABC, Generic[AnySplit]):
-    """A named data set; "train", "validation" and "test" are always among its splits, on disk perhaps without images.
+class DataSet(Generic[AnySplit]):
+    """A named data set, in memory if nothing else is said; "train", "validation" and "test" are always there.
 
     Group 0, 1, ... shows what `group_names` say, such as "landbird on water"; training images may be varied as the
     augmentation says.
@@ -128,16 +128,16 @@ class Splits(ABC, Generic[AnySplit]):
     group_names: tuple[str, ...]
     augmentation: Any
     splits: Mapping[str, AnySplit]
-    usual_size: ClassVar[int]
+    usual_size: ClassVar[int] = 1000
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} {self.name!r}; groups: {', '.join(self.group_names)}"]
         return "\n".join(lines + [f"  {name}: {split!r}" for name, split in self.splits.items()])
 
     @property
-    @abstractmethod
     def minority(self) -> tuple[int, ...]:
-        """The groups whose training images are rare."""
+        """The groups in which class and attribute disagree."""
+        return (1, 2)
 
     @property
     def train(self) -> AnySplit:
@@ -156,26 +156,15 @@ class Splits(ABC, Generic[AnySplit]):
 
     def loaders(self, split: str, size: int | None = None) -> dict[str, Batches]:
         """One loader per group of a split, by group name; groups without images are left out."""
-        part = self.splits[split]
+        part, size = self.splits[split], self.usual_size if size is None else size
         return {
-            name: batches(part.subset(part.groups == group), size or self.usual_size)
+            name: batches(part.subset(part.groups == group), size)
             for group, name in enumerate(self.group_names)
             if part.counts[group]
         }
 
 
-class DataSet(Splits[Split]):
-    """A data set in memory, with four groups `2 * y + a`."""
-
-    usual_size = 1000
-
-    @property
-    def minority(self) -> tuple[int, ...]:
-        """The groups in which class and attribute disagree."""
-        return (1, 2)
-
-
-AnyData = TypeVar("AnyData", bound=Splits[Any])
+AnyData = TypeVar("AnyData", bound=DataSet[Any])
 
 
 def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
@@ -183,9 +172,6 @@ def hold_out(dataset: AnyData, share: float, seed: int) -> AnyData:
 
     The draw depends on the seed and on N alone and looks at no class and no group, so that both parts are distributed
     alike; each keeps its order. A smaller share is a part of a larger one.
-
-    Raises:
-        ValueError: if the share is not in (0, 0.5], it comes to no image, or the data set has held-out images already.
     """
     if not 0 < share <= 0.5:
         raise ValueError(f"hold_out: share must be in (0, 0.5], found {share}: 0.2 holds out a fifth of the images")

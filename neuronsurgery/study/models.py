@@ -40,36 +40,33 @@ class Defaults:
     strengths: Sequence[float] = STRENGTHS
 
 
+def _published(rate: float, decay: float, batch_size: int) -> Recipe:
+    return Recipe("sgd", rate, decay, momentum=0.9, batch_size=batch_size, schedule="constant")
+
+
 # Waterbirds and CelebA: epochs of the paper; the rest is the ERM of DFR, Kirichenko et al. 2022
 # (github.com/PolinaKirichenko/deep_feature_reweighting: README, and momentum 0.9 in train_classifier.py). DFR's
 # learning rate is constant unless --scheduler is given, ours always falls along its cosine; DFR trains for 100 and 50
 # epochs. Group DRO and JTT report ERM with batch 128 and 64, and on Waterbirds a weight decay of 1e-4. "folder" is for
 # data sets of one's own: Waterbirds' settings, for want of better.
-def _published(rate: float, decay: float, batch_size: int) -> Recipe:
-    return Recipe("sgd", rate, decay, momentum=0.9, batch_size=batch_size, schedule="constant")
-
-
 # JTT: README of github.com/anniesch/jtt. CnC: README of github.com/HazyResearch/correct-n-contrast, a batch being four
 # blocks of its 17 and 64 images. Group DRO: the README of github.com/kohpangwei/group_DRO, standard regularisation.
-_WATERBIRDS_COMPARISONS: Final[Mapping[str, Recipe]] = {
-    "JTT": _published(1e-5, 1.0, 64),
-    "CnC": _published(1e-4, 1e-3, 68),
-    "Group DRO": _published(1e-3, 1e-4, 128),
-}
-_CELEBA_COMPARISONS: Final[Mapping[str, Recipe]] = {
-    "JTT": _published(1e-5, 0.1, 64),
-    "CnC": _published(1e-5, 0.1, 256),
-    "Group DRO": _published(1e-4, 1e-4, 128),
-}
-# DFR: dfr_evaluate_spurious.py, where these stand in a comment for CelebA.
-_CELEBA_STRENGTHS: Final = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _WATERBIRDS: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-3, momentum=0.9, epochs=40, batch_size=32)
-_CELEBA: Final = Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128)
 DEFAULTS: Final[Mapping[str, Defaults]] = {
     "synthetic": Defaults("small_resnet", RECIPES["adam"]),  # 30 epochs
     "digits": Defaults("small_resnet", RECIPES["adam"]),
-    "waterbirds": Defaults("resnet50", _WATERBIRDS, _WATERBIRDS_COMPARISONS),
-    "celeba": Defaults("resnet50", _CELEBA, _CELEBA_COMPARISONS, 0.05, _CELEBA_STRENGTHS),
+    "waterbirds": Defaults(
+        "resnet50",
+        _WATERBIRDS,
+        {"JTT": _published(1e-5, 1.0, 64), "CnC": _published(1e-4, 1e-3, 68), "Group DRO": _published(1e-3, 1e-4, 128)},
+    ),
+    "celeba": Defaults(
+        "resnet50",
+        Recipe("sgd", learning_rate=1e-3, weight_decay=1e-4, momentum=0.9, epochs=20, batch_size=128),
+        {"JTT": _published(1e-5, 0.1, 64), "CnC": _published(1e-5, 0.1, 256), "Group DRO": _published(1e-4, 1e-4, 128)},
+        contrast_temperature=0.05,
+        strengths=(3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003),  # a comment of DFR's dfr_evaluate_spurious.py
+    ),
     "folder": Defaults("resnet50", _WATERBIRDS),
 }
 
@@ -96,12 +93,6 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
     Its name is "small_resnet", or one of torchvision's or timm's: torchvision's, where both have it, unless it begins
     with "timm:". The head is left new where the file has none, or one for other classes; everything else must be there
     and fit. The seed is of the random weights, and of a new head; the global random state is left alone.
-
-    Raises:
-        ValueError: if the name is unknown (the nearest are listed), `classes` is below 2, the file is not readable or
-            does not fit (everything that does not is listed), or several dictionaries in it do.
-        FileNotFoundError: if there is no such file.
-        ImportError: if "timm:" is asked for and timm is not installed.
     """
     if classes < 2:
         raise ValueError(f"build_model: classes must be at least 2, found {classes}: pass the number of classes")
@@ -120,12 +111,7 @@ def build_model(arch: str, classes: int, weights: PathLike | None = None, seed: 
 
 
 def load_weights(model: nn.Module, weights: PathLike, name: str) -> None:
-    """Load the weights of a file into a network, all of them.
-
-    Raises:
-        ValueError: if the file is not readable or does not fit (everything that does not is listed).
-        FileNotFoundError: if there is no such file.
-    """
+    """Load the weights of a file into a network, all of them; what does not fit is listed in one ValueError."""
     _load(model, _find_weights(weights), frozenset(), weights, name)
 
 
@@ -182,16 +168,14 @@ def _names_of(library: str) -> Sequence[str]:
     """The networks of torchvision that classify, or of timm; none where the library is not installed."""
     try:
         if library == "timm":
-            from timm import list_models
+            import timm
 
-            names: list[str] = list_models()
-        else:
-            from torchvision import models
+            return list(timm.list_models())
+        from torchvision import models
 
-            names = models.list_models(module=models)
+        return list(models.list_models(module=models))
     except ImportError:
         return ()
-    return names
 
 
 def _head_names(construct: Construct, classes: int) -> frozenset[str]:

@@ -17,7 +17,7 @@ import torch
 
 from neuronsurgery.study.readers.disk import ImageData, ImageSplit, Loading
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, fault_of, torchvision_transforms
-from neuronsurgery.study.readers.tables import Problems, first_of, raise_for, whole_number
+from neuronsurgery.study.readers.tables import Problems, first_of, number_in, raise_for, whole_number
 
 SPLITS: Final = {
     "train": ("0", "train", "training"),
@@ -97,7 +97,7 @@ def encode_values(values: Sequence[str], what: str, names: Sequence[str]) -> tup
     """
     wrong = {value: f"images whose {what} is missing" for value in set(values) if value.lower() in ("", "nan")}
     given = set(values) - wrong.keys()
-    numeric = all(map(_is_number, given))
+    numeric = all(math.isfinite(number_in(value)) for value in given)
     if numeric:
         wrong |= {value: f"images whose {what} is no whole number" for value in given if whole_number(value) is None}
     keys = {value: _plain(value) if numeric else value for value in given - wrong.keys()}
@@ -106,13 +106,6 @@ def encode_values(values: Sequence[str], what: str, names: Sequence[str]) -> tup
     many = f"different values of the {what}, of which {_MOST_VALUES} are allowed: is it the right column?"
     problems = {**_saying(values, names, wrong), many: order if len(order) > _MOST_VALUES else []}
     return [code[keys[value]] if value in keys else 0 for value in values], order, problems
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _plain(value: str) -> str:

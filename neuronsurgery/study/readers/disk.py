@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuronsurgery.study import data
-from neuronsurgery.study.data import Batch, Counts, DataSet, Integers, Labelled, Split, Splits
+from neuronsurgery.study.data import Batch, Counts, DataSet, Integers, Labelled, Split
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
 from neuronsurgery.study.training import Source, digest
 
@@ -155,7 +155,7 @@ class _Batched(Dataset[Any]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageData(Splits[ImageSplit]):
+class ImageData(DataSet[ImageSplit]):
     """A named data set whose images are files.
 
     Attributes:
@@ -177,8 +177,7 @@ class ImageData(Splits[ImageSplit]):
     @property
     def expected_counts(self) -> dict[str, list[int]] | None:
         """The published number of images per group, by split; None where nothing was published."""
-        expected = EXPECTED_COUNTS.get(self.name)
-        return None if expected is None else {split: list(counts) for split, counts in expected.items()}
+        return {split: list(counts) for split, counts in EXPECTED_COUNTS.get(self.name, {}).items()} or None
 
     @property
     def minority(self) -> tuple[int, ...]:
@@ -208,7 +207,7 @@ def joined_source(dataset: DataSet | ImageData) -> Source | None:
     """The training and the held-out images of any data set together, for `training.train`; None without the latter."""
     if "held-out" not in dataset.splits:
         return None
-    if isinstance(dataset, DataSet):
+    if not isinstance(dataset, ImageData):
         return Source(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
     train, held = dataset.train, dataset.splits["held-out"]
     targets, groups = torch.cat([train.targets, held.targets]), torch.cat([train.groups, held.groups])

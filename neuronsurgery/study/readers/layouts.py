@@ -14,17 +14,13 @@ from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-IN_THIS_PROCESS: Final = Loading()
-
 
 def middle(size: int = 224) -> Framing:
     """The middle of an image, resized a seventh larger than `size` before: 256 x 256 for 224."""
     return Framing((("resize", int(size * 256 / 224)), ("crop", size)))
 
 
-def waterbirds(
-    root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True
-) -> ImageData:
+def waterbirds(root: PathLike, *, size: int = 224, loading: Loading = Loading(), verify: bool = True) -> ImageData:
     """The Waterbirds data set of a folder, as group_DRO, WILDS or SubpopBench lay it out.
 
     The folder, or one a step or two below (`waterbird_complete95_forest2water2`, `waterbirds_v1.0`, `waterbirds`), has
@@ -49,7 +45,7 @@ def waterbirds(
     )
 
 
-def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCESS, verify: bool = True) -> ImageData:
+def celeba(root: PathLike, *, size: int = 224, loading: Loading = Loading(), verify: bool = True) -> ImageData:
     """The CelebA data set of a folder, blond hair or not against man or woman, in any of the forms in use.
 
     The folder, or one below (`data`, `celebA_v1.0`, `celeba`, `Anno`), has `list_attr_celeba` and
@@ -135,7 +131,7 @@ def image_folder(
     name: str = "folder",
     size: int = 224,
     framing: Framing | None = None,
-    loading: Loading = IN_THIS_PROCESS,
+    loading: Loading = Loading(),
     verify: bool = True,
 ) -> ImageData:
     """The data set of any folder of images with a table, such as CXR-14 with pneumothorax against chest drain.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,12 +37,17 @@ def first_of(names: Sequence[str], limit: int = _SHOWN) -> str:
     return ", ".join(shown) + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def whole_number(text: str) -> int | None:
-    """The number that `text` is, pandas' "1.0" included, or None."""
+def number_in(text: str) -> float:
+    """The number that `text` is, or NaN."""
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
-        return None
+        return math.nan
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that `text` is, pandas' "1.0" included, or None."""
+    number = number_in(text)
     return int(number) if number.is_integer() else None
 
 
