@@ -290,7 +290,7 @@ def _about(results: Results) -> Row:
 
 def _about_stage_two(stage: Results) -> Row:
     kept = ("name", "family", "text", "labels", "choice", "held_out", "settings", "impossible")
-    said = {key: value for key, value in stage.items() if key not in ("arms", "train_counts")}
+    said = {key: value for key, value in stage.items() if key != "arms"}
     return {**said, "arms": [{key: arm[key] for key in kept if key in arm} for arm in stage["arms"]]}
 
 

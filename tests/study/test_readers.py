@@ -22,7 +22,6 @@ from neuronsurgery.study.readers import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Framing,
-    FromDisk,
     ImageData,
     Images,
     Loading,
@@ -40,7 +39,7 @@ from neuronsurgery.study.readers import (
     training_transform,
     waterbirds,
 )
-from neuronsurgery.study.training import Embedded, EpochReport, Recipe, train
+from neuronsurgery.study.training import EpochReport, Recipe, Source, train
 
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
@@ -883,7 +882,7 @@ def interrupt(report: EpochReport) -> None:
 def test_training_takes_the_source_and_resumes(birds: Path, tmp_path: Path) -> None:
     dataset = waterbirds(birds, size=16)
     source = training_source(dataset)
-    assert isinstance(source, FromDisk)
+    assert isinstance(source, Source)
     assert len(source) == 10
     recipe, model = Recipe("sgd", 0.1, epochs=2, batch_size=4), Mean()
     whole = train(model, source, tmp_path / "whole", recipe=recipe, seed=2)
@@ -893,9 +892,9 @@ def test_training_takes_the_source_and_resumes(birds: Path, tmp_path: Path) -> N
     resumed = train(model, source, tmp_path / "killed", recipe=recipe, seed=2)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     with pytest.raises(ValueError, match="images and targets: expected"):
-        train(model, FromDisk(dataset.test, dataset.augmentation), tmp_path / "whole", recipe=recipe, seed=2)
+        train(model, Source(dataset.test, dataset.augmentation), tmp_path / "whole", recipe=recipe, seed=2)
     assert isinstance(
-        training_source(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1)))), Embedded
+        training_source(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1)))), Source
     )
 
 
@@ -950,7 +949,7 @@ def test_images_on_disk_are_held_out_and_given_back(birds: Path) -> None:
     assert list(parted.train.paths) == sorted(parted.train.paths, key=whole.train.paths.index)
     assert joined_source(whole) is None
     joined = joined_source(parted)
-    assert isinstance(joined, FromDisk)
+    assert isinstance(joined, Source)
     assert sorted(joined.split.paths) == sorted(whole.train.paths)
     assert joined.split.counts == whole.train.counts
     assert joined.augmentation == whole.augmentation

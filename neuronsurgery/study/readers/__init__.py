@@ -8,7 +8,6 @@ data set. Imports run one way: `pixels` (a file to a tensor), `disk` (what a dat
 from neuronsurgery.study.data import batches as batches
 from neuronsurgery.study.readers.assembly import SPLIT_NAMES as SPLIT_NAMES
 from neuronsurgery.study.readers.disk import EXPECTED_COUNTS as EXPECTED_COUNTS
-from neuronsurgery.study.readers.disk import FromDisk as FromDisk
 from neuronsurgery.study.readers.disk import ImageData as ImageData
 from neuronsurgery.study.readers.disk import Images as Images
 from neuronsurgery.study.readers.disk import ImageSplit as ImageSplit

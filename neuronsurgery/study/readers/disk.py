@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuronsurgery.study import data
-from neuronsurgery.study.data import Batch, Batches, Counts, DataSet, Integers, Labelled, Split
+from neuronsurgery.study.data import Batch, Counts, DataSet, Integers, Labelled, Split
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
-from neuronsurgery.study.training import Embedded, digest
+from neuronsurgery.study.training import Source, digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -197,43 +197,21 @@ class ImageData(DataSet[ImageSplit]):
         return replace(self, splits=splits)
 
 
-@dataclass(frozen=True, eq=False)
-class FromDisk:
-    """A split on disk and how its images vary from epoch to epoch: a `training.Source`."""
-
-    split: ImageSplit
-    augmentation: RandomCrop | None
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def describe(self) -> dict[str, object]:
-        """All that the batches depend on but size, seed and epoch; pixels only by their paths."""
-        augmentation = None if self.augmentation is None else asdict(self.augmentation)
-        return {"augmentation": augmentation, "images and targets": self.split.digest}
-
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
-        """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide."""
-        return data.batches(self.split, size, seed=seed, epoch=epoch, shuffle=True, augmentation=self.augmentation)
-
-
-def training_source(dataset: DataSet | ImageData) -> Embedded | FromDisk:
+def training_source(dataset: DataSet | ImageData) -> Source:
     """The training images of any data set with its own augmentation, for `training.train`."""
-    if isinstance(dataset, ImageData):
-        return FromDisk(dataset.train, dataset.augmentation)
-    return Embedded(dataset.train, dataset.augmentation)
+    return Source(dataset.train, dataset.augmentation)
 
 
-def joined_source(dataset: DataSet | ImageData) -> Embedded | FromDisk | None:
+def joined_source(dataset: DataSet | ImageData) -> Source | None:
     """The training and the held-out images of any data set together, for `training.train`; None without the latter."""
     if "held-out" not in dataset.splits:
         return None
     if not isinstance(dataset, ImageData):
-        return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
+        return Source(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
     train, held = dataset.train, dataset.splits["held-out"]
     targets, groups = torch.cat([train.targets, held.targets]), torch.cat([train.groups, held.groups])
     whole = replace(train, paths=train.paths + held.paths, targets=targets, groups=groups)
-    return FromDisk(whole, dataset.augmentation)
+    return Source(whole, dataset.augmentation)
 
 
 def digests(dataset: DataSet | ImageData) -> dict[str, str]:
