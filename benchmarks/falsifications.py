@@ -26,12 +26,13 @@ from typing import Final
 
 import numpy as np
 import torch
+from conditions import deep_resnet, pair, plain_cnn, with_label_noise
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study.data import Counts, DataSet, pair, synthetic, with_label_noise
+from neuronsurgery.study.data import Counts, DataSet, synthetic
 from neuronsurgery.study.experiments import studied
-from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
+from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import Parts, RunFolder, at_work
 from neuronsurgery.study.settings import Settings
 from neuronsurgery.study.stage_fragility import ROUNDING, SEED, Asked, Examples, Row, ask, judge_scores, mitigate

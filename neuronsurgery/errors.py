@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 EXHAUSTED = "An iterator or generator is exhausted after one pass; give a list or a DataLoader"
 """The end of every message about a loader that yielded nothing."""
@@ -76,8 +79,8 @@ def checked_function(value: T, name: str) -> T:
 
 def warn(message: str) -> None:
     """Warn of something in the line of the caller's that called the library, however deep within the library it is."""
-    package = str(Path(__file__).parent)
+    within = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))  # torch calls it back
     frame, depth = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(within):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)

@@ -140,9 +140,8 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
     if objective.runner.service is not None:
         seen.data = digest(seen.data, *map(repr, groups), batch.targets)
     with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
-        within, arguments = Within(objective.runner.model), (_gradients, objective, batch, groups, seen)
         try:
-            found = functional_call(within, dict(objective.parameters), arguments, tie_weights=False)
+            found = _gradients(objective, batch, groups, seen)
         finally:
             objective.runner.attributes.restore()  # the graph of what was kept is gone
     for group, (count, gradients) in found.items():
@@ -285,9 +284,14 @@ def group_grad_norms(
     streams: Any = _mapped_sums if isinstance(loaders, Mapping) else _mixed_sums if regroup else _whole_sums
     rows: dict[Group, Tensor] = {}
     counts: dict[Group, int] = {}
-    for group, row, count in streams(objective, loaders, seen, unpack, progress, process_group):
-        rows[group], counts[group] = row, count
-        refuse_non_finite(rows[group], objective.layout, f"the gradients of group {group!r} are")
+
+    def collect() -> None:
+        for group, row, count in streams(objective, loaders, seen, unpack, progress, process_group):
+            rows[group], counts[group] = row, count
+            refuse_non_finite(rows[group], objective.layout, f"the gradients of group {group!r} are")
+
+    # Around all batches: in a small network, to put the tensors in place for each would take a tenth of the time.
+    functional_call(Within(objective.runner.model), dict(objective.parameters), (collect,), tie_weights=False)
     shares = exchange(process_group, None, (seen.reached, seen.data))
     reached = set().union(*(share[0] for share in shares))
     if own is None and process_group is not None:  # the same data everywhere, each of them counted by all

@@ -242,10 +242,12 @@ class Layer:
     def safe_lengths(self, tensor: Tensor, index: Tensor) -> Tensor:
         """Return the norms of some neurons' slices, shape (k,), whatever their size, in float32 or wider.
 
-        Rows are scaled by their largest entry first: gradients of a confident model are so small that their squares
-        vanish in float32, and with them the ranking.
+        Gradients of a confident model are so small that their squares vanish in float32, and with them the ranking:
+        they are squared in float64, or scaled by their row's largest entry first where there is nothing wider.
         """
         rows = widened(self.take(tensor, index)).reshape(len(index), -1)
+        if rows.dtype == torch.float32 and rows.device.type != "mps":  # which has no float64
+            return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()  # type: ignore[no-any-return]
         largest = rows.abs().amax(dim=1, keepdim=True)
         safe = torch.where(largest > 0, largest, torch.ones_like(largest))
         lengths: Tensor = torch.linalg.vector_norm(rows / safe, dim=1, keepdim=True)

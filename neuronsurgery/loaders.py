@@ -7,6 +7,7 @@ to see examples of one group only.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -278,6 +279,11 @@ class Mixed:
     loaders: Loaders
     unpack: Unpack | None = None
     device: torch.device | None = None
+
+    def __length_hint__(self) -> int:
+        """About how many batches there are, as far as the loaders say."""
+        loaders = self.loaders
+        return sum(map(operator.length_hint, loaders.values() if isinstance(loaders, Mapping) else [loaders]))
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: dict[Any, Examples] = {}

@@ -78,7 +78,8 @@ class Sweep(ByName[str, GroupMetrics]):
         ranks: the rank that every example came from, int64, shape (examples,); 0 for a single process. Under torch's
             `DistributedSampler(shuffle=False)` the place in the whole data set is `indices * world_size + ranks`.
         reasons: why the forward pass was not shared, where it was not: it could not be, or a capture would have taken
-            longer than all edits one by one. Empty if it always was, or if no edit changes anything.
+            longer than all edits one by one; and, with `exact=False`, that logits may differ by rounding. Empty if it
+            always was shared, or if no edit changes anything.
         metric: the name of the function that was the metric; of an object that is called, its class's.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,10 @@ class _Half:
     key: Key | None
     unpack: Unpack | None
     grouped: bool
+
+    def __length_hint__(self) -> int:
+        """About how many batches there are: as many as of the whole, if each has some of this half."""
+        return operator.length_hint(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0

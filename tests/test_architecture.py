@@ -35,7 +35,7 @@ ORDER = [
 ]
 GRAPH_ORDER = [
     *("inputs", "writes", "operators", "replay", "readers", "recurrent", "makers", "export"),
-    *("fills", "schedules", "trust", "residual"),
+    *("fills", "stacks", "schedules", "trust", "residual"),
 ]
 LINES = 450
 """A longer file holds more than one idea."""

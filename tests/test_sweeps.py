@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -502,3 +505,33 @@ def test_little_work_is_done_without_a_capture_and_the_rest_of_more_with_one(
     swept = assert_equal_one_by_one(case.build(), every_kind(case.build()), case.batches())
     assert bool(captures) == (worth < 1)
     assert swept.reasons == (() if worth < 1 else ("there was less to run than a capture takes",))
+
+
+@dataclass
+class Streamed:
+    """Batches of which it is known, at best, about how many there are."""
+
+    batches: Sequence[Any]
+    about: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __length_hint__(self) -> int:
+        return self.about
+
+
+@pytest.mark.parametrize("about", [0, 40])
+def test_batches_to_come_are_a_reason_for_a_capture(about: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches are less than a capture takes; forty are more, as far as the loader says."""
+    clock = itertools.count()  # on which each edit takes a second
+    monkeypatch.setattr(trust, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(trust, "WORTH", 50.0)
+    captures: list[Any] = []
+    real = trust.capture
+    monkeypatch.setattr(trust, "capture", lambda *args, **kwargs: captures.append(args) or real(*args, **kwargs))
+    case = CASES["mlp"]
+    edits = every_kind(case.build())
+    swept = assert_equal_one_by_one(case.build(), edits, Streamed(case.batches(sizes=(4, 4)), about))
+    assert bool(captures) == (about > 0)
+    assert bool(swept.reasons) == (about == 0)

@@ -7,7 +7,7 @@ stages share the run up to there: all of them the run without any, which is the 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from neuronsurgery.graph.fills import Fill, Fills, find_fill
 from neuronsurgery.graph.inputs import Inputs
 from neuronsurgery.graph.replay import Graph, Instruction, as_parameter, bind, execute, instructions
+from neuronsurgery.graph.stacks import Stacks, Tail, parted
 from neuronsurgery.plans import Edited
 
 Label = TypeVar("Label", bound=Hashable)
@@ -82,6 +83,8 @@ class Suffix:
         reads: slots of the run before that they, the branches or the caller read.
         ready: the last of these.
         slots: the placeholders' slots of each edited parameter.
+        head: of a run from which nothing starts, what comes before its tail.
+        tail: of such a run, what can be stacked; None where nothing can.
     """
 
     fills: tuple[Fill, ...]
@@ -89,6 +92,8 @@ class Suffix:
     reads: frozenset[int]
     ready: int
     slots: Mapping[str, tuple[int, ...]]
+    head: tuple[Instruction, ...] = ()
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +123,11 @@ class Schedule(Generic[Label]):
         kwargs: Mapping[str, Any],
         edits: Mapping[Label, Mapping[str, Tensor]],
         fills: Fills | None = None,
+        stacks: Stacks | None = None,
     ) -> Iterator[tuple[Label, Tensor]]:
         """Yield (label, logits) of every edit, as each becomes available.
 
-        What edits have in common is computed once. Nothing is checked but fills: see `CheckedForward`.
+        What edits have in common is computed once. Nothing is checked but fills and stacks: see `CheckedForward`.
 
         Args:
             args: positional arguments of the model.
@@ -130,52 +136,74 @@ class Schedule(Generic[Label]):
                 is the unedited model. A value is looked up just before it is used and forgotten right after, so a
                 mapping may compute it on demand.
             fills: which layers need not be run for inputs like these; none for running them all.
+            stacks: which edits are run as one for inputs like these; none for running each alone.
         """
-        values = bind(self.graph, Inputs.of(args, kwargs).tensors)
-        return self._run(self.root, values, edits, fills)
+        inputs = Inputs.of(args, kwargs)
+        return _Pass(self.graph, inputs, edits, fills, stacks).run(self.root, bind(self.graph, inputs.tensors))
 
-    def _run(
-        self,
-        planned: Planned[Label],
-        values: list[Any],
-        edits: Mapping[Label, Mapping[str, Tensor]],
-        fills: Fills | None,
-    ) -> Iterator[tuple[Label, Tensor]]:
+
+@dataclass(frozen=True, eq=False)
+class _Pass(Generic[Label]):
+    """One forward pass of a schedule, as by the arguments of `Schedule.run`."""
+
+    graph: Graph
+    inputs: Inputs
+    edits: Mapping[Label, Mapping[str, Tensor]]
+    fills: Fills | None
+    stacks: Stacks | None
+
+    def run(self, planned: Planned[Label], values: list[Any]) -> Iterator[tuple[Label, Tensor]]:
+        """Yield (label, logits) of a branch and all that starts from it, with the values of its run so far."""
         calm: dict[int, bool] = {}
         for segment in planned.suffix.segments:
             execute(self.graph, segment.instructions, values)
+            leaves = []
             for number in segment.branches:
                 child = planned.children[number]
                 if child.children:
-                    yield from self._run(child, self._begun(child, values, edits, fills, calm), edits, fills)
-                    continue
-                logits = self._logits(child, values, edits, fills, calm)
-                for label in child.branch.labels:
-                    yield label, logits
-                del logits
+                    yield from self.run(child, self._begun(child, values, calm))
+                else:
+                    leaves.append(child)
+            yield from self._leaves(leaves, values, calm)
             for slot in segment.free:
                 values[slot] = None
         for label in planned.branch.labels:
             yield label, values[self.graph.slots[self.graph.output]]
 
-    def _logits(self, leaf: Planned[Label], *rest: Any) -> Tensor:
-        own = self._begun(leaf, *rest)
-        for segment in leaf.suffix.segments:
-            execute(self.graph, segment.instructions, own)
-        logits: Tensor = own[self.graph.slots[self.graph.output]]
-        return logits
+    def _leaves(
+        self, leaves: Sequence[Planned[Label]], values: Sequence[Any], calm: dict[int, bool]
+    ) -> Iterator[tuple[Label, Tensor]]:
+        together: dict[Suffix, list[Planned[Label]]] = {}
+        for leaf in leaves:
+            together.setdefault(leaf.suffix, []).append(leaf)
+        for suffix, alike in together.items():
+            number = len(alike)
+            while alike:  # asked anew each time: the first may be seen to be better off alone
+                width = 1 if self.stacks is None else self.stacks.width(suffix.tail, self.inputs, number)
+                some = alike[: width if width <= len(alike) else 1]
+                alike = alike[len(some) :]
+                for leaf, logits in zip(some, self._logits(suffix, some, values, calm), strict=True):
+                    for label in leaf.branch.labels:
+                        yield label, logits
 
-    def _begun(
-        self,
-        planned: Planned[Label],
-        values: Sequence[Any],
-        edits: Mapping[Label, Mapping[str, Tensor]],
-        fills: Fills | None,
-        calm: dict[int, bool],
-    ) -> list[Any]:
+    def _logits(
+        self, suffix: Suffix, leaves: Sequence[Planned[Label]], values: Sequence[Any], calm: dict[int, bool]
+    ) -> Sequence[Tensor]:
+        """Return the logits of some leaves of one suffix, stacked if they are several."""
+        runs = [self._begun(leaf, values, calm) for leaf in leaves]
+        if len(runs) == 1 or self.stacks is None or suffix.tail is None:
+            (own,) = runs
+            for segment in suffix.segments:
+                execute(self.graph, segment.instructions, own)
+            return [own[self.graph.slots[self.graph.output]]]
+        for own in runs:
+            execute(self.graph, suffix.head, own)
+        return self.stacks.logits(self.graph, suffix.tail, runs, self.inputs)
+
+    def _begun(self, planned: Planned[Label], values: Sequence[Any], calm: dict[int, bool]) -> list[Any]:
         """Return the values of an edited run, the edited parameters and the layers that may be filled among them."""
         graph, suffix, own = self.graph, planned.suffix, list(values)
-        edited = edits[planned.branch.example]  # type: ignore[index]  # only the root has none
+        edited = self.edits[planned.branch.example]  # type: ignore[index]  # only the root has none
         weights = {fill.weight for fill in suffix.fills}
         for name, slots in suffix.slots.items():
             if name not in weights:
@@ -184,7 +212,7 @@ class Schedule(Generic[Label]):
                     own[slot] = value
         for fill in suffix.fills:
             assert isinstance(edited, Edited)  # otherwise nothing is known to be zero
-            if fills is None or not fills.taken(graph, fill, values, own, edited, calm):
+            if self.fills is None or not self.fills.taken(graph, fill, values, own, edited, calm):
                 (slot,) = suffix.slots[fill.weight]
                 own[slot] = as_parameter(edited[fill.weight], graph.originals[fill.weight])
                 execute(graph, [Instruction(each, ()) for each in fill.slots], own)
@@ -303,7 +331,12 @@ def _suffix(graph: Graph, stage: Stage, ends: bool, branches: Sequence[Suffix]) 
     last = len(graph.nodes) if ends else max((branch.ready for branch in branches), default=-1)
     left = [slot for slot in tainted if slot not in skipped and slot <= last]
     segments = _segments(graph, left, branches, output)
-    return Suffix(fills, segments, reads, max(reads, default=0), slots)
+    suffix = Suffix(fills, segments, reads, max(reads, default=0), slots)
+    if root or branches:
+        return suffix
+    edited = {slot for own in slots.values() for slot in own}
+    head, tail = parted(graph, segments[0].instructions, edited, computed)
+    return replace(suffix, head=head, tail=tail)
 
 
 def _fills(graph: Graph, stage: Stage, tainted: Sequence[int], needed: Iterable[int]) -> tuple[Fill, ...]:

@@ -22,6 +22,7 @@ from neuronsurgery.graph.fills import Fills
 from neuronsurgery.graph.inputs import Dims, Inputs, batch_dims, varying
 from neuronsurgery.graph.replay import Graph, as_parameter, bound
 from neuronsurgery.graph.schedules import Label, Schedule, run, schedule
+from neuronsurgery.graph.stacks import Stacks
 from neuronsurgery.plans import Edited, TensorPlan
 from neuronsurgery.precision import same_bits
 from neuronsurgery.switches import KERNELS
@@ -51,6 +52,7 @@ class CheckedForward:
     Args:
         runner: the model, as a copy not used by anyone else meanwhile.
         predict: the model's output -> logits.
+        exact: whether edits are run as one only where that gives the same bits; if not, it may differ by rounding.
 
     Attributes:
         fallbacks: for each signature that no graph could be trusted for, the reason.
@@ -67,11 +69,12 @@ class CheckedForward:
         True
     """
 
-    def __init__(self, runner: Runner, predict: Predict = default_predict) -> None:
+    def __init__(self, runner: Runner, predict: Predict = default_predict, *, exact: bool = True) -> None:
         self.fallbacks: dict[Hashable, str] = {}
         self.reasons: set[str] = set()
         self._runner = runner
         self._predict = predict
+        self._exact = exact
         # How long edits were run one by one, before a capture was worth its time.
         self._spent = 0.0
         self._quickest: float | None = None
@@ -81,15 +84,21 @@ class CheckedForward:
         self._checked: dict[Hashable, Graph] = {}
         self._newest: dict[Hashable, Graph] = {}
         self._shapes: dict[Hashable, list[tuple[torch.Size, ...]]] = {}
-        # By graph, what its newest schedule was made for, and that; by signature, the layers that need not be run.
+        # By graph, what its newest schedule was made for, and that; by signature, the layers that need not be run, and
+        # the edits that may be run as one.
         self._schedules: dict[Graph, tuple[Hashable, Schedule[Any]]] = {}
         self._fills: dict[Hashable, Fills] = {}
+        self._stacks: dict[Hashable, Stacks] = {}
         # Whether the model reads values of its tensors in Python, and by label what its buffers have become.
         self._reads_values = False
         self._changed_buffers: dict[Hashable, dict[str, Tensor]] = {}
 
     def run(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        edits: Mapping[Label, Mapping[str, Tensor]],
+        batches: int = 1,
     ) -> Iterator[tuple[Label, Tensor]]:
         """Return an iterator over (label, logits) of every edit, in no particular order.
 
@@ -100,6 +109,7 @@ class CheckedForward:
             kwargs: keyword arguments of the model.
             edits: for each label the edited parameters by their first names; `{}` is the unedited model. Values are
                 looked up just before use.
+            batches: how many like this one are left to run, itself among them, as far as anybody knows.
 
         Raises:
             KeyError: if a name is not that of a parameter.
@@ -107,7 +117,9 @@ class CheckedForward:
         unknown = sorted({name for edited in edits.values() for name in edited} - set(self._runner.parameters))
         if unknown:
             raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
-        return self._shared(args, kwargs, edits) if self._is_worth_it() else self._until_worth_it(args, kwargs, edits)
+        if self._is_worth_it():
+            return self._shared(args, kwargs, edits)
+        return self._until_worth_it(args, kwargs, edits, (batches - 1) * len(edits))
 
     def _is_worth_it(self) -> bool:
         """Return whether there is a graph, or was a try at one, or enough time was spent without."""
@@ -124,15 +136,16 @@ class CheckedForward:
         if graph not in self._schedules or self._schedules[graph][0] != wanted:
             self._schedules[graph] = wanted, schedule(graph, edits)
         fills = self._fills.setdefault(inputs.signature, Fills())
-        return self._schedules[graph][1].run(args, kwargs, edits, fills)
+        stacks = self._stacks.setdefault(inputs.signature, Stacks(exact=self._exact))
+        return self._schedules[graph][1].run(args, kwargs, edits, fills, stacks)
 
     def _until_worth_it(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]], later: int
     ) -> Iterator[tuple[Label, Tensor]]:
         """Yield what `one_by_one` gives for as long as a capture takes, and then the rest by a graph.
 
         So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data. Where
-        the edits of this batch alone would take twice as long, it does not wait.
+        the edits of this batch and the `later` ones would take twice as long, it does not wait.
         """
         left = list(edits)
         while left and not self._is_worth_it():
@@ -144,7 +157,7 @@ class CheckedForward:
             self._quickest = took if self._quickest is None else min(took, self._quickest)
             self.reasons.add(NOT_WORTH)
             # The first takes longer than others do.
-            if self._spent > took and self._spent + self._quickest * len(left) >= 2 * WORTH:
+            if self._spent > took and self._spent + self._quickest * (len(left) + later) >= 2 * WORTH:
                 self.capture_now()
         if left:
             self.reasons.discard(NOT_WORTH)
@@ -162,13 +175,19 @@ class CheckedForward:
         """Forget what the buffers of the edited models have become, for another pass over the data: graphs are kept."""
         self._changed_buffers.clear()
 
-    def rebound(self, runner: Runner) -> CheckedForward:
+    @property
+    def is_rounded(self) -> bool:
+        """Whether some logits may differ from those of the model itself by rounding, as only `exact=False` allows."""
+        return any(stacks.rounded for stacks in self._stacks.values())
+
+    def rebound(self, runner: Runner, *, exact: bool = True) -> CheckedForward:
         """Return the same for another copy of the model: with its graphs, none of which is trusted yet.
 
         Args:
             runner: a new copy of the same model; its parameters and buffers as they are now take the place of the old.
+            exact: as of the class.
         """
-        forward = CheckedForward(runner, self._predict)
+        forward = CheckedForward(runner, self._predict, exact=exact)
         graphs = {kind: bound(graph, runner) for kind, graph in self._newest.items()}
         forward._newest = {kind: graph for kind, graph in graphs.items() if graph is not None}
         forward._shapes = {kind: list(self._shapes[kind]) for kind in forward._newest}

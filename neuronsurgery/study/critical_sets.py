@@ -9,12 +9,11 @@ Source: the question is that of You et al., "The Silent Majority", 2025; the pro
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,33 +24,17 @@ from neuronsurgery.study.experiments import SIZES, changes_of
 from neuronsurgery.study.run import Parts
 from neuronsurgery.types import Loader, Loaders
 
-FEWEST: Final = 10
-"""A group of fewer images a half is not searched: too few to tell its neurons from its images."""
-
-FEWEST_MATCHED: Final = 5
-"""Nor is a control: some of a group's images may have none that matches them."""
-
-SCORES: Final = ("own", "worst_other", "score")
-"""What a search says of a set, on the images that it was searched on."""
-
-DRAWS: Final = 100
-"""Random sets of the same layers and kinds behind a p-value."""
+FEWEST: Final = 10  # images a half: of fewer, a group's neurons cannot be told from its images
+FEWEST_MATCHED: Final = 5  # the same of a control, since some of a group's images may have none that matches them
+DRAWS: Final = 100  # random sets of the same layers and kinds behind a p-value
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is searched and judged, and on which images.
+    """What is searched and judged: the layers of a model for the groups of `minority`.
 
-    Attributes:
-        model: the trained model.
-        where: which layers are studied.
-        train: a loader per group, whose halves are searched and judged.
-        test: the same of test images; empty where there are none.
-        minority: the groups whose neurons are sought.
-        draws: random sets behind a p-value.
-        kept: what was done before a kill, and where it is written down.
-        specs: the folder of the files of the edits.
-        progress: whether to write lines of progress to standard error.
+    `train`, whose halves are searched and judged, and `test`, which may be empty, have a loader per group. `draws`
+    random sets are behind a p-value. What is done is written down in `kept`, and the edits in the folder `specs`.
     """
 
     model: nn.Module
@@ -62,42 +45,28 @@ class Protocol:
     draws: int
     kept: Parts
     specs: Path
-    progress: bool = False
 
     @functools.cached_property
-    def halves(self) -> tuple[Loaders, Loaders]:
-        """Half A and half B of the training images."""
+    def halves(self) -> tuple[Any, Any]:
+        """Half A and half B of the training images, a loader per group each."""
         return ns.halves(self.train)
 
     @functools.cached_property
     def spread(self) -> dict[str, list[int]]:
         """By group how many images each half has."""
-        found: dict[str, list[int]] = self.kept.of(
-            "halves", lambda: {name: [_count(half, name) for half in self.halves] for name in self.train}
-        )
-        return found
+        return {name: [_count(half, name) for half in self.halves] for name in self.train}
 
     @property
     def present(self) -> dict[str, Loader]:
         """The loaders of the groups that both halves have images of."""
         return {name: loader for name, loader in self.train.items() if all(self.spread[name])}
 
-    def cases(self) -> Iterator[Case]:
-        """Yield each minority group, followed by its controls."""
-        for group in self.minority:
-            yield Case(self, group)
-            if min(self.spread.get(group, [0])) >= FEWEST:
-                yield from (Case(self, group, by) for by in self.present if by not in self.minority)
-
 
 @dataclass(frozen=True)
 class Case:
-    """Images that are searched and judged as a group.
+    """Images that are searched and judged as a group: those of a minority group, or a control.
 
-    Attributes:
-        protocol: on which images.
-        chosen_for: the minority group.
-        control: None for its own images; else the majority group whose images, matched to them, are searched.
+    A control is the images of a majority group that are matched to those of the minority group that it is `chosen_for`.
     """
 
     protocol: Protocol
@@ -115,86 +84,77 @@ class Case:
         """The images to search on, and those to judge on."""
         if self.control is not None:
             return ns.halves(self.matched)
-        a, b = (_only(half, self.protocol.present) for half in self.protocol.halves)
+        a, b = ({name: half[name] for name in self.protocol.present} for half in self.protocol.halves)
         return a, b
 
     @functools.cached_property
     def said(self) -> dict[str, Any]:
         """Whose images these are, and how many; with "impossible" where they are not searched."""
-        said: dict[str, Any] = self.protocol.kept.of(f"{self._name}: images", self._images)
-        return {"criterion": "critical", "chosen_for": self.chosen_for, "control": self.control, **said}
-
-    @property
-    def _name(self) -> str:
-        return f"{self.chosen_for} / {self.control}"
-
-    def _images(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"criterion": "critical", "chosen_for": self.chosen_for, "control": self.control}
         if self.control is None:
-            name, gaps = self.chosen_for, {}
-            sizes = self.protocol.spread.get(name, [0, 0])
+            said["examples"], fewest = self.chosen_for, FEWEST
+            sizes = self.protocol.spread.get(self.chosen_for, [0, 0])
         else:
             try:
                 made = self.matched
             except ValueError as error:
-                return {"examples": None, "impossible": str(error)}
-            name, gaps = made.name, {"gap": made.gap, "largest_gap": made.largest_gap, "unmatched": made.unmatched}
-            sizes = [_count(half, name) for half in self.halves]
-        said = {"examples": name, "searched": sizes[0], "judged": sizes[1], **gaps}
-        fewest = FEWEST if self.control is None else FEWEST_MATCHED
+                return {**said, "examples": None, "impossible": str(error)}
+            said |= {
+                "examples": made.name,
+                **{name: getattr(made, name) for name in ("gap", "largest_gap", "unmatched")},
+            }
+            sizes, fewest = [_count(half, made.name) for half in self.halves], FEWEST_MATCHED
+        said |= {"searched": sizes[0], "judged": sizes[1]}
         if min(sizes) < fewest:
             said["impossible"] = f"too few: {sizes[0]} and {sizes[1]} images in the halves, {fewest} are asked for"
         return said
 
-    def records(self, number: int) -> list[dict[str, Any]]:
-        """Return one record for each size, or one that says why there is none.
+    def _kept(self, part: str, compute: Callable[[], Any]) -> Any:
+        return self.protocol.kept.of(f"{self.chosen_for} / {self.control}: {part}", compute)
 
-        Args:
-            number: of the first record among all, for the names of its files.
-        """
+    def records(self, number: int) -> list[dict[str, Any]]:
+        """Return one record for each size, or one that says why there is none; files are numbered from `number`."""
         if "impossible" in self.said:
             return [{**self.said, "k": None}]
-        self._tell("searched")
-        searched = self.protocol.kept.of(f"{self._name}: search", self._search)
-        records = []
-        for place, k in enumerate(SIZES):
-            self._tell(f"judged, k = {k}")
-            judged = self.protocol.kept.of(
-                f"{self._name}: {k}", functools.partial(self._judged, searched, k, number + place)
-            )
-            records.append({**self.said, "k": k, **judged})
-        return records
-
-    def _tell(self, what: str) -> None:
-        if self.protocol.progress:
-            sys.stderr.write(f"1h: {self.said['examples']} {what}\n")
+        return [
+            {**self.said, "k": k, **self._kept(str(k), functools.partial(self._judged, k, place))}
+            for place, k in enumerate(SIZES, start=number)
+        ]
 
     def _found(self, **fewer: Any) -> ns.Critical:
         searching, name = self.halves[0], self.said["examples"]
         return ns.find_critical(self.protocol.model, searching, name, where=self.protocol.where, **fewer)
 
-    def _search(self) -> dict[str, Any]:
-        """Return what is kept of a search: the best set of every size, by the places among all candidates."""
-        found = self._found()
-        places = {candidate: place for place, candidate in enumerate(found.kinds.candidates())}
-        return {"bests": [_plain(best, places) for best in found.bests], "cost": dict(found.cost)}
-
     @functools.cached_property
     def critical(self) -> ns.Critical:
         """The result of the search, from what was kept of it: of this process or of one that was killed.
 
-        The shortest search, of one backward pass and one edit, knows the examples and how neurons are held at their
-        means; the sets that were found are put in the place of its own.
+        Of the best set of every size are kept its places among all candidates, and its scores. The shortest search, of
+        one backward pass and one edit, knows the examples and how neurons are held at their means; the sets that were
+        found are put in the place of its own.
         """
-        found = self._found(k=1, pool=1, width=1)
-        kept = self.protocol.kept[f"{self._name}: search"]["bests"]
-        bests = tuple(None if best is None else _restored(found, **best) for best in kept)
-        path = tuple(best or found.path[0] for best in bests)  # which nothing here reads
-        return dataclasses.replace(found, bests=bests, path=path)
 
-    def _judged(self, searched: Mapping[str, Any], k: int, number: int) -> dict[str, Any]:
+        def search() -> dict[str, Any]:
+            sys.stderr.write(f"1h: {self.said['examples']} searched\n")
+            found = self._found()
+            places = {candidate: place for place, candidate in enumerate(found.kinds.candidates())}
+            bests = [
+                best and [sorted(map(places.__getitem__, best.chosen)), best.own, best.worst_other, best.score]
+                for best in found.bests
+            ]
+            return {"bests": bests, "cost": dict(found.cost)}
+
+        kept = self._kept("search", search)
+        found = self._found(k=1, pool=1, width=1)
+        bests = tuple(None if best is None else _restored(found, *best) for best in kept["bests"])
+        # Of a path the length alone is read here.
+        return replace(found, bests=bests, path=found.path * len(bests), cost=kept["cost"])
+
+    def _judged(self, k: int, number: int) -> dict[str, Any]:
         """Return what a set takes from whom on half B and on the test images; its edit is written to a file."""
         protocol, name = self.protocol, self.said["examples"]
         found = self.critical.within(k)
+        sys.stderr.write(f"1h: {name} judged, k = {k}\n")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of few images to spare, whose counts are in the record
             draws = protocol.draws if self.control is None else 0  # a control is one itself
@@ -203,11 +163,14 @@ class Case:
             protocol.specs.mkdir(exist_ok=True)
             ns.save_file(found.edit, protocol.specs / f"1h-{number:03d}.safetensors")
         own, worst, lost, changes = _look(protocol.model, found.edit, self.halves[1], name)
+        tested: Sequence[Any] = [None] * 4  # a control is no group of the test images
+        if self.control is None and name in protocol.test and len(protocol.test) > 1:
+            tested = _look(protocol.model, found.edit, protocol.test, name)
         return {
             "neurons": len(found.neurons),
             "names": [str(neuron) for neuron in found.neurons],
             "kinds": [] if found.found is None else list(found.found.kinds),
-            "cost": searched["cost"],
+            "cost": dict(found.cost),
             "own": own,
             "worst_other": worst,
             "net": verdict.net,
@@ -217,43 +180,34 @@ class Case:
             "draws": len(verdict.controls),
             "distinct": verdict.distinct,
             "right_lost": lost,
-            **self._on_test(found.edit),
+            **dict(zip(("test_own", "test_worst_other", "test_right_lost"), tested, strict=False)),
             "sentence": verdict.sentence,
             "changes": changes,
         }
-
-    def _on_test(self, edit: ns.Edit) -> dict[str, Any]:
-        """Return what a group's set takes on the test images; null for controls, which are no group there."""
-        own = worst = lost = None
-        if self.control is None and self.chosen_for in self.protocol.test and len(self.protocol.test) > 1:
-            own, worst, lost, _ = _look(self.protocol.model, edit, self.protocol.test, self.chosen_for)
-        return {"test_own": own, "test_worst_other": worst, "test_right_lost": lost}
 
 
 def critical_sets(protocol: Protocol) -> list[dict[str, Any]]:
     """Return the records of 1h: for each minority group and each of its controls one per size."""
     records: list[dict[str, Any]] = []
-    for case in protocol.cases():
-        records += case.records(len(records))
+    for group in protocol.minority:
+        enough = min(protocol.spread.get(group, [0])) >= FEWEST
+        controls = [by for by in protocol.present if by not in protocol.minority] if enough else []
+        for control in (None, *controls):
+            records += Case(protocol, group, control).records(len(records))
     return records
 
 
 def _look(
     model: nn.Module, edit: ns.Edit, loaders: Loaders, name: str
 ) -> tuple[float, float, float | None, list[dict[str, Any]]]:
-    """Return a group's change, that of the other group that loses most, the share of its right images that are lost."""
+    """Return a group's change, that of the other group that loses most, and the share of its right images lost."""
     swept = ns.sweep(model, {"found": edit}, loaders)
     change = swept.change("found")
     own = [place for place, group in enumerate(swept.members) if group == name]
     right, after = swept.values()[own] > 0, swept.values("found")[own] > 0
     lost = float((right & ~after).sum() / right.sum()) if right.any() else None
     worst = min(value for group, value in change.items() if group != name)
-    return change[name], worst, lost, changes_of(swept, "found")
-
-
-def _only(half: Loaders, groups: Collection[str]) -> Loaders:
-    assert isinstance(half, Mapping)  # as what it is half of
-    return {name: loader for name, loader in half.items() if name in groups}
+    return change[name], worst, lost, changes_of(swept)["found"]
 
 
 def _count(loaders: Loaders, name: str) -> int:
@@ -263,24 +217,18 @@ def _count(loaders: Loaders, name: str) -> int:
     return sum(list(batch.groups).count(name) for batch in loaders)
 
 
-def _plain(best: Any, places: Mapping[Any, int]) -> dict[str, Any] | None:
-    """Return what is kept of a set that a search has found; None of none."""
-    if best is None:
-        return None
-    scores = {name: getattr(best, name) for name in SCORES}
-    return {"chosen": sorted(places[candidate] for candidate in best.chosen), **scores}
-
-
-def _restored(like: ns.Critical, chosen: Sequence[int], **scores: float) -> Any:
-    """Return a set as the search has it, from the places of its candidates and its scores."""
-    candidates, kinds = list(like.kinds.candidates()), like.kinds
-    layers = list(kinds.layout)
-    members = sorted((candidates[place] for place in chosen), key=lambda one: (layers.index(one.layer), one.neuron))
-    return dataclasses.replace(
+def _restored(like: ns.Critical, chosen: Sequence[int], own: float, worst_other: float, score: float) -> Any:
+    """Return a set as a search has it, from the places of its candidates and its scores."""
+    kinds, layout, candidates = like.kinds, like.kinds.layout, list(like.kinds.candidates())
+    flat = {candidates[place]: layout.starts[candidates[place].layer] + candidates[place].neuron for place in chosen}
+    members = sorted(flat, key=flat.__getitem__)
+    return replace(
         like.path[0],
-        neurons=functools.reduce(lambda a, b: a | b, (ns.Neurons({one.layer: [one.neuron]}) for one in members)),
+        neurons=layout.neurons(flat.values()),
         kinds=tuple(kinds.name(one.kind) for one in members),
         edit=kinds.edit(members),
         chosen=frozenset(members),
-        **scores,
+        own=own,
+        worst_other=worst_other,
+        score=score,
     )

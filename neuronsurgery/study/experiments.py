@@ -13,8 +13,9 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice, permutations, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,34 +28,24 @@ from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.types import Loader
 
 SIZES: Final = (1, 2, 3)
-STANDARD_DEVIATIONS: Final = (0.005, 0.01, 0.02)
-"""The paper's absolute scales; RELATIVE_STD stands beside them, since 0.02 means little to a layer of another scale."""
-
-RELATIVE_STD: Final = 1.0
+STANDARD_DEVIATIONS: Final = (0.005, 0.01, 0.02)  # the paper's, absolute
+RELATIVE_STD: Final = 1.0  # stands beside them, since 0.02 means little to a layer of another scale
 DISTANCES: Final = (5, 10, 20, 30, 40)
 CONTROL_FRACTIONS: Final = (0.0001, 0.0002, 0.0003, 0.001, 0.002, 0.003, 0.01, 0.02, 0.03)
 RANK_SHARES: Final = (0.0001, 0.05)
-SECONDS: Final = 2.0
-"""How long a part of an experiment should take, after which it is written down."""
+DRAW_SEED: Final = 20250101  # the first of all random draws: fixed, so that no run's seed chooses its own controls
 
-FEWEST: Final = 4
-"""The edits of the first part, for which the model is captured, too, and of any: a part costs about two edits more."""
-
-GROWTH: Final = 4
-"""How many times as many edits as the one before a part may have."""
-
-DRAW_SEED: Final = 20250101
-"""First seed of all random draws: fixed, so that no run's seed chooses its own controls."""
+# Of the parts in which an experiment is measured and written down:
+SECONDS: Final = 2.0  # how long one should take
+FEWEST: Final = 4  # edits of the first, for which the model is captured, and of any: it costs about two edits more
+GROWTH: Final = 4  # how many times as many edits as the one before it may have
 
 
 @dataclass(frozen=True)
 class Studied:
-    """The predicate of the layers that are studied: all but a classifier's own rows.
+    """The predicate of the layers that are studied: all but a classifier's own, by the names of their parameters.
 
-    To zero one of those decides between the classes by construction and says nothing about memorisation.
-
-    Attributes:
-        head: the names of the classifier's parameters.
+    To zero a row of those decides between the classes by construction and says nothing about memorisation.
     """
 
     head: tuple[str, ...]
@@ -66,25 +57,16 @@ class Studied:
 
 def studied(head: Collection[str]) -> Studied:
     """Return the predicate of the layers that are studied, given the names of the classifier's parameters."""
-    return Studied(tuple(sorted(head)))
+    return Studied(tuple(sorted(head)))  # sorted, since the settings of a run write it down
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """One edit of an experiment.
+    """One edit of an experiment with what distinguishes it from the others, where that is something.
 
-    Attributes:
-        edit: the edit.
-        criterion: what chose the neurons: "gradient", "magnitude", "random", "same layers" or "rewind".
-        chosen_for: the group whose gradient chose them, or "all".
-        k: of top-k, or None.
-        fraction: the share of the model for a control, or None.
-        std: absolute scale of a random edit, or None.
-        relative_std: relative scale of a random edit, or None.
-        layer: the layer, where the experiment goes through the layers.
-        distance: epochs back of a rewind, or None.
-        with_norm: whether the normalisation that follows is rewound with the layer.
-        draw: the number of the random draw.
+    The criterion that chose its neurons is "gradient", "magnitude", "random", "same layers" or "rewind", and
+    `chosen_for` the group whose gradient it was. A control has a `fraction` of the model, a random edit the scale of
+    its draws, a rewind its `distance` in epochs; `with_norm` says that the norm that follows the layer goes with it.
     """
 
     edit: ns.Edit
@@ -100,26 +82,19 @@ class Intervention:
     draw: int = 0
 
     def to_record(self) -> dict[str, Any]:
-        """Return what was done as JSON values."""
+        """Return what was done as JSON values, with the names of at most twenty neurons."""
         neurons = self.edit.neurons
         said = {name: value for name, value in vars(self).items() if name != "edit"}
-        names = [str(neuron) for _, neuron in zip(range(20), neurons, strict=False)]
-        return {**said, "neurons": len(neurons), "names": names}
+        return {**said, "neurons": len(neurons), "names": [str(neuron) for neuron in islice(neurons, 20)]}
 
 
 @dataclass(frozen=True)
 class Subject:
     """The trained model and all that the experiments choose by.
 
-    Attributes:
-        model: the trained model.
-        gradients: the norms of every group's gradient.
-        magnitudes: the norms of the weights.
-        draws: how many random draws are averaged (10 in the paper).
-        control_draws: how many controls an empirical p-value rests on.
-        checkpoints: by epoch, the files to rewind to; the last is the model's own.
-        batch: one batch, to see which norm follows which layer.
-        kept: where that is written down, since to see it takes seconds.
+    `checkpoints` are the files to rewind to, by epoch; the last is the model's own. Of random edits there are `draws`,
+    of the controls behind an empirical p-value `control_draws`. `batch` shows which norm follows which layer, which is
+    written down in `kept`, since to see it takes seconds.
     """
 
     model: nn.Module
@@ -135,11 +110,6 @@ class Subject:
     def layout(self) -> ns.Layout:
         """The studied layers."""
         return self.gradients.layout
-
-    @property
-    def epochs(self) -> int:
-        """The epoch of the trained model."""
-        return max(self.checkpoints)
 
     def chosen(self, per: Any = "model") -> Iterator[tuple[str, str, int, ns.Neurons]]:
         """Yield (criterion, group, k, neurons) of every way to choose the top neurons."""
@@ -158,118 +128,67 @@ class Subject:
 # The experiments
 
 
-def global_zero_out(subject: Subject) -> list[Intervention]:
-    """Return 1a: zero the top neurons of the whole model."""
-    return [
-        Intervention(ns.zero_out(neurons), criterion, group, k) for criterion, group, k, neurons in subject.chosen()
-    ]
-
-
-def random_init(subject: Subject) -> list[Intervention]:
-    """Return 1c: replace the top neurons by normal draws."""
-    return _randomised(subject, ns.random_init)
-
-
-def random_noise(subject: Subject) -> list[Intervention]:
-    """Return 1d: add normal draws to the top neurons."""
-    return _randomised(subject, ns.random_noise)
-
-
-def _randomised(subject: Subject, edit: Callable[..., ns.Edit]) -> list[Intervention]:
-    scales: list[dict[str, float]] = [{"std": std} for std in STANDARD_DEVIATIONS] + [{"relative_std": RELATIVE_STD}]
-    return [
-        Intervention(
-            edit(neurons, **scale, seed=DRAW_SEED + draw),
-            criterion,
-            group,
-            k,
-            std=scale.get("std"),
-            relative_std=scale.get("relative_std"),
-            draw=draw,
-        )
-        for criterion, group, k, neurons in subject.chosen()
-        for scale in scales
-        for draw in range(subject.draws)
-    ]
-
-
-def zero_out_within_layers(subject: Subject) -> list[Intervention]:
-    """Return 1e: zero the top neurons within each layer in turn."""
-    return [
-        Intervention(ns.zero_out(part), criterion, group, k, layer=layer.parameter)
-        for criterion, group, k, neurons in subject.chosen(per="layer")
-        for layer in subject.layout
-        for part in [neurons & ns.select(subject.layout, {layer.parameter: ...})]
-    ]
-
-
-def rewind_layers(subject: Subject) -> list[Intervention]:
-    """Return 1f: every layer in turn as it was some epochs earlier, alone and with the norm that follows it."""
-    interventions = []
-    every = ns.find_layout(subject.model, extra="*")
-    for layer in subject.layout:
-        prefix = layer.parameter.rpartition(".")[0]
-        own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == prefix]
-        whole = ns.select(every, dict.fromkeys(own, ...))
-        wide = whole | _following_norm(subject, layer, every)
-        for distance in distances(subject.epochs):
-            path = subject.checkpoints[subject.epochs - distance]
-            variants = [(whole, False)] + ([(wide, True)] if len(wide) > len(whole) else [])
-            interventions += [
-                Intervention(
-                    ns.rewind(part, path), "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm
-                )
-                for part, with_norm in variants
-            ]
-    return interventions
-
-
-def distances(epochs: int) -> list[int]:
-    """Return the paper's distances that a run of so many epochs has a checkpoint for."""
-    return [distance for distance in DISTANCES if distance <= epochs]
-
-
-def _following_norm(subject: Subject, layer: ns.Layer, every: ns.Layout) -> ns.Neurons:
-    """Return all entries of the normalisation that reads a layer alone; none where there is none."""
-
-    def found() -> list[str]:
-        try:
-            silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-        except ValueError:  # what follows is no layer's alone
-            return []
-        return [other.parameter for other in silent.neurons.by_layer() if other != layer]
-
-    names = subject.kept.of(f"norm that follows {layer.parameter}", found)
-    return ns.select(every, dict.fromkeys(names, ...))
-
-
-def random_controls(subject: Subject) -> list[Intervention]:
-    """Return the paper's 1g: zero random neurons that are not critical, a share of the model (at least one)."""
-    layout = subject.layout
-    left = layout.count - len(subject.critical)
-    return [
-        Intervention(
-            ns.zero_out(ns.sample(layout, size, seed=DRAW_SEED + draw, exclude=subject.critical)),
-            "random",
-            fraction=fraction,
-            draw=draw,
-        )
-        for fraction in CONTROL_FRACTIONS
-        for size in [min(left, max(1, round(fraction * layout.count)))]
-        for draw in range(subject.draws)
-    ]
-
-
-def matched_controls(subject: Subject) -> list[Intervention]:
-    """Return the controls for p-values: for each critical set as many random neurons, from its layers and from all."""
-    interventions = []
+def global_zero_out(subject: Subject) -> Iterator[Intervention]:
+    """Yield 1a: zero the top neurons of the whole model."""
     for criterion, group, k, neurons in subject.chosen():
-        for kind in ("same layers", "random"):
-            for draw in range(subject.control_draws):
-                drawn = _matched(subject, neurons, kind, DRAW_SEED + draw)
-                name = group if criterion == "gradient" else "all"
-                interventions.append(Intervention(ns.zero_out(drawn), kind, name, k, draw=draw))
-    return interventions
+        yield Intervention(ns.zero_out(neurons), criterion, group, k)
+
+
+def randomised(edit: Callable[..., ns.Edit], subject: Subject) -> Iterator[Intervention]:
+    """Yield 1c and 1d: replace the top neurons by normal draws, or add draws to them."""
+    scales: list[dict[str, float]] = [{"std": std} for std in STANDARD_DEVIATIONS] + [{"relative_std": RELATIVE_STD}]
+    for (criterion, group, k, neurons), scale, draw in product(subject.chosen(), scales, range(subject.draws)):
+        made = edit(neurons, **scale, seed=DRAW_SEED + draw)
+        yield Intervention(made, criterion, group, k, **scale, draw=draw)  # type: ignore[arg-type]  # std, relative_std
+
+
+def zero_out_within_layers(subject: Subject) -> Iterator[Intervention]:
+    """Yield 1e: zero the top neurons within each layer in turn."""
+    for (criterion, group, k, neurons), layer in product(subject.chosen(per="layer"), subject.layout):
+        part = neurons & ns.select(subject.layout, {layer.parameter: ...})
+        yield Intervention(ns.zero_out(part), criterion, group, k, layer=layer.parameter)
+
+
+def rewind_layers(subject: Subject) -> Iterator[Intervention]:
+    """Yield 1f: every layer in turn as it was some epochs earlier, alone and with the norm that follows it."""
+    every, last = ns.find_layout(subject.model, extra="*"), max(subject.checkpoints)
+    paths = {distance: subject.checkpoints[last - distance] for distance in DISTANCES if distance <= last}
+    for layer in subject.layout:
+        module = layer.parameter.rpartition(".")[0]
+        own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == module]
+        alone = ns.select(every, dict.fromkeys(own, ...))
+        found = functools.partial(_following_norm, subject, layer)
+        norm = subject.kept.of(f"norm that follows {layer.parameter}", found)
+        wide = alone | ns.select(every, dict.fromkeys(norm, ...))
+        for (distance, path), part in product(paths.items(), dict.fromkeys([alone, wide])):  # one, without a norm
+            edit, with_norm = ns.rewind(part, path), part != alone
+            yield Intervention(edit, "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm)
+
+
+def _following_norm(subject: Subject, layer: ns.Layer) -> list[str]:
+    """Return the parameters of the normalisation that reads a layer alone; none where there is none."""
+    try:
+        silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
+    except ValueError:  # what follows is no layer's alone
+        return []
+    return [other.parameter for other in silent.neurons.by_layer() if other != layer]
+
+
+def controls(subject: Subject) -> Iterator[Intervention]:
+    """Yield 1g: zero random neurons that are not critical.
+
+    The paper's are a share of the model (at least one). Those for p-values are as many as each critical set has, from
+    its layers and from all.
+    """
+    layout, critical = subject.layout, subject.critical
+    for fraction, draw in product(CONTROL_FRACTIONS, range(subject.draws)):
+        size = min(layout.count - len(critical), max(1, round(fraction * layout.count)))
+        drawn = ns.sample(layout, size, seed=DRAW_SEED + draw, exclude=critical)
+        yield Intervention(ns.zero_out(drawn), "random", fraction=fraction, draw=draw)
+    kinds = ("same layers", "random")
+    for (_, group, k, neurons), kind, draw in product(subject.chosen(), kinds, range(subject.control_draws)):
+        drawn = _matched(subject, neurons, kind, DRAW_SEED + draw)
+        yield Intervention(ns.zero_out(drawn), kind, group, k, draw=draw)
 
 
 def _matched(subject: Subject, neurons: ns.Neurons, kind: str, seed: int) -> ns.Neurons:
@@ -283,13 +202,13 @@ def _matched(subject: Subject, neurons: ns.Neurons, kind: str, seed: int) -> ns.
     return drawn
 
 
-EXPERIMENTS: Final[Mapping[str, Callable[[Subject], list[Intervention]]]] = {
+EXPERIMENTS: Final[Mapping[str, Callable[[Subject], Iterable[Intervention]]]] = {
     "1a": global_zero_out,
-    "1c": random_init,
-    "1d": random_noise,
+    "1c": functools.partial(randomised, ns.random_init),
+    "1d": functools.partial(randomised, ns.random_noise),
     "1e": zero_out_within_layers,
     "1f": rewind_layers,
-    "1g": lambda subject: random_controls(subject) + matched_controls(subject),
+    "1g": controls,
 }
 
 
@@ -297,33 +216,21 @@ EXPERIMENTS: Final[Mapping[str, Callable[[Subject], list[Intervention]]]] = {
 
 
 def measure(
-    model: nn.Module,
-    interventions: Sequence[Intervention],
-    loaders: Mapping[str, Loader],
-    *,
-    kept: Parts | None = None,
-    progress: bool = False,
+    model: nn.Module, interventions: Iterable[Intervention], loaders: Mapping[str, Loader], kept: Parts
 ) -> list[dict[str, Any]]:
-    """Return one record per intervention: what was done, and by group before, after, change, interval, p and count.
+    """Return one record per intervention: what was done, and by group what it changes; equal edits are measured once.
 
-    Args:
-        model: the trained model.
-        interventions: what to measure; those of equal edits are measured once.
-        loaders: a loader per group.
-        kept: what was measured before a kill, and where it is written down every few seconds.
-        progress: whether to write lines of progress to standard error.
+    What was measured before a kill is in `kept`, where changes are written down every few seconds.
     """
-    identities = {edit: identity(edit) for edit in dict.fromkeys(said.edit for said in interventions)}
-    changes = Parts() if kept is None else kept
-    left = {name: edit for edit, name in identities.items() if name not in changes}
-    done = len(identities) - len(left)
-    count = Count(len(identities), "different edits")
+    made = list(interventions)
+    identities = {edit: identity(edit) for edit in dict.fromkeys(said.edit for said in made)}
+    left = {name: edit for edit, name in identities.items() if name not in kept}
+    done, count = len(identities) - len(left), Count(len(identities), "different edits")
     for swept in sweep_in_parts(model, _by_seconds(left), loaders):
-        changes.keep({name: changes_of(swept, name) for name in swept.labels})
+        kept.keep(changes_of(swept))
         done += len(swept)
-        if progress:
-            count.at(done)
-    return [{**said.to_record(), "changes": changes[identities[said.edit]]} for said in interventions]
+        count.at(done)
+    return [{**said.to_record(), "changes": kept[identities[said.edit]]} for said in made]
 
 
 def identity(edit: ns.Edit) -> str:
@@ -344,46 +251,22 @@ def _by_seconds(edits: Mapping[str, ns.Edit]) -> Iterator[dict[str, ns.Edit]]:
         size = max(FEWEST, min(round(rate * SECONDS), GROWTH * size))
 
 
-def changes_of(swept: ns.Sweep, label: str) -> list[dict[str, Any]]:
-    """Return by group before, after, change, interval, p and count of one edit of a sweep."""
-    change, interval, p = swept.change(label), swept.interval(label), swept.p_value(label)
-    return [
-        {
-            "group": group,
-            "before": swept.baseline[group],
-            "after": swept[label][group],
-            "change": change[group],
-            "low": interval[group][0],
-            "high": interval[group][1],
-            "p": p[group],
-            "count": count,
-        }
-        for group, count in zip(swept.baseline.groups, swept.baseline.counts, strict=True)
-    ]
+def changes_of(swept: ns.Sweep) -> dict[str, list[dict[str, Any]]]:
+    """Return by edit one record per group: before, after (as value), change, interval, p and count."""
+    changes: dict[str, list[dict[str, Any]]] = {label: [] for label in swept.labels}
+    for row in swept.to_records():
+        changes[row.pop("label")].append({"before": swept.baseline[row["group"]], **row})
+    return changes
 
 
-def rank_percentiles(
-    gradients: ns.Scores, magnitudes: ns.Scores, shares: Sequence[float] = RANK_SHARES
-) -> list[dict[str, Any]]:
+def rank_percentiles(gradients: ns.Scores, magnitudes: ns.Scores) -> list[dict[str, Any]]:
     """Return 1b: where the top neurons by one criterion rank by the other, as percentiles."""
     records = []
-    for share in shares:
-        for group in gradients.groups:
-            own = gradients[group]
-            for chosen_by, chooser, ranked_by, ranker in (
-                ("gradient", own, "magnitude", magnitudes),
-                ("magnitude", magnitudes, "gradient", own),
-            ):
-                chosen = ns.top_fraction(chooser, share)
-                percentiles = ns.ranks(ranker, of=chosen)[0]
-                records.append(
-                    {
-                        "chosen_by": chosen_by,
-                        "ranked_by": ranked_by,
-                        "group": str(group),
-                        "share": share,
-                        "neurons": len(chosen),
-                        "percentiles": percentiles.tolist(),
-                    }
-                )
+    for share, group in product(RANK_SHARES, gradients.groups):
+        scores = {"gradient": gradients[group], "magnitude": magnitudes}
+        for chosen_by, ranked_by in permutations(scores):
+            chosen = ns.top_fraction(scores[chosen_by], share)
+            said = {"chosen_by": chosen_by, "ranked_by": ranked_by, "group": str(group), "share": share}
+            percentiles = ns.ranks(scores[ranked_by], of=chosen)[0].tolist()
+            records.append({**said, "neurons": len(chosen), "percentiles": percentiles})
     return records

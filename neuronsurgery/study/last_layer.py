@@ -2,17 +2,17 @@
 
 One code for a family of methods, which differ only in what the examples are balanced over: true groups (DFR, on
 group-balanced validation images), inferred groups (no group labels), the classes, or the model's own confidence (AFR).
-Features are computed once; a fit on some hundred of them takes a fraction of a second.
+Features are computed once; a fit on some hundred of them takes a fraction of a second, by scikit-learn.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,19 +27,10 @@ from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.types import Group, Loaders, Predict
 
 Penalty: TypeAlias = Literal["l1", "l2"]
-Doubles: TypeAlias = npt.NDArray[np.float64]
-Integers: TypeAlias = npt.NDArray[np.int64]
 
-STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
-"""Values of C that `dfr` chooses from, in this order, as its authors do for Waterbirds."""
-
-REFITS: Final = 20
-"""How many regressions `dfr` averages, as its authors do."""
-
-GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
-"""Values of gamma that `tuned_afr` chooses from, in this order."""
-
-ITERATIONS: Final = 10_000
+STRENGTHS: Final = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)  # C of `dfr`, as its authors try them for Waterbirds
+REFITS: Final = 20  # regressions that `dfr` averages, as its authors do
+GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)  # of `tuned_afr`
 
 
 # What is fitted
@@ -82,8 +73,7 @@ class LinearRule(NamedTuple):
         return scores.argmax(1) if len(self.coef) > 1 else (scores[:, 0] > 0).long()
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
+class Tuned(NamedTuple):
     """A rule and how its hyper-parameter was chosen.
 
     Attributes:
@@ -97,90 +87,46 @@ class Tuned:
     accuracies: Mapping[float, float]
 
 
-@dataclass(frozen=True, eq=False)
-class Scaler:
-    """Standardisation of features: (x - mean) / scale.
-
-    Attributes:
-        mean: float64 (D,).
-        scale: float64 (D,), the standard deviation (divided by N); 1 where a feature is constant.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def fit(cls, features: Tensor) -> Scaler:
-        """The scaler of some features (N, D)."""
-        wide = features.double()
-        constant = (wide == wide[0]).all(0)  # rounding would leave a tiny spread, and dividing by it noise
-        return cls(wide.mean(0), torch.where(constant, 1.0, wide.std(0, correction=0)))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """The standardised features, float64 (N, D)."""
-        return (features.double() - self.mean) / self.scale
-
-    def unscaled(self, rule: LinearRule) -> LinearRule:
-        """The rule that says of raw features what `rule` says of standardised ones."""
-        coef = rule.coef / self.scale
-        return LinearRule(coef, rule.intercept - coef @ self.mean)
-
-
 # The model's side
 
 
 def last_linear(
     model: nn.Module, batch: Any = None, *, predict: Predict | None = None, unpack: Unpack | None = None
 ) -> str:
-    """The name of the last linear layer, such as "fc", "head" or "classifier.6"; "" where it is the model itself.
+    """The name of the last linear layer in the bare model, such as "classifier.6"; "" where it is the model itself.
 
     Args:
-        model: any module; it is run in evaluation mode, on a copy that shares its weights.
-        batch: what a loader yields. With it, the layer is the one whose output **is** the model's logits; without it,
-            the last one that the model registers, which is the same for the usual networks, but not checked: an
-            auxiliary head that is registered behind it would be taken for it.
+        model: any module; a copy that shares its weights is run in evaluation mode.
+        batch: what a loader yields. With it, the layer is the one whose output **is** the model's logits; without, the
+            last one that the model registers: the same for the usual networks, unless an auxiliary head is behind it.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
-
-    Returns:
-        The layer's name in the bare model.
 
     Raises:
         ValueError: if the logits are no linear layer's output, or there is no linear layer.
     """
-    if batch is None:
-        copied = eval_copy(model)
-        names = [name for name, module in copied.named_modules() if isinstance(module, nn.Linear)]
-        if not names:
-            raise ValueError(f"{type(copied).__name__} has no linear layer, so its last layer cannot be retrained")
-        return str(names[-1])
-    runner = _Runner(model, predict)
-    runner.run(move(unpack_batch(batch, unpack), runner.device))
-    return runner.head
+    if batch is not None:
+        runner = _Runner(model, predict)
+        runner.run(move(unpack_batch(batch, unpack), runner.device))
+        return runner.head
+    if linears := _linear_layers(bare := eval_copy(model)):
+        return list(linears)[-1]
+    raise ValueError(f"{type(bare).__name__} has no linear layer, so its last layer cannot be retrained")
 
 
 def extract_features(
-    model: nn.Module,
-    loaders: Loaders,
-    *,
-    predict: Predict | None = None,
-    unpack: Unpack | None = None,
-    progress: bool = False,
+    model: nn.Module, loaders: Loaders, *, predict: Predict | None = None, unpack: Unpack | None = None
 ) -> Features:
     """What the last linear layer of a model reads, for every example, in the order of the loaders.
 
-    The model runs in evaluation mode on a copy that shares its weights, without gradient; nothing of it changes.
+    The model runs in evaluation mode on a copy that shares its weights, without gradient; nothing of it changes. Groups
+    that are integers stay as they are; names are numbered, those of a mapping in its order, others in ascending order.
 
     Args:
         model: a network whose logits are the output of a linear layer.
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example.
         predict: the model's output -> logits.
         unpack: what a loader yields -> `Batch`.
-        progress: whether to write a line of progress to standard error.
-
-    Returns:
-        Features (N, D), targets int64 (N,), groups int64 (N,), and the name of the layer. Groups that are integers stay
-        as they are; names are numbered, those of a mapping in its order, others in ascending order.
 
     Raises:
         ValueError: if the logits are no linear layer's output, it does not read one vector per example, a target is no
@@ -190,8 +136,7 @@ def extract_features(
     features: list[Tensor] = []
     targets: list[Tensor] = []
     names: list[Group] = []
-    label = "features" if progress else None
-    for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=label):
+    for groups, batch in iterate_groups(loaders, device=runner.device, unpack=unpack, progress=None):
         features.append(runner.run(batch))
         targets.append(batch.targets.detach().cpu())
         names.extend(groups)
@@ -205,20 +150,20 @@ def extract_features(
             f"targets must be class indices, one integer per example, not {classes.dtype} of shape "
             f"{tuple(classes.shape)}: convert them"
         )
-    order: Sequence[Group] = list(loaders) if isinstance(loaders, Mapping) else _ascending(names)
-    integers = all(isinstance(group, int) for group in order)
-    numbers = {group: group if integers else number for number, group in enumerate(order)}
-    group_numbers = torch.tensor([numbers[name] for name in names]).long()
-    return Features(torch.cat(features), classes.long(), group_numbers, runner.head)
+    ascending = sorted(set(names), key=lambda name: (isinstance(name, str), name))
+    order = list(loaders) if isinstance(loaders, Mapping) else ascending
+    integers = all(isinstance(name, int) for name in order)
+    numbers = {name: name if integers else number for number, name in enumerate(order)}
+    places = torch.tensor([numbers[name] for name in names]).long()
+    return Features(torch.cat(features), classes.long(), places, runner.head)
 
 
-def _ascending(groups: Sequence[Group]) -> list[Group]:
-    """The distinct groups, integers before strings."""
-    return sorted(set(groups), key=lambda group: (isinstance(group, str), group))
+def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 class _Runner:
-    """A private copy of a model that notes what its linear layers read and return."""
+    """A private copy of a model that notes what its linear layers read and return, to find which are its logits."""
 
     def __init__(self, model: nn.Module, predict: Predict | None) -> None:
         self.model = eval_copy(model)
@@ -226,35 +171,31 @@ class _Runner:
         self.predict = predict
         self.head = ""
         self.examples = 0
-        self.passed: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(self._noting(name), with_kwargs=True)
+        self.passed: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
+        self.names = {layer: name for name, layer in _linear_layers(self.model).items()}
+        for layer in self.names:
+            layer.register_forward_hook(self._note, with_kwargs=True)
 
-    def _noting(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-            # Of layers that read many tokens per example only the latest is held: all would fill the memory.
-            some = {other: seen for other, seen in self.passed.items() if seen[1].shape[:-1] == (self.examples,)}
-            self.passed = some | {name: (args[0] if args else kwargs["input"], output)}
-
-        return note
+    def _note(self, layer: nn.Linear, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        # Of layers that read many tokens per example only the latest is held: all would fill the memory.
+        some = {other: seen for other, seen in self.passed.items() if seen[1].shape[:-1] == (self.examples,)}
+        self.passed = some | {layer: (args[0] if args else kwargs["input"], output)}
 
     def run(self, batch: ns.Batch) -> Tensor:
         """What the last linear layer reads of a batch, (n, D), on the CPU."""
         self.passed, self.examples = {}, len(batch)
         with torch.no_grad(), without_mha_fastpath():
             logits = extract_logits(self.model(*batch.args, **batch.kwargs), self.predict, len(batch))
-            found = [
-                name for name, (inputs, output) in self.passed.items() if self._is_head(name, inputs, output, logits)
-            ]
-        if not found:
+            heads = [layer for layer, passed in self.passed.items() if _is_output_of(layer, *passed, logits)]
+        if not heads:
+            last = f"the last that ran is {self.names[list(self.passed)[-1]]}" if self.passed else ""
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not the output of a linear layer"
-                f"{f' (the last that ran is {list(self.passed)[-1]})' if self.passed else ', of which it runs none'}: "
-                f"pass predict=, a function output -> that layer's output, or give a network that ends in one"
+                f"{f' ({last})' if last else ', of which it runs none'}: pass predict=, a function output -> that "
+                f"layer's output, or give a network that ends in one"
             )
-        self.head = found[-1]
-        features = self.passed[self.head][0]
+        self.head = self.names[heads[-1]]
+        features = self.passed[heads[-1]][0]
         if features.dim() != 2:
             raise ValueError(
                 f"the last linear layer '{self.head}' reads {tuple(features.shape)} for {len(batch)} examples; "
@@ -262,29 +203,26 @@ class _Runner:
             )
         return features.detach().cpu().clone()
 
-    def _is_head(self, name: str, inputs: Tensor, output: Tensor, logits: Tensor) -> bool:
-        """Whether the logits are this layer's output, untouched."""
-        places = [(tensor.shape, tensor.stride(), tensor.data_ptr()) for tensor in (output, logits)]
-        if places[0] != places[1]:
-            return False
-        layer = self.model.get_submodule(name)
-        again = functional.linear(inputs, layer.weight, layer.bias)  # type: ignore[arg-type]  # of an nn.Linear
-        # In the same place, they may still have been changed there: divided by a temperature, cut off by a hook.
-        return torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()), equal_nan=True)
+
+def _is_output_of(layer: nn.Linear, inputs: Tensor, output: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are a linear layer's output, untouched."""
+    if not output.is_set_to(logits):
+        return False
+    # In the same place, they may still have been changed there: divided by a temperature, cut off by a hook.
+    again = functional.linear(inputs, layer.weight, layer.bias)
+    return torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()), equal_nan=True)
 
 
 def last_logits(model: nn.Module, features: Tensor, *, head: str | None = None) -> Tensor:
-    """The logits that a model's last linear layer gives for some features, float64 (N, C).
+    """The logits that a model's last linear layer gives for some features (N, D), float64 (N, C).
 
     Args:
         model: the model.
-        features: (N, D), from `extract_features`.
-        head: the layer's name, the `head` of what `extract_features` returned; default the one linear layer that reads
-            vectors of D.
+        features: from `extract_features`.
+        head: the layer's name, `Features.head`; default the one linear layer that reads vectors of D.
 
     Raises:
-        ValueError: if there is no such linear layer, it reads vectors of another length, or `head` is not given and
-            several could be meant.
+        ValueError: if there is no such layer, or several, or it reads vectors of another length.
     """
     length = features.shape[1] if features.dim() == 2 else None
     name, layer = _head(model, head, lambda linear: linear.in_features == length)
@@ -298,26 +236,20 @@ def last_logits(model: nn.Module, features: Tensor, *, head: str | None = None) 
 
 
 def retrained(model: nn.Module, coef: Tensor, intercept: Tensor, *, head: str | None = None) -> ns.Edit:
-    """The edit that puts a linear rule in the place of a model's last layer.
+    """The edit that puts a linear rule in the place of a model's last layer: a rewind of its weight and bias.
 
     `apply(edit, model)` is the retrained model. A rule for two classes has one row w (and one number b), the evidence
     for class 1. In a layer of two rows it is split evenly, row 0 = -w / 2 and row 1 = w / 2, so that the difference of
-    the logits is w x + b and their softmax the rule's probability. With a row per class, and for a layer of a single
-    row, rows are taken as they are.
+    the logits is w x + b and their softmax the rule's probability. Otherwise rows are taken as they are.
 
     Args:
         model: the model whose features the rule was fitted on.
         coef: (C, D), or (1, D) for two classes.
         intercept: (C,), or (1,).
-        head: the layer's name, the `head` of what `extract_features` returned; default the one linear layer that the
-            rule fits.
-
-    Returns:
-        A rewind of the layer's weight and bias to these values.
+        head: the layer's name, `Features.head`; default the one linear layer that the rule fits.
 
     Raises:
-        ValueError: if there is no such linear layer, it has no bias, the shapes do not fit it, or `head` is not given
-            and several could be meant.
+        ValueError: if there is no such layer, or several, it has no bias, or the shapes do not fit it.
     """
     name, layer = _head(model, head, lambda linear: _fits(coef, linear))
     if layer.bias is None:
@@ -347,13 +279,12 @@ def _fits(coef: Tensor, layer: nn.Linear) -> bool:
 
 def _head(model: nn.Module, head: str | None, fits: Callable[[nn.Linear], bool]) -> tuple[str, nn.Linear]:
     """The name and a plain copy, weights shared, of the last layer; without a name, of the only one that fits."""
-    linears = {name: module for name, module in eval_copy(model).named_modules() if isinstance(module, nn.Linear)}
-    fitting = [name for name, module in linears.items() if fits(module)]
+    linears = _linear_layers(eval_copy(model))
+    fitting = [name for name, layer in linears.items() if fits(layer)]
     if head is None and len(fitting) > 1:
-        more = f", ... and {len(fitting) - 10} more" if len(fitting) > 10 else ""
         raise ValueError(
-            f"several linear layers could be the last one, {', '.join(map(repr, fitting[-10:]))}{more}: pass "
-            f"head=features.head, which extract_features finds by running the model"
+            f"several linear layers could be the last one, {', '.join(map(repr, fitting))}: pass head=features.head, "
+            f"which extract_features finds by running the model"
         )
     # Where none fits, the error of the caller is about the last one.
     name = head if head is not None else fitting[0] if fitting else last_linear(model)
@@ -369,27 +300,18 @@ def _head(model: nn.Module, head: str | None, fits: Callable[[nn.Linear], bool])
 
 
 def balanced_subset(groups: Tensor, seed: int, number: int, *, group_count: int | None = None) -> Tensor:
-    """As many examples of every group as the smallest group has, drawn at random.
+    """As many examples of every group as the smallest group has, drawn at random: their indices, int64, ascending.
 
-    Args:
-        groups: int (N,), numbered 0 ... G - 1.
-        seed: of the draw.
-        number: of the subset; the draw depends on (seed, number) and the groups alone.
-        group_count: G; default the largest group's number plus 1.
-
-    Returns:
-        The indices, int64, ascending.
-
-    Raises:
-        ValueError: if a group has no examples; lists them.
+    The draw depends on the groups, int (N,) of 0 ... G - 1, the seed and the number of the subset alone. `group_count`
+    is G, by default the largest group's number plus 1; a group without examples raises a ValueError.
     """
     members = _members(groups, group_count)
-    smallest = min(len(own) for own in members)
+    smallest = min(map(len, members))
     drawn = [
         own[permutation(len(own), "balanced subset", seed, number, group)[:smallest]]
         for group, own in enumerate(members)
     ]
-    return torch.from_numpy(np.sort(np.concatenate(drawn)))
+    return torch.cat(drawn).sort().values
 
 
 def balanced_logistic(
@@ -401,7 +323,7 @@ def balanced_logistic(
     strength: float = 0.1,
     subsets: int = 10,
     seed: int = 0,
-    scaler: Scaler | None = None,
+    scaler: Any = None,
     group_count: int | None = None,
 ) -> LinearRule:
     """The mean of logistic regressions, each on a random subset that has equally many examples of every group.
@@ -417,63 +339,35 @@ def balanced_logistic(
         strength: C, the inverse of the penalty's weight; of standardised features.
         subsets: how many regressions.
         seed: of the subsets.
-        scaler: how features are standardised before the fit; default by all of `features`.
+        scaler: scikit-learn's fitted `StandardScaler`, for the fit alone; default by all of `features`.
         group_count: G, where the last groups might be empty; default the largest group's number plus 1.
 
-    Returns:
-        The mean rule, of raw features: the standardisation is folded into it.
-
     Raises:
-        ImportError: if scikit-learn is not installed.
         ValueError: if shapes do not fit, features are not finite, there are fewer than two classes, a class or a group
             has no examples, a subset has none of a class, or `strength` or `subsets` is out of range.
     """
-    _check(features, targets, groups, strength=strength)
+    _check(features, targets, groups, strength)
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, found {subsets}: 10 or 20 are usual")
-    scaler = scaler or Scaler.fit(features)
-    standard = scaler(features)
+    scaler = scaler or _fitted_scaler(features)
     drawn = [balanced_subset(groups, seed, number, group_count=group_count) for number in range(subsets)]
     for subset in drawn:
         _refuse_missing_classes(targets, subset)
-    rules = [_logistic(standard[subset], targets[subset], penalty, strength) for subset in drawn]
-    coef, intercept = (torch.stack(parts).mean(0) for parts in zip(*rules, strict=True))
-    return scaler.unscaled(LinearRule(coef, intercept))
+    rules = [_logistic(features[subset], targets[subset], scaler, penalty, strength) for subset in drawn]
+    return LinearRule(*(torch.stack(parts).mean(0) for parts in zip(*rules, strict=True)))
 
 
 def weighted_logistic(
-    features: Tensor,
-    targets: Tensor,
-    groups: Tensor,
-    *,
-    strength: float = 0.1,
-    scaler: Scaler | None = None,
+    features: Tensor, targets: Tensor, groups: Tensor, *, strength: float = 0.1, scaler: Any = None
 ) -> LinearRule:
-    """The logistic regression of all examples in which every group weighs the same.
+    """The logistic regression of all examples in which every group weighs the same, with an L2 penalty.
 
     An example of a group of n weighs N / (G n), where N examples are of G groups that are not empty. No example is left
-    out, as each but a few of a common group are in `balanced_logistic`.
-
-    Args:
-        features: (N, D).
-        targets: int (N,), classes 0 ... C - 1.
-        groups: int (N,), numbered 0 ... G - 1: true groups, inferred ones, or the classes themselves.
-        strength: C, the inverse of the L2 penalty's weight; of standardised features.
-        scaler: how features are standardised before the fit; default by all of `features`.
-
-    Returns:
-        The rule, of raw features: the standardisation is folded into it.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: if shapes do not fit, features are not finite, there are fewer than two classes, a class has no
-            examples, or `strength` is out of range.
+    out, as each but a few of a common group are in `balanced_logistic`, whose arguments and errors it has.
     """
-    _check(features, targets, groups, strength=strength)
-    scaler = scaler or Scaler.fit(features)
-    counts = torch.bincount(groups)
-    weights = len(groups) / (int((counts > 0).sum()) * counts[groups].double())
-    return scaler.unscaled(_logistic(scaler(features), targets, "l2", strength, weights))
+    _check(features, targets, groups, strength)
+    weights = _sklearn("utils.class_weight").compute_sample_weight("balanced", groups.numpy())
+    return _logistic(features, targets, scaler or _fitted_scaler(features), "l2", strength, weights)
 
 
 def dfr(
@@ -499,18 +393,11 @@ def dfr(
     Args:
         validation: features, classes and groups of the validation images.
         train_features: (M, D), features of the training images; for the standardisation only.
-        penalty: see `balanced_logistic`.
+        penalty: see `balanced_logistic`, as for `group_count` and errors.
         strengths: values of C to choose from; of equally good ones, the first.
         refits: how many regressions to average.
         seed: of the halves and the subsets.
-        group_count: see `balanced_logistic`.
-
-    Returns:
-        The averaged rule, the C that was `chosen`, and the `accuracies` of every C by which it was.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: as `balanced_logistic`, also where a half has no examples of a group.
+        group_count: that of the data; a half without examples of a group is an error.
 
     Source:
         Kirichenko et al., "Last layer re-training is sufficient for robustness to spurious correlations", 2023, and
@@ -519,7 +406,7 @@ def dfr(
     features, targets, groups = validation
     if not strengths:
         raise ValueError("strengths is empty: give the values of C to choose from")
-    _check(features, targets, groups, strength=min(strengths))
+    _check(features, targets, groups, min(strengths))
     count = len(_members(groups, group_count))
     order = torch.from_numpy(permutation(len(targets), "halves", seed))
     judging, fitting = order[: len(order) // 2], order[len(order) // 2 :]
@@ -527,36 +414,28 @@ def dfr(
         _members(groups[half], count, "half of the validation images, drawn at random,")
     fitting = fitting[balanced_subset(groups[fitting], seed, refits, group_count=count)]  # none of the refits' subsets
     _refuse_missing_classes(targets, fitting)
-    scaler = Scaler.fit(features[fitting])
-
-    def judged(strength: float) -> float:
-        rule = scaler.unscaled(_logistic(scaler(features[fitting]), targets[fitting], penalty, strength))
-        return worst_accuracy(rule, Features(features[judging], targets[judging], groups[judging]))
-
-    accuracies = {strength: judged(strength) for strength in strengths}
-    chosen = max(accuracies, key=accuracies.__getitem__)
+    x, y, scaler = features[fitting], targets[fitting], _fitted_scaler(features[fitting])
+    rules = {strength: _logistic(x, y, scaler, penalty, strength) for strength in strengths}
+    tuned = _best(rules, Features(features[judging], targets[judging], groups[judging]))
     rule = balanced_logistic(
         *validation,
         penalty=penalty,
-        strength=chosen,
+        strength=tuned.chosen,
         subsets=refits,
         seed=seed,
-        scaler=Scaler.fit(train_features),
+        scaler=_fitted_scaler(train_features),
         group_count=count,
     )
-    return Tuned(rule, chosen, accuracies)
+    return tuned._replace(rule=rule)
 
 
 def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
-    """The weight of each example in AFR, exp(-gamma p) / n with p the probability of its class and n the class's size.
+    """The weight of each example in AFR, float64 (N,), of mean 1: as exp(-gamma p) / n.
 
     Args:
-        targets: int (N,), classes.
-        logits: (N, C), of the model before retraining.
-        gamma: at least 0; 0 weighs all examples of a class the same.
-
-    Returns:
-        float64 (N,), of mean 1.
+        targets: int (N,), the classes, of n examples each.
+        logits: (N, C), of the model before retraining, see `last_logits`; p is the probability of the example's class.
+        gamma: how strongly to weigh, at least 0; 0 weighs all examples of a class the same.
 
     Raises:
         ValueError: if shapes do not fit, a target is none of the classes, or gamma is negative or not finite.
@@ -577,43 +456,19 @@ def afr_weights(targets: Tensor, logits: Tensor, gamma: float) -> Tensor:
     return weights * (len(weights) / weights.sum())
 
 
-def afr(
-    features: Tensor,
-    targets: Tensor,
-    logits: Tensor,
-    *,
-    gamma: float = 4.0,
-    strength: float = 0.1,
-    scaler: Scaler | None = None,
-) -> LinearRule:
+def afr(features: Tensor, targets: Tensor, logits: Tensor, *, gamma: float = 4.0, strength: float = 0.1) -> LinearRule:
     """Automatic feature reweighting: a logistic regression in which an example weighs more, the worse it is known.
 
-    It differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place
-    of some steps of gradient descent with a penalty on the distance to the weights of the model.
-
-    Args:
-        features: (N, D), of images that the model was not trained on.
-        targets: int (N,), classes 0 ... C - 1.
-        logits: (N, C), of the model before retraining: see `last_logits`.
-        gamma: how strongly to weigh; see `afr_weights`.
-        strength: C, the inverse of the penalty's weight; of standardised features.
-        scaler: how features are standardised before the fit; default by all of `features`.
-
-    Returns:
-        The rule, of raw features.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: if shapes do not fit, features are not finite, a class has no examples, or `gamma` or `strength` is
-            out of range.
+    The features are those of images that the model was not trained on; see `afr_weights` and `balanced_logistic`. It
+    differs from its source in the fit: an L2 penalty on the weights, which start from zero, to the optimum, in place of
+    some steps of gradient descent with a penalty on the distance to the weights of the model.
 
     Source:
         Qiu et al., "Simple and fast group robustness by automatic feature reweighting", 2023.
     """
-    _check(features, targets, targets, strength=strength)
-    weights = afr_weights(targets, logits, gamma)
-    scaler = scaler or Scaler.fit(features)
-    return scaler.unscaled(_logistic(scaler(features), targets, "l2", strength, weights))
+    _check(features, targets, targets, strength)
+    weights = afr_weights(targets, logits, gamma).detach().numpy()
+    return _logistic(features, targets, _fitted_scaler(features), "l2", strength, weights)
 
 
 def tuned_afr(
@@ -624,28 +479,24 @@ def tuned_afr(
     *,
     gammas: Sequence[float] = GAMMAS,
     strength: float = 0.1,
-    scaler: Scaler | None = None,
 ) -> Tuned:
-    """AFR with the gamma that does best for the worst group of other images.
+    """`afr` with the gamma, of equally good ones the first, that does best for the worst group of other images.
 
-    Args:
-        features: (N, D); this and what follows as for `afr`.
-        targets: int (N,).
-        logits: (N, C).
-        validation: images to judge by, none of which should be among those of `features`. Its groups are the selector:
-            true groups, inferred ones, or its classes (the worst class).
-        gammas: values to choose from; of equally good ones, the first.
-        strength: see `afr`.
-        scaler: see `afr`.
+    The groups of `validation`, none of whose images should be among those of `features`, are the selector: true groups,
+    inferred ones, or its classes (the worst class). The rest as for `afr`.
 
     Raises:
-        ImportError: if scikit-learn is not installed.
         ValueError: as `afr`, or if there is no gamma to choose from or no image to judge by.
     """
     if not gammas or not len(validation.targets):
         raise ValueError(f"found {len(gammas)} gammas and {len(validation.targets)} images to judge them by: give both")
-    rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength, scaler=scaler) for gamma in gammas}
-    accuracies = {gamma: worst_accuracy(rule, validation) for gamma, rule in rules.items()}
+    rules = {gamma: afr(features, targets, logits, gamma=gamma, strength=strength) for gamma in gammas}
+    return _best(rules, validation)
+
+
+def _best(rules: Mapping[float, LinearRule], data: Features) -> Tuned:
+    """The rule that does best for the worst group, of those of some values."""
+    accuracies = {value: worst_accuracy(rule, data) for value, rule in rules.items()}
     chosen = max(accuracies, key=accuracies.__getitem__)
     return Tuned(rules[chosen], chosen, accuracies)
 
@@ -657,32 +508,36 @@ def worst_accuracy(rule: LinearRule, data: Features) -> float:
 
 
 def _logistic(
-    features: Tensor, targets: Tensor, penalty: Penalty, strength: float, weights: Tensor | None = None
+    features: Tensor, targets: Tensor, scaler: Any, penalty: Penalty, strength: float, weights: Any = None
 ) -> LinearRule:
-    """A logistic regression of standardised features."""
-    x, y = features.detach().numpy(), targets.numpy()
-    weight = None if weights is None else weights.detach().numpy()
-    classes = int(y.max()) + 1
-    if penalty == "l2":
-        fits = [_sklearn(strength, solver="lbfgs").fit(x, y, weight)]
-    elif penalty == "l1":
-        each = [1] if classes == 2 else range(classes)
-        fits = [_sklearn(strength, solver="liblinear", **_l1()).fit(x, y == one, weight) for one in each]
-    else:
+    """A logistic regression of standardised features, as the rule of raw ones."""
+    regression = _sklearn("linear_model").LogisticRegression
+    if penalty not in ("l1", "l2"):
         raise ValueError(f"penalty must be 'l1' or 'l2', found {penalty!r}: pass one of them")
-    coef, intercept = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("coef_", "intercept_"))
-    return LinearRule(torch.from_numpy(coef).double(), torch.from_numpy(intercept).double())
+    x, y = scaler.transform(features.detach().double().numpy()), targets.numpy()
+    # A seed of its own: liblinear would otherwise draw one from numpy's global state.
+    options: dict[str, Any] = {"C": strength, "max_iter": 10_000, "random_state": 0}
+    answers = [y]
+    if penalty == "l1":
+        options |= {"solver": "liblinear"} | _l1()
+        answers = [y == one for one in ([1] if y.max() == 1 else range(y.max() + 1))]
+    fits = [regression(**options).fit(x, answer, weights) for answer in answers]
+    coef = np.concatenate([fit.coef_ for fit in fits]) / scaler.scale_
+    intercept = np.concatenate([fit.intercept_ for fit in fits]) - coef @ scaler.mean_
+    return LinearRule(torch.from_numpy(coef), torch.from_numpy(intercept))
 
 
-def _sklearn(strength: float, **options: Any) -> Any:
+def _fitted_scaler(features: Tensor) -> Any:
+    return _sklearn("preprocessing").StandardScaler().fit(features.detach().double().numpy())
+
+
+def _sklearn(module: str) -> Any:
     try:
-        from sklearn.linear_model import LogisticRegression
+        return importlib.import_module(f"sklearn.{module}")
     except ImportError as error:
         raise ImportError(
             "last-layer retraining needs scikit-learn, which is not installed: pip install 'neuronsurgery[study]'"
         ) from error
-    # A seed of its own: liblinear would otherwise draw one from numpy's global state.
-    return LogisticRegression(C=strength, max_iter=ITERATIONS, random_state=0, **options)
 
 
 def _l1() -> dict[str, Any]:
@@ -693,7 +548,7 @@ def _l1() -> dict[str, Any]:
     return {"l1_ratio": 1.0} if (major, minor) >= (1, 8) else {"penalty": "l1"}
 
 
-def _members(groups: Tensor, group_count: int | None, where: str = "the data") -> list[Integers]:
+def _members(groups: Tensor, group_count: int | None, where: str = "the data") -> list[Tensor]:
     """The examples of each group 0 ... G - 1."""
     if group_count is None:
         group_count = int(groups.max()) + 1 if len(groups) else 1
@@ -702,7 +557,7 @@ def _members(groups: Tensor, group_count: int | None, where: str = "the data") -
             f"groups must be integers 0 ... {group_count - 1}, found {groups.dtype} from {groups.min()} to "
             f"{groups.max()}: number the groups, or give the right group_count="
         )
-    members = [np.flatnonzero(groups.numpy() == group).astype(np.int64) for group in range(group_count)]
+    members = [(groups == group).nonzero().flatten() for group in range(group_count)]
     empty = [group for group, own in enumerate(members) if not len(own)]
     if empty:
         raise ValueError(
@@ -724,7 +579,7 @@ def _refuse_missing_classes(targets: Tensor, subset: Tensor) -> None:
         )
 
 
-def _check(features: Tensor, targets: Tensor, groups: Tensor, *, strength: float) -> None:
+def _check(features: Tensor, targets: Tensor, groups: Tensor, strength: float) -> None:
     n = len(targets)
     if features.dim() != 2 or len(features) != n or targets.shape != (n,) or groups.shape != (n,) or n == 0:
         raise ValueError(

@@ -4,7 +4,7 @@ Each is a `Method` (what a step minimises), a `Source` (which images it is given
 
     paper's fine-tuning  ContrastivePruning        any source; from the ERM model
     Group DRO            GroupDro                  GroupBalanced
-    Just Train Twice     Erm                       Upsampled by the error_set of an early ERM model
+    Just Train Twice     Erm                       upsampled by the error_set of an early ERM model
     Correct-n-Contrast   CorrectNContrast          ContrastiveBatches by the predictions of an early ERM model
 
 Their authors' settings are for some 5,000 or 160,000 images and a pre-trained ResNet-50. What has to change with the
@@ -13,10 +13,11 @@ size of the data changes by a rule that is written down where the setting is, an
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +25,26 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import neuronsurgery as ns
-from neuronsurgery.copies import eval_copy
-from neuronsurgery.loaders import iterate
 from neuronsurgery.objectives import group_dro, supervised_contrastive
-from neuronsurgery.study import readers
-from neuronsurgery.study.data import Batches, permutation, raw_bits, uniforms
-from neuronsurgery.study.readers import FromDisk, ImageBatches
-from neuronsurgery.study.training import Embedded, Outputs, Passes, Recipe, State, digest
-from neuronsurgery.switches import without_mha_fastpath
+from neuronsurgery.study import training
+from neuronsurgery.study.data import Batches, batches, permutation, uniforms
+from neuronsurgery.study.training import Method, Outputs, Passes, Recipe, Source, State
 from neuronsurgery.types import Loader, Where
 from neuronsurgery.wrappers import unwrap
-
-SplitSource: TypeAlias = Embedded | FromDisk
-"""A source of training images that can be picked one by one."""
 
 FINE_TUNING: Final = Recipe("adam", learning_rate=2e-4, epochs=20, batch_size=100, schedule="plateau")
 """Stage 2 of the paper: 20 epochs more, with the optimiser and the schedule of its authors' code."""
 
+IDENTIFICATION_SHARES: Final = (0.02, 0.2)
+"""JTT's first stage as a share of the run: 1 of 50 epochs on CelebA, 60 of 300 on Waterbirds."""
 
-def unaugmented(source: SplitSource, size: int = 250) -> Batches | ImageBatches:
+
+# What a first stage says of the training images
+
+
+def unaugmented(source: Source, size: int = 250) -> Batches:
     """The images of a source as they are, in the order of its split: a loader of `(images, targets, groups)`."""
-    return readers.batches(source.split, size)
+    return batches(source.split, size)
 
 
 def predictions(model: nn.Module, loader: Loader) -> Tensor:
@@ -53,54 +53,25 @@ def predictions(model: nn.Module, loader: Loader) -> Tensor:
     Args:
         model: any module with logits (B, classes); runs in evaluation mode on a copy, without gradient.
         loader: any iterable of batches.
-
-    Raises:
-        ValueError: if the loader yields no batch.
     """
-    return _over(model, loader, lambda logits, targets: logits.argmax(dim=1))
+    return ns.sweep(model, {}, loader, metric=_predicted).values().long()
+
+
+def _predicted(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.argmax(dim=1)
 
 
 def error_set(model: nn.Module, loader: Loader) -> Tensor:
-    """Whether the model gets each example wrong, bool (N,), in the order of the loader, on the CPU.
-
-    Args:
-        model: any module with logits (B, classes); runs in evaluation mode on a copy, without gradient.
-        loader: any iterable of batches: for Just Train Twice the training images, see `unaugmented`.
-
-    Raises:
-        ValueError: if the loader yields no batch.
-    """
-    return _over(model, loader, ns.accuracy) == 0
-
-
-def _over(model: nn.Module, loader: Loader, judge: Any) -> Tensor:
-    """What `judge(logits, targets)` says of each example."""
-    runner = eval_copy(model)
-    said: list[Tensor] = []
-    with torch.no_grad(), without_mha_fastpath():
-        for batch in iterate(loader, device=_device(runner)):
-            said.append(judge(runner(*batch.args, **batch.kwargs), batch.targets).cpu())
-    if not said:
-        raise ValueError(
-            "the loader yielded no batch: an iterator is exhausted after one pass, give a list or a loader"
-        )
-    return torch.cat(said)
-
-
-IDENTIFICATION_SHARES: Final = (0.02, 0.2)
-"""JTT's first stage as a share of the run: 1 of 50 epochs on CelebA, 60 of 300 on Waterbirds."""
+    """Whether the model gets each example wrong, bool (N,), with the arguments and the order of `predictions`."""
+    return ns.sweep(model, {}, loader, metric=ns.accuracy).values() == 0
 
 
 def identification_epoch(epochs: int, share: float = IDENTIFICATION_SHARES[-1]) -> int:
     """The epoch of the ERM run whose mistakes Just Train Twice and Correct-n-Contrast go by, at least 1.
 
-    It should be late enough to have learnt the spurious attribute, and too early to have memorised the images that
-    contradict it. Which epoch that is, JTT tunes on validation images with known groups; the shares that came of it on
-    two data sets, `IDENTIFICATION_SHARES`, are far apart, so that both are to be tried.
-
     Args:
         epochs: of the run.
-        share: of the run, in (0, 1].
+        share: of the run, in (0, 1]; those of JTT's authors, `IDENTIFICATION_SHARES`, are far apart: try both.
 
     Example:
         >>> identification_epoch(300), identification_epoch(30), identification_epoch(30, share=0.02)
@@ -113,46 +84,34 @@ def identification_epoch(epochs: int, share: float = IDENTIFICATION_SHARES[-1]) 
 
 
 @dataclass(frozen=True)
-class ContrastivePruning:
+class ContrastivePruning(Method):
     """Stage 2 of the paper: the network must agree with itself without its critical neurons, and be right.
 
-    At the start of every epoch the neurons are chosen anew, and a twin of the model is made that shares its weights and
-    has those neurons at zero. A step runs both and minimises
-
-        nt_xent(p, p') + weight * supervised term,
-
-    p and p' being the softmax outputs of model and twin, in float32. No group label is looked at. Train with
-    `FINE_TUNING`, from the ERM model.
-
-    Sizes: `fraction` is of all neurons in `where`, rounded, and at least one neuron is chosen: 0.01 % of fewer than
-    15,000 is one. `top` and `sample` stay as in the paper; where there are fewer images, all are taken.
+    Every epoch chooses the neurons anew and makes a twin that shares the weights and has them at zero. A step runs both
+    and minimises `nt_xent(p, p') + weight * supervised term`, p and p' being the softmax outputs of model and twin, in
+    float32. No group label is looked at. Train with `FINE_TUNING`, from the ERM model.
 
     Attributes:
         examples: the training images without augmentation, see `unaugmented`; "gradient" chooses by the hardest.
-        where: the layers that neurons are chosen from, see `find_layout`. A predicate is described by its name.
-        criterion: what chooses the neurons. "gradient": the norm of the gradient of the mean loss over `sample` of the
-            `top` images of highest loss. "magnitude": the norm of the weights. "random": any neurons, as many. "none":
-            the twin has all neurons.
-        fraction: the share of the neurons that the twin goes without, in (0, 1].
+        where: the layers that neurons are chosen from, see `find_layout`.
+        criterion: what chooses the neurons: "gradient", the norm of the gradient of the mean loss over `sample` of the
+            `top` images of highest loss; "magnitude", the norm of the weights; "random"; "none" keeps all.
+        fraction: the share of the neurons that the twin goes without, in (0, 1]; at least one.
         temperature: of the contrastive term.
-        weight: of the supervised term. 0.2 in the paper, where the term is on softmax outputs; 1 gives both terms one
-            voice.
+        weight: of the supervised term; 0.2 in the paper, where it is on softmax outputs; 1 gives both terms one voice.
         supervised: "cross_entropy" of the logits, or "mse" between probabilities and labels as in the paper's text.
-        statistics: what batch norm does in the twin's pass. "shared": it normalises by the twin's batch, and updates
-            the running statistics that the model is evaluated with, as the model's own pass does. "own": it normalises
-            by the twin's batch, and updates statistics of the twin's that are dropped. "frozen": both passes normalise
-            by the running statistics as they were at the start, and update nothing.
-        top: how many of the hardest images to draw from.
+        statistics: what batch norm does in the twin's pass. "shared" and "own" normalise by the twin's batch, and
+            update the running statistics that the model is evaluated with, or some of the twin's that are dropped.
+            "frozen": both passes normalise by the running statistics of the start, and update nothing.
+        top: how many of the hardest images to draw from; all, where there are fewer.
         sample: how many to draw.
-
-    Raises:
-        ValueError: if a choice is unknown or a number out of its range.
 
     Source:
         You et al., "The Silent Majority", 2025.
     """
 
-    examples: Loader
+    name: ClassVar[str] = "contrastive pruning"
+    examples: Loader = field(repr=False)
     where: Where | None = None
     criterion: Literal["gradient", "magnitude", "random", "none"] = "gradient"
     fraction: float = 1e-4
@@ -164,27 +123,17 @@ class ContrastivePruning:
     sample: int = 128
 
     def __post_init__(self) -> None:
-        _check_choice("criterion", self.criterion, ("gradient", "magnitude", "random", "none"))
-        _check_choice("supervised", self.supervised, ("cross_entropy", "mse"))
-        _check_choice("statistics", self.statistics, ("shared", "own", "frozen"))
+        training.check_choices(self)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], not {self.fraction}: 0.01 % is 1e-4")
-
-    def describe(self) -> dict[str, object]:
-        """See `Method`. The examples are the source's own."""
-        return {"name": "contrastive pruning", **_describe(self, left_out="examples")}
-
-    def initial_state(self) -> State:
-        """See `Method`."""
-        return {}
 
     def begin_epoch(self, model: nn.Module, seed: int, epoch: int) -> Passes:
         """See `Method`."""
         if self.statistics == "frozen":
-            _freeze_norms(model)
-        neurons = self.choose(model, seed, epoch)
+            for norm in _batch_norms(model).values():
+                norm.eval()
         buffers: Literal["own", "shared"] = "own" if self.statistics == "own" else "shared"
-        twin = ns.apply(ns.zero_out(neurons), model, buffers=buffers)
+        twin = ns.apply(ns.zero_out(self.choose(model, seed, epoch)), model, buffers=buffers)
         return lambda network, images: (network(images), twin(images))
 
     def choose(self, model: nn.Module, seed: int, epoch: int) -> ns.Neurons:
@@ -193,23 +142,23 @@ class ContrastivePruning:
             return ns.Neurons()
         if self.criterion == "magnitude":
             return ns.top_fraction(ns.magnitudes(model, where=self.where), self.fraction)
-        drawn = _seed("hard" if self.criterion == "gradient" else "random neurons", seed, epoch)
         if self.criterion == "random":
             layout = ns.find_layout(model, where=self.where)
-            return ns.sample(layout, max(1, round(self.fraction * layout.count)), seed=drawn)
+            count = max(1, round(self.fraction * layout.count))
+            return ns.sample(layout, count, seed=training.seed_of("random neurons", seed, epoch))
+        drawn = training.seed_of("hard", seed, epoch)
         hard = ns.hard_batch(model, self.examples, top=self.top, sample=self.sample, seed=drawn)
         return ns.top_fraction(ns.group_grad_norms(model, {"hard": [hard]}, where=self.where), self.fraction)
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are the logits of model and twin, (B, classes) each."""
-        logits = _wide(outputs[0])
-        dense, pruned = logits.softmax(dim=1), _wide(outputs[1]).softmax(dim=1)
-        judged = logits if self.supervised == "cross_entropy" else dense
+        logits, pruned = outputs
+        dense = logits.softmax(dim=1)
         loss = ns.contrastive_pruning_loss(
             dense,
-            pruned,
+            pruned.softmax(dim=1),
             targets,
-            logits=judged,
+            logits=logits if self.supervised == "cross_entropy" else dense,
             supervised=self.supervised,
             weight=self.weight,
             temperature=self.temperature,
@@ -223,10 +172,8 @@ class ContrastivePruning:
 def group_dro_step_size(steps: int) -> float:
     """The step size of Group DRO's weights for a run of so many steps, in [0.01, 0.1].
 
-    The weights' logarithms move by the sum of step size times loss, so that a shorter run needs larger steps for the
-    same say: 0.01 times the 11,400 steps of the authors' run on Waterbirds (300 epochs of 38 batches), over the steps
-    of this one. Longer runs keep 0.01, as theirs on CelebA does. 0.1 is the limit: beyond it the weights follow the
-    handful of images that a batch has of a group.
+    A shorter run needs larger steps for the same say: 0.01 times the 11,400 steps of the authors' run on Waterbirds,
+    over the steps of this one. Longer runs keep 0.01, as theirs on CelebA does.
 
     Example:
         >>> group_dro_step_size(11_400), group_dro_step_size(2280), group_dro_step_size(60_000), group_dro_step_size(10)
@@ -236,7 +183,7 @@ def group_dro_step_size(steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class GroupDro:
+class GroupDro(Method):
     """Group DRO: the mean losses of the groups, weighted; the weights grow with the losses. It needs every group label.
 
     Its authors sample the groups alike: train on `GroupBalanced`. The weights are the state, 1 / groups each at first.
@@ -247,13 +194,11 @@ class GroupDro:
         adjustment: the C of the generalisation adjustment C / sqrt(n_g), which the authors tune; 0 for none.
         counts: the training images of each group, needed with an adjustment.
 
-    Raises:
-        ValueError: if a number is out of its range, or the counts are missing or not one per group.
-
     Source:
         Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", 2020.
     """
 
+    name: ClassVar[str] = "group DRO"
     groups: int
     step_size: float = 0.01
     adjustment: float = 0.0
@@ -268,22 +213,14 @@ class GroupDro:
                 f"`.counts` of the training split"
             )
 
-    def describe(self) -> dict[str, object]:
-        """See `Method`."""
-        return {"name": "group DRO", **_describe(self)}
-
     def initial_state(self) -> State:
         """See `Method`."""
         return {"weights": torch.full((self.groups,), 1 / self.groups)}
 
-    def begin_epoch(self, model: nn.Module, seed: int, epoch: int) -> Passes:
-        """See `Method`."""
-        return lambda network, images: (network(images),)
-
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`."""
         loss, weights = group_dro(
-            functional.cross_entropy(_wide(outputs[0]), targets, reduction="none"),
+            functional.cross_entropy(outputs[0], targets, reduction="none"),
             groups,
             state["weights"].to(groups.device),
             step_size=self.step_size,
@@ -294,37 +231,29 @@ class GroupDro:
 
 
 @dataclass(frozen=True, eq=False)
-class GroupBalanced:
-    """As many images as the source has, each of a group and an image of it drawn at random, with replacement.
+class GroupBalanced(Source):
+    """As many images as the split has, each of a group and an image of it drawn at random, with replacement.
 
     Every epoch draws anew, from (seed, epoch) alone. Groups without images are left out.
-
-    Attributes:
-        source: the training images.
     """
-
-    source: SplitSource
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def describe(self) -> dict[str, object]:
         """See `Source`."""
-        return {**self.source.describe(), "sampling": "groups alike"}
+        return {**super().describe(), "sampling": "groups alike"}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
         """See `Source`."""
-        return _pick(self.source, self.draw(seed, epoch)).epoch(size, seed, epoch)
+        drawn = self.split.subset(self.draw(seed, epoch))
+        return Source(drawn, self.augmentation).epoch(size, seed, epoch)
 
     def draw(self, seed: int, epoch: int) -> Tensor:
         """The indices of the images of an epoch, int64 (N,)."""
-        groups = self.source.split.groups
-        members = [(groups == group).nonzero().flatten() for group in sorted(set(groups.tolist()))]
-        counts = torch.tensor([len(some) for some in members])
+        groups = self.split.groups
+        counts = torch.unique(groups, return_counts=True)[1]
         draws = torch.from_numpy(uniforms((len(groups), 2), "groups alike", seed, epoch))
-        which = (draws[:, 0] * len(members)).long()
+        which = (draws[:, 0] * len(counts)).long()
         starts = counts.cumsum(0) - counts
-        return torch.cat(members)[starts[which] + (draws[:, 1] * counts[which]).long()]
+        return groups.argsort(stable=True)[starts[which] + (draws[:, 1] * counts[which]).long()]
 
 
 # Just Train Twice
@@ -333,17 +262,12 @@ class GroupBalanced:
 def jtt_upsampling(errors: Tensor, share: float = 0.5) -> int:
     """How many copies to add of each error, so that errors make up `share` of an epoch: for `objectives.jtt_weights`.
 
-    With E errors among N images that is share / (1 - share) * (N - E) / E - 1, rounded, and at least 0. The authors add
-    20, 50 or 100 copies, whichever does best on validation images with known groups; 100 copies of 1 % of the images,
-    or 50 of 2 %, are half of an epoch. The rule takes that half for any error rate: nothing is tuned, and an epoch is
-    at most twice as long.
+    With E errors among N images that is share / (1 - share) * (N - E) / E - 1, rounded, and at least 0. Half of an
+    epoch is what the authors' 100 copies of 1 % of the images, or 50 of 2 %, come to.
 
     Args:
-        errors: whether each training example is in the error set, bool (N,).
+        errors: whether each training example is in the error set, bool (N,); some must be, and some not.
         share: in (0, 1).
-
-    Raises:
-        ValueError: if there are no errors or nothing else, or the share is out of its range.
 
     Example:
         >>> jtt_upsampling(torch.arange(100) < 1), jtt_upsampling(torch.arange(100) < 60)
@@ -361,122 +285,84 @@ def jtt_upsampling(errors: Tensor, share: float = 0.5) -> int:
     return max(0, round(share / (1 - share) * (len(errors) - wrong) / wrong) - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Upsampled:
+def upsampled(source: Source, copies: Tensor) -> Source:
     """A source in which each image comes as often as it is told: the second stage of Just Train Twice.
 
-    Copies are in one epoch, each at a place of its own and with an augmentation of its own. Train with `Erm`, from the
-    initial weights; an epoch is as long as the copies are many.
+    Each copy has a place and an augmentation of its own. Train with `Erm`, from the initial weights.
 
-    Attributes:
+    Args:
         source: the training images.
         copies: int64 (N,), how often each comes, at least 0; see `objectives.jtt_weights`.
-
-    Raises:
-        ValueError: if there is not one number per image, a number is negative, or all are 0.
 
     Source:
         Liu et al., "Just Train Twice: Improving Group Robustness without Training Group Information", 2021.
     """
-
-    source: SplitSource
-    copies: Tensor
-
-    def __post_init__(self) -> None:
-        if self.copies.shape != (len(self.source),) or bool((self.copies < 0).any()) or not bool(self.copies.any()):
-            raise ValueError(
-                f"copies must say of each of {len(self.source)} images how often it comes, at least once for one of "
-                f"them, not {self.copies}: see jtt_weights"
-            )
-
-    def __len__(self) -> int:
-        return int(self.copies.sum())
-
-    def describe(self) -> dict[str, object]:
-        """See `Source`."""
-        return {**self.source.describe(), "copies": digest([self.copies])}
-
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
-        """See `Source`."""
-        return self._repeated.epoch(size, seed, epoch)
-
-    @cached_property
-    def _repeated(self) -> SplitSource:
-        return _pick(self.source, torch.arange(len(self.source)).repeat_interleave(self.copies))
+    if copies.shape != (len(source),) or bool((copies < 0).any()) or not bool(copies.any()):
+        raise ValueError(
+            f"copies must say of each of {len(source)} images how often it comes, at least once for one of them, not "
+            f"{copies}: see jtt_weights"
+        )
+    return replace(source, split=source.split.subset(torch.arange(len(source)).repeat_interleave(copies)))
 
 
 # Correct-n-Contrast
 
 
 @dataclass(frozen=True)
-class CorrectNContrast:
+class CorrectNContrast(Method):
     """Correct-n-Contrast: features of one class come together whatever the first stage took the image for.
 
-    A step minimises weight * contrastive term + (1 - weight) * cross entropy of all images of the batch. The features
-    are what the last linear layer reads. For an anchor, positives are images of the same class and another prediction
-    of the first stage, negatives are those of another class and the same prediction; anchors are the images of the
-    batch's first class, see `ContrastiveBatches`, with which this is to be trained.
-
-    Weight and temperature are the authors' for Waterbirds. Rates and epochs are up to the recipe: theirs (SGD 1e-4 for
-    5 epochs) are for a pre-trained network, and do not train one from scratch.
+    A step minimises `weight * contrastive term + (1 - weight) * cross entropy` of the batch. The features are what the
+    last linear layer reads, the pairs those of `contrastive_pairs`. Train on `ContrastiveBatches`.
 
     Attributes:
-        weight: of the contrastive term, in [0, 1]; 0.75 on Waterbirds and on CelebA.
-        temperature: 0.1 on Waterbirds, 0.05 on CelebA.
+        weight: of the contrastive term, in [0, 1]; the authors' 0.75 on Waterbirds and on CelebA.
+        temperature: theirs is 0.1 on Waterbirds, 0.05 on CelebA.
         statistics: "frozen" has the network in evaluation mode while it is trained, as the authors have: batch norm
             keeps the statistics it came with, dropout is off. "batch" has it in training mode.
-
-    Raises:
-        ValueError: if a choice is unknown or a number out of its range.
 
     Source:
         Zhang et al., "Correct-N-Contrast: A Contrastive Approach for Improving Robustness to Spurious Correlations",
         2022.
     """
 
+    name: ClassVar[str] = "correct-n-contrast"
     weight: float = 0.75
     temperature: float = 0.1
     statistics: Literal["frozen", "batch"] = "frozen"
 
     def __post_init__(self) -> None:
-        _check_choice("statistics", self.statistics, ("frozen", "batch"))
+        training.check_choices(self)
         if not 0 <= self.weight <= 1 or not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"weight must lie in [0, 1] and temperature above 0, found {self.weight} and {self.temperature}"
             )
 
-    def describe(self) -> dict[str, object]:
-        """See `Method`."""
-        return {"name": "correct-n-contrast", **_describe(self)}
-
-    def initial_state(self) -> State:
-        """See `Method`."""
-        return {}
-
     def begin_epoch(self, model: nn.Module, seed: int, epoch: int) -> Passes:
-        """See `Method`.
-
-        Raises:
-            ValueError: if batch norm is to be frozen that has not seen any data.
-        """
+        """See `Method`; batch norm that has not seen any data cannot be frozen."""
         if self.statistics == "frozen":
-            _refuse_new_norms(model)
+            for name, norm in _batch_norms(model).items():
+                mean, variance = norm.running_mean, norm.running_var
+                if mean is not None and variance is not None and not mean.any() and bool((variance == 1).all()):
+                    raise ValueError(
+                        f"batch norm '{name}' has not seen any data, so its statistics cannot be frozen: start from "
+                        f"trained weights, or pass statistics='batch'"
+                    )
             model.eval()
         return logits_and_features
 
     def loss(self, outputs: Outputs, targets: Tensor, groups: Tensor, state: State) -> tuple[Tensor, State]:
         """See `Method`; outputs are logits and features, `groups` are the predictions of the first stage."""
         logits, features = outputs
-        positives, negatives = contrastive_pairs(targets, groups)
-        contrast = supervised_contrastive(_wide(features), positives, negatives, self.temperature)
-        supervised = functional.cross_entropy(_wide(logits), targets)
-        return self.weight * contrast + (1 - self.weight) * supervised, state
+        contrast = supervised_contrastive(features, *contrastive_pairs(targets, groups), self.temperature)
+        return self.weight * contrast + (1 - self.weight) * functional.cross_entropy(logits, targets), state
 
 
 def contrastive_pairs(targets: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     """The positives and the negatives of each anchor, bool (B, B) each, row i for image i.
 
-    Anchors are the images of the class of the first one; the rows of others are False.
+    Anchors are the images of the class of the first one; the rows of others are False. Positives are of its class and
+    another prediction, negatives of another class and its prediction.
 
     Args:
         targets: int64 (B,).
@@ -487,47 +373,18 @@ def contrastive_pairs(targets: Tensor, predicted: Tensor) -> tuple[Tensor, Tenso
     return anchors & same_class & ~same_prediction, anchors & ~same_class & same_prediction
 
 
-def refuse_other_heads(model: nn.Module, loader: Loader) -> None:
-    """Raise a ValueError, before any training, if a network does not end in a linear layer, as contrast needs it.
-
-    Args:
-        model: runs one batch in evaluation mode on a copy, without gradient.
-        loader: of batches, of which the first is looked at.
-    """
-    runner = eval_copy(model)
-    with torch.no_grad():
-        logits_and_features(runner, next(iterate(loader, device=_device(runner))).args[0])
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
-    """Logits (B, classes), and what the linear layer that makes them reads, (B, D), both with their graph.
-
-    Hooks are in the model during the call only.
-
-    Raises:
-        ValueError: if the logits are not what a linear layer of the model gives, or it does not read (B, D).
-    """
+    """Logits (B, classes), and what the linear layer that makes them reads, (B, D), both with their graph."""
     read: list[tuple[Tensor, Tensor]] = []
 
     def keep_last(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         read[:] = [(inputs[0], output)]
 
-    linear = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(keep_last) for module in linear]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in unwrap(model).modules():
+            if isinstance(module, nn.Linear):
+                hooks.enter_context(module.register_forward_hook(keep_last))
         logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not read or read[0][1] is not logits or read[0][0].dim() != 2:
         raise ValueError(
             f"the logits of {type(unwrap(model)).__name__} are not what a linear layer makes of one row of features "
@@ -537,37 +394,30 @@ def logits_and_features(model: nn.Module, images: Tensor) -> Outputs:
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastiveBatches:
+class ContrastiveBatches(Source):
     """Batches of anchors, positives and negatives; each image has the first stage's prediction in place of its group.
 
-    A batch begins with an image drawn from all that have positives (its class y, another prediction than its own) and
-    negatives (another class, its prediction p). The batch is four blocks of equal size, each drawn without repeats as
-    far as there are images:
+    A batch begins with an image, of class y and prediction p, drawn from all that have positives and negatives. It is
+    four blocks of equal size, each drawn without repeats as far as there are images:
 
         anchors         class y, prediction p
         positives       class y, another prediction
         negatives       another class, prediction p: of the anchors
         easy negatives  another class, one of the positives' predictions: of the positives, which are anchors in turn
 
-    Where there are no easy negatives, further negatives of the anchors take their place. An image that cannot be an
-    anchor still comes in as a positive or a negative.
-
-    Sizes: a block is a quarter of the recipe's batch, as the authors' 17 on Waterbirds and 64 on CelebA are of batches
-    of 68 and 256 images; an epoch has as many images as the source, rounded up to whole batches.
+    Where there are no easy negatives, further negatives of the anchors take their place. A block is a quarter of the
+    recipe's batch, as the authors' are; an epoch has as many images as the source, rounded up to whole batches.
 
     Attributes:
-        source: the training images.
+        split: the training images.
+        augmentation: how they vary from epoch to epoch.
         predicted: the first stage's class of each, int64 (N,), see `predictions`.
-
-    Raises:
-        ValueError: if there is not one prediction per image, or no image can be an anchor.
     """
 
-    source: SplitSource
     predicted: Tensor
 
     def __post_init__(self) -> None:
-        targets = self.source.split.targets
+        targets = self.split.targets
         if self.predicted.shape != targets.shape:
             raise ValueError(
                 f"predicted must be one class per image, shape {tuple(targets.shape)}, not "
@@ -585,41 +435,33 @@ class ContrastiveBatches:
     @cached_property
     def anchors(self) -> Tensor:
         """The images that have both positives and negatives, int64 indices."""
-        targets, predicted = self.source.split.targets, self.predicted
-        eligible = torch.zeros(len(targets), dtype=torch.bool)
-        for y, p in set(zip(targets.tolist(), predicted.tolist(), strict=True)):
-            same_class, same_prediction = targets == y, predicted == p
-            if (same_class & ~same_prediction).any() and (~same_class & same_prediction).any():
-                eligible |= same_class & same_prediction
-        return eligible.nonzero().flatten()
-
-    def __len__(self) -> int:
-        return len(self.source)
+        targets, predicted = self.split.targets, self.predicted
+        classes = int(torch.cat([targets, predicted]).max()) + 1
+        cells = torch.bincount(targets * classes + predicted, minlength=classes**2).view(classes, classes)
+        eligible = (cells.sum(1, keepdim=True) > cells) & (cells.sum(0) > cells)
+        return eligible[targets, predicted].nonzero().flatten()
 
     def describe(self) -> dict[str, object]:
         """See `Source`."""
-        return {**self.source.describe(), "first stage's predictions": digest([self.predicted])}
+        return {**super().describe(), "first stage's predictions": training.digest([self.predicted])}
 
-    def epoch(self, size: int, seed: int, epoch: int) -> Batches | ImageBatches:
-        """See `Source`.
-
-        Raises:
-            ValueError: if a batch is not to have four images.
-        """
+    def epoch(self, size: int, seed: int, epoch: int) -> Batches:
+        """See `Source`; a batch has at least four images."""
         if size < 4:
             raise ValueError(
                 f"a batch of anchors, positives and two kinds of negatives has at least 4 images, not {size}"
             )
         block = size // 4
-        steps = -(-len(self.source) // (4 * block))
+        steps = -(-len(self.split) // (4 * block))
         order = torch.cat([self.draw(block, seed, epoch, step) for step in range(steps)])
-        split = replace(self.source.split.subset(order), groups=self.predicted[order])
-        return readers.batches(split, 4 * block, seed=seed, epoch=epoch, augmentation=self.source.augmentation)
+        drawn: Any = self.split.subset(order)
+        split = replace(drawn, groups=self.predicted[order])
+        return batches(split, 4 * block, seed=seed, epoch=epoch, augmentation=self.augmentation)
 
     def draw(self, block: int, seed: int, epoch: int, step: int) -> Tensor:
         """The indices of the images of one batch, int64 (4 * block,)."""
         key = ("contrast", seed, epoch, step)
-        targets, predicted = self.source.split.targets, self.predicted
+        targets, predicted = self.split.targets, self.predicted
         first = self.anchors[int(uniforms((1,), *key)[0] * len(self.anchors))]
         same_class, same_prediction = targets == targets[first], predicted == predicted[first]
         anchors = _draw(same_class & same_prediction, block, *key, "anchors")
@@ -640,50 +482,5 @@ def _draw(pool: Tensor, count: int, *key: str | int) -> Tensor:
     return members[order[torch.arange(count) % len(members)]]
 
 
-def _pick(source: SplitSource, indices: Tensor) -> SplitSource:
-    """The source of the images at the indices, which may be there several times."""
-    picked: Any = source.split.subset(indices)  # of the kind that this source has, which mypy cannot tell
-    return replace(source, split=picked)
-
-
-def _seed(*key: str | int) -> int:
-    return int(raw_bits(1, *key)[0]) >> 1
-
-
-def _freeze_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-
-
-def _refuse_new_norms(model: nn.Module) -> None:
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    for name, norm in norms.items():
-        mean, variance = norm.running_mean, norm.running_var
-        if mean is not None and variance is not None and not mean.any() and bool((variance == 1).all()):
-            raise ValueError(
-                f"batch norm '{name}' has not seen any data, so its statistics cannot be frozen: start from trained "
-                f"weights, or pass statistics='batch'"
-            )
-
-
-def _describe(method: Any, left_out: str = "") -> dict[str, object]:
-    said: dict[str, object] = {}
-    for field in fields(method):
-        value = getattr(method, field.name)
-        if field.name != left_out:
-            said[field.name] = _name(value) if callable(value) else value
-    return said
-
-
-def _name(function: Any) -> str:
-    """The name of a function; of a callable that is a value, the value."""
-    if is_dataclass(function):
-        return repr(function)
-    named = function if hasattr(function, "__qualname__") else type(function)  # functools.partial has no name
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} must be {' or '.join(map(repr, known))}, not {value!r}")
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

@@ -1,13 +1,9 @@
-"""The network of the embedded data: three residual blocks, small enough to train within a minute on one core.
-
-Beside it, to see what a method owes to its shape: a deeper one, and one without skip connections.
-"""
+"""The network of the embedded data: three residual blocks, small enough to train within a minute on one core."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -64,85 +60,18 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet(seed: int = 0, classes: int = 2) -> SmallResNet:
-    """A freshly initialised `SmallResNet` in training mode, the same for a seed on any machine.
-
-    Weights of convolutions and of the head are uniform within +-1 / sqrt(inputs of a neuron), as torch draws them;
-    biases are 0, norms the identity. The global random state is left alone. Weights are laid out channels last, which
-    on a CPU makes training a quarter faster and is no matter to whoever reads them.
-
-    Args:
-        seed: of the weights.
-        classes: the number of logits.
-
-    Returns:
-        The network, float32, on the CPU.
-    """
+    """A freshly initialised `SmallResNet` in training mode, the same for a seed on any machine; see `initialised`."""
     with torch.random.fork_rng(devices=[]):  # the constructors of torch draw from the global state
         network = SmallResNet(classes)
-    return _initialised(network, "small_resnet", seed)
+    return initialised(network, "small_resnet", seed)
 
 
-class PlainBlock(nn.Sequential):
-    """The layers of a `Block` without the path beside them: relu(norm2(conv2(relu(norm1(conv1(x))))))."""
+def initialised(network: Network, name: str, seed: int) -> Network:
+    """The network itself with new weights, from a stream of the given name; the global random state is left alone.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-                norm1=nn.BatchNorm2d(outputs),
-                relu1=nn.ReLU(),
-                conv2=nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-                norm2=nn.BatchNorm2d(outputs),
-                relu2=nn.ReLU(),
-            )
-        )
-
-
-def deep_resnet(seed: int = 0, classes: int = 2) -> nn.Sequential:
-    """A freshly initialised `SmallResNet` of twice as many blocks, two in each stage; as `small_resnet` otherwise.
-
-    Args:
-        seed: of the weights.
-        classes: the number of logits.
-
-    Returns:
-        The network, float32, on the CPU, 174,738 parameters for two classes: "stem" and "stem_norm", "block1" to
-        "block6", "head".
+    Weights of convolutions and of the head are uniform within +-1 / sqrt(inputs of a neuron), as torch draws them;
+    biases are 0, norms the identity. They are laid out channels last, which on a CPU makes training a quarter faster.
     """
-    with torch.random.fork_rng(devices=[]):
-        shapes = ((16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
-        network = _chain([Block(*shape) for shape in shapes], classes)
-    return _initialised(network, "deep_resnet", seed)
-
-
-def plain_cnn(seed: int = 0, classes: int = 2) -> nn.Sequential:
-    """A freshly initialised network of the convolutions of a `SmallResNet` without its skip connections.
-
-    Args:
-        seed: of the weights.
-        classes: the number of logits.
-
-    Returns:
-        The network, float32, on the CPU, 74,770 parameters for two classes: "stem" and "stem_norm", "block1" to
-        "block3", "head".
-    """
-    with torch.random.fork_rng(devices=[]):
-        network = _chain([PlainBlock(*shape) for shape in ((16, 16, 1), (16, 32, 2), (32, 64, 2))], classes)
-    return _initialised(network, "plain_cnn", seed)
-
-
-def _chain(blocks: Sequence[nn.Module], classes: int) -> nn.Sequential:
-    """The stem of a `SmallResNet`, blocks that end in 64 channels, and its head."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), stem_norm=nn.BatchNorm2d(16), stem_relu=nn.ReLU()
-    )
-    layers |= {f"block{number}": block for number, block in enumerate(blocks, start=1)}
-    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(64, classes)}
-    return nn.Sequential(layers)
-
-
-def _initialised(network: Network, name: str, seed: int) -> Network:
-    """The network itself with the weights that `small_resnet` describes, drawn from a stream of the given name."""
     with torch.no_grad():
         for parameter_name, parameter in network.named_parameters():
             if parameter.ndim > 1:

@@ -46,7 +46,7 @@ from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
 from neuronsurgery.study.settings import COLUMNS, EXPERIMENTS, STAGES, Options, Settings
 from neuronsurgery.study.stage_fragility import stage_fragility
 from neuronsurgery.study.stage_one import Trained, stage_one
-from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, make_arms, stage_two
+from neuronsurgery.study.stage_two import Setting, beside_last_layers, make_arms, stage_two
 from neuronsurgery.study.summary import summary
 from neuronsurgery.study.table import Run, combine
 from neuronsurgery.study.training import (
@@ -183,10 +183,10 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
     settings = folder.settings
     results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
     results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
-    setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
+    setting = _setting(settings, dataset, trained, built)
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "1": lambda: stage_one(folder, dataset, trained),
-        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
+        "2": lambda: {"stage_two": stage_two(folder, dataset, setting)},
         "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
     }
     run = Run.of(results)
@@ -228,13 +228,12 @@ def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -
         source=training_source(dataset),
         recipe=settings.recipe,
         seed=settings.seed,
-        groups=tuple(dataset.train.counts),
         pretrained=built.pretrained,
         fine_tuning_epochs=settings.fine_tuning_epochs,
         comparison_epochs=settings.comparison_epochs,
-        rates=MORE_RATES if settings.full else RATES,
         joined=joined_source(dataset) if settings.full else None,
         full=settings.full,
+        hardware=_hardware(settings),
         **_published(settings, built),
     )
 

@@ -13,29 +13,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study import readers
+from neuronsurgery.study import last_layer
 from neuronsurgery.study.data import permutation
 from neuronsurgery.study.experiments import identity
-from neuronsurgery.study.last_layer import (
-    Features,
-    LinearRule,
-    afr,
-    balanced_logistic,
-    dfr,
-    extract_features,
-    last_logits,
-    retrained,
-    tuned_afr,
-    weighted_logistic,
-)
+from neuronsurgery.study.last_layer import GAMMAS, Features, LinearRule, Tuned
 from neuronsurgery.study.pictures import shown
 from neuronsurgery.study.run import Parts, RunFolder
 from neuronsurgery.study.stage_one import Trained
@@ -44,29 +32,14 @@ from neuronsurgery.sweeps import sweep_in_parts
 
 Row: TypeAlias = dict[str, Any]
 
-ROUNDING: Final = 1e-6
-"""A spread that is smaller, relative to the largest value, is what float32 leaves of a constant."""
-
-EARLY: Final = (1, 2, 3, 5, 10)
-"""Epochs whose checkpoints are asked, where the run has them."""
-
-SEARCHED: Final = 2
-"""How many draws of a size the search for equal damage looks at."""
-
-POOL: Final = 0.1
-"""The most critical tenth of the neurons; a quarter of them is cut at a time."""
-
-CLOSE: Final = 1.2
-"""How far apart two numbers of random neurons are when the search for equal damage ends."""
-
-GAMMAS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
-GAMMA: Final = 4.0
-"""Of AFR where nothing chooses it; a prototype found it by labelled validation images of one data seed."""
-
-AUDITED: Final = 12
-SHOWN: Final = 2000
-"""Points per group in the picture, all of a smaller group: the embedded data has every training image in it."""
-
+ROUNDING: Final = 1e-6  # relative to the largest value: a smaller spread is what float32 leaves of a constant
+EARLY: Final = (1, 2, 3, 5, 10)  # epochs whose checkpoints are asked, where the run has them
+POOL: Final = 0.1  # the most critical tenth of the neurons, of which a quarter is cut at a time
+SEARCHED: Final = 2  # draws of a size that the search for equal damage looks at
+CLOSE: Final = 1.2  # how far apart two numbers of random neurons are when it ends
+GAMMA: Final = 4.0  # of AFR where nothing chooses it: a prototype's, by labelled validation images of one data seed
+AUDITED: Final = 12  # images of each class
+SHOWN: Final = 2000  # points per group in the picture, all of a smaller group
 SEED: Final = 20250201
 
 
@@ -74,18 +47,11 @@ SEED: Final = 20250201
 
 
 def knockout(model: nn.Module, batch: Any, predict: ns.types.Predict | None = None) -> ns.Edit:
-    """Return the edit that zeroes the layers that end the last residual branches of a model.
+    """Return the edit that zeroes the layers that end the last residual branches of a model, seen on a batch.
 
     These are the branches of its last stage. Where all are of one stage, as in a transformer, they are the last quarter
-    of them: about as large a part as the last stage of a ResNet is, whose cut was measured.
-
-    Args:
-        model: a network with skip connections.
-        batch: one batch, to see the residual branches.
-        predict: the model's output -> logits.
-
-    Raises:
-        ValueError: if the model has no residual branches.
+    of them: about as large a part as the last stage of a ResNet is, whose cut was measured. Without residual branches,
+    it raises a ValueError.
     """
     branches = ns.residual_branches(model, batch, predict=predict)
     last = [branch.layer for branch in branches if branch.stage == branches[-1].stage]
@@ -94,14 +60,10 @@ def knockout(model: nn.Module, batch: Any, predict: ns.types.Predict | None = No
     return ns.zero_out(ns.select(ns.find_layout(model), dict.fromkeys(last, ...)))
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """The examples of a split in the order of its loaders: one group after the other.
+class Examples(NamedTuple):
+    """The examples of a split in the order of its loaders, one group after the other, int64 (N,) each.
 
-    Attributes:
-        order: int64 (N,), their places in the split.
-        targets: int64 (N,).
-        groups: int64 (N,), true ones: to judge by.
+    `order` are their places in the split, and `groups` the true ones: to judge by.
     """
 
     order: Tensor
@@ -118,29 +80,18 @@ class Examples:
 def infer(model: nn.Module, data: Any, split: str, edit: ns.Edit) -> ns.InferredGroups:
     """Return class x fragile for the examples of a split, in the order of its loaders.
 
-    Raises:
-        ValueError: if a cell has fewer than three examples.
+    A cell of fewer than three examples raises a ValueError.
     """
     swept = ns.sweep(model, {"knockout": edit}, data.loaders(split), metric=ns.margin)
     targets = Examples.of(data.splits[split]).targets
     return ns.infer_groups(ns.fragility(swept, targets), targets)
 
 
-def inferred_loaders(data: Any, split: str, inferred: ns.InferredGroups) -> dict[str, Any]:
-    """Return one loader per inferred group of a split: for worst inferred-group accuracy as a validation metric."""
-    places = inferred_places(data, split, inferred)
-    return {name: readers.batches(data.splits[split].subset(own), 250) for name, own in places.items()}
-
-
 def inferred_places(data: Any, split: str, inferred: ns.InferredGroups) -> dict[str, Tensor]:
     """Return the places in a split of the examples of each inferred group, int64, by what the group is called."""
     order = Examples.of(data.splits[split]).order
-    return {
-        f"class {row['class']}, {'fragile' if row['fragile'] else 'not fragile'}": order[
-            inferred.groups == row["group"]
-        ]
-        for row in inferred.to_records()
-    }
+    names = [f"class {row['class']}, {'not ' * (not row['fragile'])}fragile" for row in inferred.to_records()]
+    return {name: order[inferred.groups == group] for group, name in enumerate(names)}
 
 
 # The stage
@@ -149,13 +100,9 @@ def inferred_places(data: Any, split: str, inferred: ns.InferredGroups) -> dict[
 def stage_fragility(folder: RunFolder, data: Any, trained: Trained) -> Row:
     """Return detection, audit and mitigation, as the entry "fragility" of a run, see `Run.of`.
 
-    For a network without residual branches, "impossible" says so; what needs no cut of them is there all the same.
-
-    Args:
-        folder: the run folder; what it holds is not done again.
-        data: the data set: splits, loaders and group names. Its "held-out" images, distributed as the training images
-            but never trained on, are what last layers are retrained on; without them the training images are.
-        trained: the trained model and its checkpoints.
+    For a network without residual branches, "impossible" says so; what needs no cut of them is there all the same. Last
+    layers are retrained on the "held-out" images, distributed as the training images but never trained on, or else on
+    the training images. What the folder holds is not done again.
     """
     edit, why = None, {}
     try:
@@ -163,16 +110,16 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained) -> Row:
     except (ValueError, ns.CaptureError) as error:
         why = {"impossible": str(error)}
     splits = [split for split in ("train", "held-out") if split in data.splits]
+    weights = digest(trained.model.state_dict().values())
 
     def detected(split: str) -> Row:
         started = time.perf_counter()
-        kept = folder.parts(f"fragility-{split}", digest(trained.model.state_dict().values()))
-        found = _Detection(folder.settings.draws, data, trained, edit, split, kept).run()
+        found = _detect(data, trained, edit, split, folder.settings.draws, folder.parts(f"fragility-{split}", weights))
         folder.note_seconds(f"fragility of the {split} images", time.perf_counter() - started)
         return found
 
     def mitigated() -> list[Row]:
-        kept = folder.parts("fragility-mitigation", digest(trained.model.state_dict().values()))
+        kept = folder.parts("fragility-mitigation", weights)
         return mitigate(data, trained.model, edit, splits[-1], folder.settings.seed, kept)
 
     detection = {split: folder.remember(f"fragility-{split}", functools.partial(detected, split)) for split in splits}
@@ -192,13 +139,11 @@ def stage_fragility(folder: RunFolder, data: Any, trained: Trained) -> Row:
 # Detection
 
 
-@dataclass(frozen=True, eq=False)
-class Asked:
+class Asked(NamedTuple):
     """What a model says of the examples of a split, as it is, under cuts, and as it was early.
 
-    Attributes:
-        scores: by name, what the score needs, and the score of each example, (N,), higher for those that stand out.
-        damage: by cut, the share of predictions that it changes; of several draws the mean.
+    `scores` are, by name, what the score needs, and the score of each example, (N,), higher for those that stand out;
+    `damage` by cut, the share of predictions that it changes, of several draws the mean.
     """
 
     scores: Mapping[str, tuple[str, Tensor]]
@@ -214,143 +159,100 @@ def ask(
     checkpoints: Mapping[int, Path],
     kept: Parts | None = None,
 ) -> Asked:
-    """Return every score that could tell who is memorised: a pass for each that is not kept.
+    """Return every score that could tell who is memorised, of the examples in the order of the loaders.
 
-    Args:
-        model: the trained model.
-        data: the data set.
-        split: whose examples are scored, in the order of its loaders.
-        alone: by name, cuts that are scores of their own.
-        drawn: by name, the draws of a random cut, which are a score together.
-        checkpoints: by epoch, early ones to ask.
-        kept: the scores that there were before a kill; those that are made are written down in it.
+    Cuts `alone` are scores of their own, the draws of a random cut are one together, and so is each early checkpoint,
+    by its epoch. `kept` has the scores that there were before a kill; those that are made are written down in it.
     """
     loaders, targets = data.loaders(split), Examples.of(data.splits[split]).targets
     kept = Parts() if kept is None else kept
-    every: dict[str, Sequence[ns.Edit]] = {
-        "final margin": [],
-        **{name: [edit] for name, edit in alone.items()},
-        **drawn,
-    }
-    cuts = {name: {f"{name}, {draw}": edit for draw, edit in enumerate(edits)} for name, edits in every.items()}
-    keys = {name: _key(split, name, edits) for name, edits in cuts.items()}
-    left = {name: edits for name, edits in cuts.items() if keys[name] not in kept}
-    for name, swept in zip(left, sweep_in_parts(model, left.values(), loaders, metric=ns.margin), strict=True):
-        values, flips = joint_fragility(swept, name, targets) if left[name] else (-swept.values(), 0.0)
-        kept.keep({keys[name]: [values.tolist(), flips]})
-    found = {name: (torch.tensor(kept[key][0], dtype=torch.float64), kept[key][1]) for name, key in keys.items()}
-    scores = {name: ("final model, one edit", found[name][0]) for name in alone}
-    scores["final margin"] = ("final model", found["final margin"][0])
+    every = {"final margin": [], **{name: [edit] for name, edit in alone.items()}, **drawn}
+    weights = digest(model.state_dict().values())
+    keys = {name: f"{split}, {weights}, {name}, {' '.join(map(identity, edits))}" for name, edits in every.items()}
+    left = [name for name in every if keys[name] not in kept]
+    parts = ({str(draw): edit for draw, edit in enumerate(every[name])} for name in left)
+    for name, swept in zip(left, sweep_in_parts(model, parts, loaders, metric=ns.margin), strict=True):
+        margins = torch.stack([swept.values(label) for label in swept.labels or [None]])
+        flips = ((margins > 0) != (swept.values() > 0)).double().mean()
+        kept.keep({keys[name]: [ns.fragility(margins, targets).tolist(), float(flips)]})
+    values = {name: torch.tensor(kept[key][0], dtype=torch.float64) for name, key in keys.items()}
+    scores = {name: ("final model, one edit", values[name]) for name in alone}
+    scores["final margin"] = ("final model", values["final margin"])
     for epoch, path in checkpoints.items():
-        margins = _margins(load_checkpoint(model, path.parents[1], epoch), loaders, split, kept)
-        scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", -margins)
+        early = ask(load_checkpoint(model, path.parents[1], epoch), data, split, {}, {}, {}, kept)
+        scores[f"margin after epoch {epoch}"] = (f"checkpoint of epoch {epoch}", early.scores["final margin"][1])
     for name, edits in drawn.items():
-        scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)}", found[name][0])
-    return Asked(scores, {name: found[name][1] for name in (*alone, *drawn)})
+        scores[name] = (f"final model, {len(edits)} draws of {len(edits[0].neurons)}", values[name])
+    return Asked(scores, {name: kept[keys[name]][1] for name in (*alone, *drawn)})
 
 
-def _margins(model: nn.Module, loaders: Mapping[str, Any], split: str, kept: Parts) -> Tensor:
-    """The margins of a model as it is, float64 (N,)."""
-    key = f"{split}, {digest(model.state_dict().values())}"
-    margins = kept.of(key, lambda: ns.sweep(model, {}, loaders, metric=ns.margin).values().tolist())
-    return torch.tensor(margins, dtype=torch.float64)
-
-
-def _key(split: str, name: str, edits: Mapping[str, ns.Edit]) -> str:
-    """What a score is kept by: all that it depends on beside the model."""
-    return f"{split}, {name}, {' '.join(map(identity, edits.values()))}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Detection:
-    """Every score of the examples of one split, and how well each finds the minorities."""
-
-    draws: int
-    data: Any
-    trained: Trained
-    edit: ns.Edit | None
-    split: str
-    kept: Parts
-
-    def run(self) -> Row:
-        examples = Examples.of(self.data.splits[self.split])
-        alone = {} if self.edit is None else {"knockout": self.edit}
-        # What critical and random neurons do is asked of the training images alone.
-        drawn = self._drawn() if self.split == "train" else {}
-        early = {epoch: self.trained.checkpoints[epoch] for epoch in EARLY if epoch in self.trained.checkpoints}
-        asked = ask(self.trained.model, self.data, self.split, alone, drawn, early, self.kept)
-        rows = [
+def _detect(data: Any, trained: Trained, edit: ns.Edit | None, split: str, draws: int, kept: Parts) -> Row:
+    """Return every score of the examples of one split, and how well each finds the minorities."""
+    examples = Examples.of(data.splits[split])
+    alone = {} if edit is None else {"knockout": edit}
+    # What critical and random neurons do is asked of the training images alone.
+    drawn = _draw_cuts(data, trained, draws, kept) if split == "train" else {}
+    early = {epoch: trained.checkpoints[epoch] for epoch in EARLY if epoch in trained.checkpoints}
+    scores, flips = ask(trained.model, data, split, alone, drawn, early, kept)
+    said: Row = {
+        "rows": [
             {"score": name, "needs": needs, **judged}
-            for name, (needs, values) in asked.scores.items()
-            for judged in judge_scores(values, examples, self.data)
-        ]
-        sizes = {name: len(edits[0].neurons) for name, edits in drawn.items()}
-        damage = [{"cut": name, "neurons": sizes[name], "flips": asked.damage[name]} for name in sizes]
-        said: Row = {"rows": rows, "damage": damage, "flagged": {}, "points": [], "audit": []}
-        if self.edit is None:
-            return said
-        remaining = asked.scores["knockout"][1]
-        said["flagged"] = _flagged(remaining, examples, self.data)
-        if self.split == "train":
-            said["points"] = _points(remaining, asked.scores["final margin"][1], examples, self.data)
-            said["audit"] = audit(self.data, remaining)
-        return said
-
-    def _drawn(self) -> dict[str, list[ns.Edit]]:
-        """Return cuts of critical neurons, of as many random ones, and of so many random ones that they do as much."""
-        loaders = self.data.loaders("train")
-        hard = ns.hard_batch(self.trained.model, itertools.chain.from_iterable(loaders.values()))
-        scores = ns.group_grad_norms(self.trained.model, {"hard": [hard]}, where=self.trained.where)
-        pool = ns.top_fraction(scores, POOL)
-        count = max(1, len(pool) // 4)
-        critical = self._cuts(pool, count)
-        return {
-            "critical neurons": critical,
-            "random neurons, equal count": self._cuts(scores.layout, count),
-            "random neurons, equal damage": self._as_damaging(critical, scores.layout),
-        }
-
-    def _cuts(self, pool: ns.Layout | ns.Neurons, size: int) -> list[ns.Edit]:
-        return [ns.zero_out(ns.sample(pool, size, seed=SEED + draw)) for draw in range(self.draws)]
-
-    def _as_damaging(self, critical: Sequence[ns.Edit], layout: ns.Layout) -> list[ns.Edit]:
-        """Return the random cuts that come nearest to the damage of the critical ones, found by halving their size."""
-        target = self._damage(critical[:SEARCHED])
-        low, high = 1, layout.count
-        tried: dict[int, float] = {}
-        while low not in tried or high > CLOSE * low:
-            size = max(low, min(high, round(math.sqrt(low * high))))
-            if size in tried:
-                break
-            tried[size] = self._damage(self._cuts(layout, size)[:SEARCHED])
-            low, high = (size, high) if tried[size] < target else (low, size)
-        return self._cuts(layout, min(tried, key=lambda size: abs(tried[size] - target)))
-
-    def _damage(self, cuts: Sequence[ns.Edit]) -> float:
-        return ask(self.trained.model, self.data, self.split, {}, {"cut": cuts}, {}, self.kept).damage["cut"]
+            for name, (needs, values) in scores.items()
+            for judged in judge_scores(values, examples, data)
+        ],
+        "damage": [
+            {"cut": name, "neurons": len(cuts[0].neurons), "flips": flips[name]} for name, cuts in drawn.items()
+        ],
+        "flagged": {},
+        "points": [],
+        "audit": [],
+    }
+    if edit is not None:
+        remaining = scores["knockout"][1]
+        said["flagged"] = _flagged(remaining, examples, data)
+        if split == "train":
+            said["points"] = _points(remaining, scores["final margin"][1], examples, data)
+            said["audit"] = audit(data, remaining)
+    return said
 
 
-def joint_fragility(swept: ns.Sweep, name: str, targets: Tensor) -> tuple[Tensor, float]:
-    """Return the fragility over all draws of one kind of cut, and the mean share of examples that a draw flips.
+def _draw_cuts(data: Any, trained: Trained, draws: int, kept: Parts) -> dict[str, list[ns.Edit]]:
+    """Return cuts of critical neurons, of as many random ones, and of so many random ones that they do as much damage.
 
-    Args:
-        swept: margins under edits that are called "name, draw".
-        name: of the kind.
-        targets: the classes, int64 (N,).
+    How many that are is found by halving.
     """
-    labels = [label for label in swept.labels if label.rpartition(",")[0] == name]
-    margins = torch.stack([swept.values(label) for label in labels])
-    flips = ((margins > 0) != (swept.values() > 0)).double().mean()
-    return ns.fragility(margins, targets), float(flips)
+    model, loaders = trained.model, data.loaders("train")
+    hard = ns.hard_batch(model, itertools.chain.from_iterable(loaders.values()))
+    scores = ns.group_grad_norms(model, {"hard": [hard]}, where=trained.where)
+    pool = ns.top_fraction(scores, POOL)
+
+    def cuts(source: ns.Layout | ns.Neurons, size: int) -> list[ns.Edit]:
+        return [ns.zero_out(ns.sample(source, size, seed=SEED + draw)) for draw in range(draws)]
+
+    def damage(edits: Sequence[ns.Edit]) -> float:
+        return ask(model, data, "train", {}, {"cut": edits[:SEARCHED]}, {}, kept).damage["cut"]
+
+    critical, alike = (cuts(source, max(1, len(pool) // 4)) for source in (pool, scores.layout))
+    target, tried = damage(critical), dict[int, float]()
+    low, high = 1, scores.layout.count
+    while low not in tried or high > CLOSE * low:
+        size = max(low, min(high, round(math.sqrt(low * high))))
+        if size in tried:
+            break
+        tried[size] = damage(cuts(scores.layout, size))
+        low, high = (size, high) if tried[size] < target else (low, size)
+    nearest = min(tried, key=lambda size: abs(tried[size] - target))
+    return {
+        "critical neurons": critical,
+        "random neurons, equal count": alike,
+        "random neurons, equal damage": cuts(scores.layout, nearest),
+    }
 
 
 def judge_scores(scores: Tensor, examples: Examples, data: Any) -> list[Row]:
-    """Return, for each minority, how well a score tells it from the rest of its class.
+    """Return, for each minority of the data, how well a score, (N,), tells it from the rest of its class.
 
-    Args:
-        scores: (N,), higher for those that should belong to a minority; constant (to rounding) ones tell nothing.
-        examples: the N examples; a group of several classes is not foreseen.
-        data: the data set, for the names of its groups and for which are minorities.
+    Scores that are constant (to rounding) tell nothing; a group of several classes is not foreseen.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -395,116 +297,80 @@ def _points(scores: Tensor, margins: Tensor, examples: Examples, data: Any) -> l
     for group, name in enumerate(data.group_names):
         members = (examples.groups == group).nonzero().flatten()
         kept = members[torch.linspace(0, len(members) - 1, min(SHOWN, len(members))).round().long()]
-        points.append(
-            {
-                "group": name,
-                "of": len(members),
-                "fragility": [round(value, 4) for value in scores[kept].tolist()],
-                "final": [round(value, 4) for value in margins[kept].tolist()],
-            }
-        )
+        fragility, final = ([round(value, 4) for value in values[kept].tolist()] for values in (scores, margins))
+        points.append({"group": name, "of": len(members), "fragility": fragility, "final": final})
     return points
-
-
-# Audit
 
 
 def audit(data: Any, scores: Tensor, count: int = AUDITED) -> list[Row]:
     """Return the most fragile training images of each class, each as a PNG: what a person should look at first.
 
-    Args:
-        data: the data set.
-        scores: the fragility of its training images, (N,), in the order of the loaders.
-        count: images per class.
+    The scores are the fragility of all training images, (N,), in the order of the loaders.
     """
     split = data.splits["train"]
     examples = Examples.of(split)
     rows = []
     for target in sorted(set(examples.targets.tolist())):
         members = (examples.targets == target).nonzero().flatten()
-        top = members[scores[members].argsort(descending=True, stable=True)[:count]]
-        places = examples.order[top]
-        rows.append(
+        images = [
             {
-                "class": target,
-                "images": [
-                    {
-                        "index": int(place),
-                        "group": data.group_names[int(examples.groups[at])],
-                        "fragility": float(scores[at]),
-                        "png": shown(split, place),
-                    }
-                    for at, place in zip(top, places, strict=True)
-                ],
+                "index": int(examples.order[at]),
+                "group": data.group_names[int(examples.groups[at])],
+                "fragility": float(scores[at]),
+                "png": shown(split, examples.order[at]),
             }
-        )
+            for at in members[scores[members].argsort(descending=True, stable=True)[:count]]
+        ]
+        rows.append({"class": target, "images": images})
     return rows
 
 
 # Mitigation
 
 
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """Last layers retrained on the same features, judged on the same test images."""
-
-    data: Any
-    model: nn.Module
-    held: Features
-    seed: int
-    kept: Parts
-
-    def row(self, name: str, labels: str, images: str, make: Callable[[], LinearRule | tuple[LinearRule, Any]]) -> Row:
-        """Return the accuracies of one rule, or why it cannot be fitted."""
-        row: Row = self.kept.of(name, lambda: self._row({"name": name, "labels": labels, "images": images}, make))
-        return row
-
-    def _row(self, said: Row, make: Callable[[], LinearRule | tuple[LinearRule, Any]]) -> Row:
-        try:
-            made = make()
-            rule, chosen = made if not isinstance(made, LinearRule) else (made, None)
-            edited = ns.apply(retrained(self.model, *rule, head=self.held.head), self.model)
-        except ValueError as error:
-            return {**said, "impossible": str(error)}
-        accuracies = {
-            split: list(ns.evaluate(edited, self.data.loaders(split)).values) for split in ("validation", "test")
-        }
-        return {**said, "chosen": chosen, **accuracies, "worst": min(accuracies["test"])}
-
-    def balanced(self, groups: Tensor) -> LinearRule:
-        """Return the last layer fitted to balanced subsets of these groups."""
-        return balanced_logistic(self.held.features, self.held.targets, groups, seed=self.seed)
-
-    def weighted(self, groups: Tensor) -> LinearRule:
-        """Return the last layer fitted to all images, each of these groups weighing the same."""
-        return weighted_logistic(self.held.features, self.held.targets, groups)
-
-
 def mitigate(
     data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int, kept: Parts | None = None
 ) -> list[Row]:
-    """Return every way to retrain the last layer on a split, with the labels that each takes.
+    """Return every way to retrain the last layer on the images of a split, with the labels that each takes.
 
-    Args:
-        data: the data set.
-        model: the trained model.
-        edit: what is cut to infer groups, see `knockout`; None where there is no branch to cut.
-        split: the images to retrain on.
-        seed: of the balanced subsets.
-        kept: the rows that there were before a kill; those that are made are written down in it.
+    `edit` is what is cut to infer groups, see `knockout`; None where there is no branch to cut. The seed is that of the
+    balanced subsets. `kept` has the rows that there were before a kill.
     """
+    kept = Parts() if kept is None else kept
     start = {"name": "ERM", "labels": "class", "images": "-", "chosen": None, **_accuracies(model, data)}
     try:
-        held = extract_features(model, data.loaders(split))
+        held = last_layer.extract_features(model, data.loaders(split))
     except ValueError as error:  # the network does not end in a linear layer
         return [start, {"name": "last layer", "labels": "class", "images": split, "impossible": str(error)}]
-    bench = _Bench(data, model, held, seed, Parts() if kept is None else kept)
-    validation = extract_features(model, data.loaders("validation"))
-    train_features = extract_features(model, data.loaders("train")).features
-    logits = last_logits(model, held.features, head=held.head)
-    true = Examples.of(data.splits[split]).groups
+    ways = _ways_to_retrain(data, model, edit, split, seed, held)
 
-    def inferred() -> Tensor:
+    def row(name: str) -> Row:
+        labels, fit = ways[name]
+        said = {"name": name, "labels": labels, "images": "validation" if name == "DFR" else split}
+        try:
+            fitted = fit()
+            rule, chosen = (fitted.rule, fitted.chosen) if isinstance(fitted, Tuned) else (fitted, None)
+            edited = ns.apply(last_layer.retrained(model, *rule, head=held.head), model)
+        except ValueError as error:
+            return {**said, "impossible": str(error)}
+        return {**said, "chosen": chosen, **_accuracies(edited, data)}
+
+    return [start, *(kept.of(name, functools.partial(row, name)) for name in ways)]
+
+
+def _ways_to_retrain(
+    data: Any, model: nn.Module, edit: ns.Edit | None, split: str, seed: int, held: Features
+) -> dict[str, tuple[str, Callable[[], LinearRule | Tuned]]]:
+    """Return by name the labels that a way takes, and its fit, which raises a ValueError where it is impossible."""
+    validation = last_layer.extract_features(model, data.loaders("validation"))
+    train_features = last_layer.extract_features(model, data.loaders("train")).features
+    logits = last_layer.last_logits(model, held.features, head=held.head)
+    examples = held.features, held.targets
+
+    def balanced(groups: Tensor) -> LinearRule:
+        return last_layer.balanced_logistic(*examples, groups, seed=seed)
+
+    def knocked_out() -> Tensor:
         if edit is None:
             raise ValueError("no groups are inferred: the network has no residual branch to cut")
         return infer(model, data, split, edit).groups
@@ -513,40 +379,24 @@ def mitigate(
         margins = ns.sweep(model, {}, data.loaders(split), metric=ns.margin).values()
         return ns.infer_groups(-margins, held.targets).groups
 
-    def by_validation() -> tuple[LinearRule, Any]:
-        found = tuned_afr(held.features, held.targets, logits, validation, gammas=GAMMAS)
-        return found.rule, found.chosen
-
-    return [
-        start,
-        bench.row("class-balanced", "class", split, lambda: bench.balanced(held.targets)),
-        bench.row("inferred by final loss", "class", split, lambda: bench.balanced(by_final_loss())),
-        bench.row("inferred by knockout", "class", split, lambda: bench.balanced(inferred())),
-        bench.row("inferred by knockout, weighted", "class", split, lambda: bench.weighted(inferred())),
-        bench.row("true groups", "class, group", split, lambda: bench.balanced(true)),
-        bench.row(
-            f"AFR, gamma {GAMMA:g}",
+    return {
+        "class-balanced": ("class", lambda: balanced(held.targets)),
+        "inferred by final loss": ("class", lambda: balanced(by_final_loss())),
+        "inferred by knockout": ("class", lambda: balanced(knocked_out())),
+        "inferred by knockout, weighted": ("class", lambda: last_layer.weighted_logistic(*examples, knocked_out())),
+        "true groups": ("class, group", lambda: balanced(Examples.of(data.splits[split]).groups)),
+        f"AFR, gamma {GAMMA:g}": (
             "class (gamma: group labels of other data)",
-            split,
-            lambda: afr(held.features, held.targets, logits, gamma=GAMMA),
+            lambda: last_layer.afr(*examples, logits, gamma=GAMMA),
         ),
-        bench.row(
-            "AFR, gamma by inferred groups",
-            "class",
-            split,
-            lambda: tuned_on_halves(held, logits, inferred(), seed),
+        "AFR, gamma by inferred groups": ("class", lambda: tuned_on_halves(held, logits, knocked_out(), seed)),
+        "AFR, gamma by worst class": ("class", lambda: tuned_on_halves(held, logits, held.targets, seed)),
+        "AFR, gamma by validation groups": (
+            "class; group of validation images",
+            lambda: last_layer.tuned_afr(*examples, logits, validation),
         ),
-        bench.row(
-            "AFR, gamma by worst class",
-            "class",
-            split,
-            lambda: tuned_on_halves(held, logits, held.targets, seed),
-        ),
-        bench.row("AFR, gamma by validation groups", "class; group of validation images", split, by_validation),
-        bench.row(
-            "DFR", "class and group of validation images", "validation", lambda: _dfr(validation, train_features, seed)
-        ),
-    ]
+        "DFR": ("class and group of validation images", lambda: last_layer.dfr(validation, train_features, seed=seed)),
+    }
 
 
 def _accuracies(model: nn.Module, data: Any) -> Row:
@@ -555,14 +405,10 @@ def _accuracies(model: nn.Module, data: Any) -> Row:
     return {**found, "worst": min(found["test"])}
 
 
-def tuned_on_halves(held: Features, logits: Tensor, groups: Tensor, seed: int) -> tuple[LinearRule, float]:
-    """Return AFR's rule and its gamma, which does best for the worst group of the half that it is not fitted on.
+def tuned_on_halves(held: Features, logits: Tensor, groups: Tensor, seed: int) -> Tuned:
+    """Return AFR with the gamma that does best for the worst group of the half that it is not fitted on.
 
-    Args:
-        held: the images to retrain on.
-        logits: (N, C), of the model before retraining.
-        groups: int (N,), to judge by; no true ones are needed.
-        seed: of the halves; both are fitted in turn, of three splits.
+    Both halves are fitted in turn, of three splits. The groups, int (N,), need not be true ones.
     """
     total = dict.fromkeys(GAMMAS, 0.0)
     for number in range(3):
@@ -570,12 +416,8 @@ def tuned_on_halves(held: Features, logits: Tensor, groups: Tensor, seed: int) -
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         for fitted, judged in (halves, halves[::-1]):
             by = Features(held.features[judged], held.targets[judged], groups[judged])
-            part = tuned_afr(held.features[fitted], held.targets[fitted], logits[fitted], by, gammas=GAMMAS)
+            part = last_layer.tuned_afr(held.features[fitted], held.targets[fitted], logits[fitted], by)
             total = {gamma: total[gamma] + part.accuracies[gamma] for gamma in GAMMAS}
     chosen = max(total, key=total.__getitem__)
-    return afr(held.features, held.targets, logits, gamma=chosen), chosen
-
-
-def _dfr(validation: Features, train_features: Tensor, seed: int) -> tuple[LinearRule, Any]:
-    found = dfr(validation, train_features, seed=seed)
-    return found.rule, found.chosen
+    accuracies = {gamma: value / 6 for gamma, value in total.items()}
+    return Tuned(last_layer.afr(held.features, held.targets, logits, gamma=chosen), chosen, accuracies)

@@ -257,7 +257,7 @@ def _about(results: Results) -> Row:
     if stage := results.get("stage_two"):
         kept = ["name", "family", "text", "labels", "choice", "held_out", "settings", "impossible"]
         arms = [_only(arm, kept) for arm in stage["arms"]]
-        about["stage_two"] = {**_without(stage, ("arms", "train_counts")), "arms": arms}
+        about["stage_two"] = {**_without(stage, ["arms"]), "arms": arms}
     if stage := results.get("fragility"):
         said = _without(stage, ("detection", "flagged", "damage", "points", "mitigation"))
         kept = ["name", "labels", "images", "chosen", "impossible"]

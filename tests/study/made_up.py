@@ -238,7 +238,6 @@ def stage_two(paper: float = 0.6, control: float = 0.3, more: int = 0) -> dict[s
         "selections": RULES,
         "class_labels_of": "held-out",
         "not_inferred": "nobody stands out",
-        "train_counts": [1749, 92, 28, 528],
         "arms": arms,
     }
 

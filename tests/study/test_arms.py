@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study import data, models
+from neuronsurgery.study import data, last_layer, methods, models, training
 from neuronsurgery.study import stage_two as module
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.last_layer import REFITS, Features, Tuned, dfr, extract_features, retrained
@@ -26,7 +26,6 @@ from neuronsurgery.study.methods import (
     CorrectNContrast,
     GroupBalanced,
     GroupDro,
-    Upsampled,
     error_set,
     predictions,
     unaugmented,
@@ -39,10 +38,9 @@ from neuronsurgery.study.run import RunFolder, Settings, made_files
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, Training, make_arms, stage_two
 from neuronsurgery.study.training import (
-    Embedded,
     Erm,
-    Hardware,
     Recipe,
+    Source,
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
@@ -75,10 +73,9 @@ def setting(dataset: data.DataSet, trained: Trained) -> Setting:
     """Everything that arms can be made from, embedded and from random weights."""
     return Setting(
         trained=trained,
-        source=Embedded(dataset.train, dataset.augmentation),
+        source=Source(dataset.train, dataset.augmentation),
         recipe=RECIPE,
         seed=0,
-        groups=tuple(dataset.train.counts),
         pretrained=False,
         fine_tuning_epochs=3,
         comparison_epochs=5,
@@ -118,13 +115,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         models.append(model)
         return torch.arange(sum(len(batch[1]) for batch in loader)) % every
 
-    monkeypatch.setattr(module, "predictions", lambda model, loader: answer(model, loader, 2))
-    monkeypatch.setattr(module, "error_set", lambda model, loader: answer(model, loader, 3) == 0)
+    monkeypatch.setattr(methods, "predictions", lambda model, loader: answer(model, loader, 2))
+    monkeypatch.setattr(methods, "error_set", lambda model, loader: answer(model, loader, 3) == 0)
     return models
 
 
 FINE_TUNED = (
-    *("ERM continued, rate 0.0002", "ERM continued, rate 0.001"),
+    *(f"ERM continued, rate {rate:g}" for rate in MORE_RATES),
     *("pruned by gradient", "pruned by magnitude", "slides' objective", "pruned, own statistics"),
     *("nothing pruned", "random pruned", "random pruned, own statistics"),
 )
@@ -164,14 +161,15 @@ def test_fine_tuning_is_literally_this() -> None:
 
 @pytest.mark.parametrize("name", FINE_TUNED)
 def test_fine_tuning_has_its_recipe_and_continued_erm_its_rate(name: str, arms: dict[str, Training]) -> None:
-    rate = 1e-3 if name.endswith("rate 0.001") else 2e-4
+    rate = float(name.split("rate ")[1]) if "rate" in name else 2e-4
     assert arms[name].recipe == Recipe("adam", rate, epochs=3, batch_size=100, schedule="plateau")
 
 
 def test_continued_erm_has_every_rate_that_is_asked_for(setting: Setting) -> None:
-    made = [arm for arm in make_arms(replace(setting, rates=MORE_RATES)) if arm.choice == "ERM continued"]
-    assert [arm.make().recipe.learning_rate for arm in made] == list(MORE_RATES)
-    assert all(arm.make().method == Erm() for arm in made)
+    for full, rates in ((True, MORE_RATES), (False, RATES)):
+        made = [arm for arm in make_arms(replace(setting, full=full)) if arm.choice == "ERM continued"]
+        assert [arm.make().recipe.learning_rate for arm in made] == list(rates)
+        assert all(arm.make().method == Erm() for arm in made)
 
 
 @pytest.mark.parametrize("name", [name for name in ANEW if not name.startswith("JTT")])
@@ -248,10 +246,18 @@ def test_defaults_of_contrastive_pruning_are_literally_these() -> None:
 # Just Train Twice and Correct-n-Contrast
 
 
-def source_of(setting: Setting, too: str) -> Embedded:
+def source_of(setting: Setting, too: str) -> Source:
     source = setting.joined if too else setting.source
-    assert isinstance(source, Embedded)
+    assert isinstance(source, Source)
     return source
+
+
+def assert_copied(found: Source, source: Source, copies: Tensor) -> None:
+    """As many copies of each image."""
+    assert isinstance(found, Source)
+    assert found.augmentation == source.augmentation
+    for name, part in vars(source.split).items():
+        assert torch.equal(getattr(found.split, name), part.repeat_interleave(copies, dim=0))
 
 
 @pytest.mark.parametrize("early", [1, 2])
@@ -264,21 +270,18 @@ def test_jtt_copies_the_errors_of_the_early_epoch(
     assert not torch.equal(wrong, late) and late.any()
     count, all_images = int(wrong.sum()), len(source)
     more = max(0, round((all_images - count) / count) - 1)
-    assert isinstance(how.source, Upsampled)
-    assert how.source.source is source
-    assert torch.equal(how.source.copies, 1 + more * wrong.long())
+    assert_copied(how.source, source, 1 + more * wrong.long())
     assert how.method == Erm()
     fewer = max(1, round(5 * all_images / (all_images + more * count)))
     assert how.recipe == replace(RECIPE, epochs=fewer)
     assert how.given == {"name": "just train twice", "errors": count, "upsampling": more, "epoch": early}
 
 
-def test_jtt_is_shorter_where_there_are_copies(arms: dict[str, Training]) -> None:
+def test_jtt_is_shorter_where_there_are_copies(arms: dict[str, Training], setting: Setting) -> None:
     """As many steps as 5 epochs without copies, as near as whole epochs come to it."""
     how = arms["JTT, T = 2"]
-    assert isinstance(how.source, Upsampled)
     assert how.recipe.epochs < 5
-    assert abs(how.recipe.epochs * len(how.source) - 5 * len(how.source.source)) <= len(how.source) / 2
+    assert abs(how.recipe.epochs * len(how.source) - 5 * len(setting.source)) <= len(how.source) / 2
 
 
 @pytest.mark.parametrize("early", [1, 2])
@@ -290,7 +293,7 @@ def test_cnc_goes_by_the_predictions_of_the_early_epoch(
     then, late = (predictions(of_epoch(trained, epoch), unaugmented(source)) for epoch in (early, 10))
     assert not torch.equal(then, late)
     assert isinstance(how.source, ContrastiveBatches)
-    assert how.source.source is source
+    assert how.source.split is source.split
     assert torch.equal(how.source.predicted, then)
     assert how.method == CorrectNContrast(weight=0.75, temperature=0.1, statistics="batch")
     assert how.given == {"epoch": early}
@@ -324,7 +327,7 @@ def test_group_dro_has_balanced_groups_and_the_step_size_of_its_steps(
     how = next(arm for arm in make_arms(changed) if arm.name == f"Group DRO{too}").make()
     assert how.method == GroupDro(4, step_size=pytest.approx(step_size), adjustment=0.0)
     assert isinstance(how.source, GroupBalanced)
-    assert how.source.source is source_of(setting, too)
+    assert how.source.split is source_of(setting, too).split
     assert how.recipe.epochs == epochs
 
 
@@ -351,7 +354,6 @@ def test_without_a_recipe_of_its_own_a_method_trains_no_first_stage(
 ) -> None:
     assert arms  # all are made
     assert not (setting.folder / "stage-2").exists()
-    assert setting.first_stage("JTT") is None
     texts = {arm.name: arm.text for arm in make_arms(setting)}
     assert "that the ERM model of epoch 2 gets wrong" in texts["JTT, T = 2"]
     assert texts["CnC, T = 1"].endswith("across the predictions of the ERM model of epoch 1")
@@ -380,12 +382,13 @@ def test_a_first_stage_has_the_method_s_recipe_images_and_folder(
             assert how.given["epoch"] == early
             assert same_weights(how.start, start)
             assert same_weights(asked[-1], first)
-            if isinstance(how.source, Upsampled):
-                assert how.source.source is source
-                assert (how.source.copies > 1).tolist() == [index % 3 == 0 for index in range(len(source))]
+            if method == "JTT":
+                wrong = torch.arange(len(source)) % 3 == 0
+                assert_copied(how.source, source, 1 + how.given["upsampling"] * wrong.long())
+                assert how.given["upsampling"] > 0
             else:
                 assert isinstance(how.source, ContrastiveBatches)
-                assert how.source.source is source
+                assert how.source.split is source.split
                 assert how.source.predicted.tolist() == [index % 2 for index in range(len(source))]
 
 
@@ -399,12 +402,12 @@ def test_a_first_stage_is_trained_once_and_taken_up(
         kwargs["progress"] = lambda report: (_ for _ in ()).throw(KeyboardInterrupt("killed"))
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train", killed)
+    monkeypatch.setattr(training, "train", killed)
     with pytest.raises(KeyboardInterrupt, match="killed"):
         arms["JTT, T = 1"].make()
     folder = tmp_path / "run" / "stage-2" / "jtt-first-stage"
     assert checkpoint_epochs(folder) == (0, 1)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(training, "train", train)
     arms["JTT, T = 1"].make()
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     arms["JTT, T = 2"].make()
@@ -476,7 +479,7 @@ def test_dfr_is_fitted_on_validation_features_with_the_scaler_of_the_training_fe
         given.append((validation, train_features, options))
         return dfr(validation, train_features, **options)
 
-    monkeypatch.setattr(module, "dfr", spy)
+    monkeypatch.setattr(last_layer, "dfr", spy)
     judged: list[nn.Module] = []
     row = module._dfr(lambda one: judged.append(one) or {"test": [1.0]}, replace(setting, seed=3), dataset)  # type: ignore[arg-type,func-returns-value]
     ((validation, train_features, options),) = given
@@ -506,7 +509,7 @@ def test_results_and_progress_say_what_each_arm_was_given(
 ) -> None:
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
     few = replace(setting, fine_tuning_epochs=1, comparison_epochs=2, joined=None, full=False)
-    rows = {row["name"]: row["settings"] for row in stage_two(folder, dataset, few, Hardware())["arms"]}
+    rows = {row["name"]: row["settings"] for row in stage_two(folder, dataset, few)["arms"]}
     said = capsys.readouterr().err.splitlines()
     arms = {arm.name: arm.make() for arm in make_arms(few)}
     for name, how in arms.items():

@@ -124,7 +124,7 @@ def test_no_digit_is_in_two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_digits_are_of_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
-    sources, labels = data._load_digits()
+    sources, labels = data.load_digits()
     classes = {source.tobytes(): int(label) for source, label in zip(sources, labels, strict=True)}
 
     def check(sources: data.Doubles, groups: data.Integers, seed: int, split: str) -> Split:

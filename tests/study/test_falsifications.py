@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conditions
 import falsifications
 import numpy as np
 import pytest
 import torch
+from conditions import PAIR_COUNTS, deep_resnet, pair, plain_cnn, with_label_noise
 from falsifications import CONDITIONS, Condition, fence_flags, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.study import data
-from neuronsurgery.study.data import PAIR_COUNTS, SYNTHETIC_COUNTS, Split, digits, pair, synthetic, with_label_noise
-from neuronsurgery.study.network import deep_resnet, plain_cnn, small_resnet
+from neuronsurgery.study.data import SYNTHETIC_COUNTS, Split, digits, synthetic
+from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import Examples, judge_scores, mitigate
 from neuronsurgery.study.training import RECIPES, checkpoint_epochs, digest, load_checkpoint
@@ -49,7 +51,7 @@ def shown() -> list[tuple[Any, ...]]:
     """Of each split of the default pairs: its name, its red digits, its blue digits, its groups."""
     pytest.importorskip("sklearn")
     found: list[tuple[Any, ...]] = []
-    sources, _ = data._load_digits()
+    sources, _ = data.load_digits()
     places = {source.tobytes(): place for place, source in enumerate(sources)}
     assert len(places) == len(sources) == 1797
 
@@ -58,7 +60,7 @@ def shown() -> list[tuple[Any, ...]]:
         return Split(torch.zeros(len(groups), 3, 16, 16), torch.from_numpy(groups // 2), torch.from_numpy(groups))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_draw_pairs", record)
+        patch.setattr(conditions, "_draw_pairs", record)
         pair(0)
     return found
 
@@ -100,7 +102,7 @@ def test_within_a_split_no_digit_is_used_twice_and_none_is_twice_in_one_channel(
 
 
 def test_red_is_of_the_class_and_blue_of_the_attribute(shown: Any) -> None:
-    halves = data._load_digits()[1]
+    halves = data.load_digits()[1]
     assert [split[0] for split in shown] == list(PAIR_COUNTS)
     for _, red, blue, groups in shown:
         assert halves[red].tolist() == (groups // 2).tolist()
@@ -108,7 +110,7 @@ def test_red_is_of_the_class_and_blue_of_the_attribute(shown: Any) -> None:
 
 
 def test_as_many_digits_are_taken_as_is_said(shown: Any) -> None:
-    halves = data._load_digits()[1]
+    halves = data.load_digits()[1]
     assert np.bincount(halves).tolist() == [901, 896]
     train = np.concatenate(shown[0][1:3])
     assert (halves[train] == 0).sum() == 2 * 420 + 22 + 7 == 869
@@ -118,10 +120,10 @@ def test_as_many_digits_are_taken_as_is_said(shown: Any) -> None:
 def test_red_and_blue_are_drawn_alike_and_green_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setattr(data, "_PIXEL_NOISE", 0.0)
-    digits = data._load_digits()[0][:6]
+    digits = data.load_digits()[0][:6]
     groups = np.zeros(6, np.int64)
-    once = data._draw_pairs(digits, digits[::-1].copy(), groups, 0, "train").images
-    swapped = data._draw_pairs(digits[::-1].copy(), digits, groups, 0, "train").images
+    once = conditions._draw_pairs(digits, digits[::-1].copy(), groups, 0, "train").images
+    swapped = conditions._draw_pairs(digits[::-1].copy(), digits, groups, 0, "train").images
     assert torch.equal(once, swapped.flip(1))
     assert once[:, 1].max() == 0
     assert once[:, 0].amax((1, 2)).min() > 0.5

@@ -29,7 +29,6 @@ from neuronsurgery.study.last_layer import (
     STRENGTHS,
     Features,
     LinearRule,
-    Scaler,
     afr,
     afr_weights,
     balanced_logistic,
@@ -454,6 +453,23 @@ def by_scikit_learn(x: np.ndarray, y: np.ndarray, penalty: str, strength: float,
     )
 
 
+def fitted(features: Tensor) -> Any:
+    from sklearn.preprocessing import StandardScaler
+
+    return StandardScaler().fit(features.double().numpy())
+
+
+def scaled(features: Tensor, scaler: Any) -> np.ndarray:
+    found: np.ndarray = scaler.transform(features.double().numpy())
+    return found
+
+
+def of_raw_features(rule: LinearRule, scaler: Any) -> LinearRule:
+    """By hand: the scale goes into the coefficients, the mean into the intercept."""
+    coef = rule.coef / torch.from_numpy(scaler.scale_)
+    return LinearRule(coef, rule.intercept - (coef * torch.from_numpy(scaler.mean_)).sum(1))
+
+
 def assert_same_rule(found: LinearRule, right: LinearRule) -> None:
     for a, b in zip(found, right, strict=True):
         assert a.dtype == torch.float64
@@ -463,24 +479,17 @@ def assert_same_rule(found: LinearRule, right: LinearRule) -> None:
 @pytest.mark.parametrize("penalty", ["l1", "l2"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_mean_of_fits_by_hand(penalty: Any, classes: int) -> None:
-    from sklearn.preprocessing import StandardScaler
-
     features, targets, groups = data(classes=classes)
-    scaler = StandardScaler().fit(features.double().numpy())
-    rules = []
+    scaler, rules = fitted(features), []
     for number in range(3):
-        subset = balanced_subset(groups, 7, number).numpy()
-        x = scaler.transform(features.double().numpy()[subset])
-        rules.append(by_scikit_learn(x, targets.numpy()[subset], penalty, 0.3))
+        subset = balanced_subset(groups, 7, number)
+        rules.append(by_scikit_learn(scaled(features[subset], scaler), targets[subset].numpy(), penalty, 0.3))
     coef = (rules[0].coef + rules[1].coef + rules[2].coef) / 3
-    intercept = (rules[0].intercept + rules[1].intercept + rules[2].intercept) / 3
-    scale, mean = torch.from_numpy(scaler.scale_), torch.from_numpy(scaler.mean_)
-    wanted = LinearRule(coef / scale, intercept - (coef / scale * mean).sum(1))
+    mean = LinearRule(coef, (rules[0].intercept + rules[1].intercept + rules[2].intercept) / 3)
     found = balanced_logistic(features, targets, groups, penalty=penalty, strength=0.3, subsets=3, seed=7)
     assert found.coef.shape == ((1 if classes == 2 else classes), 4)
-    assert_same_rule(found, wanted)
-    standard = torch.from_numpy(scaler.transform(features.double().numpy()))
-    assert torch.equal(found.predict(features), LinearRule(coef, intercept).predict(standard))
+    assert_same_rule(found, of_raw_features(mean, scaler))
+    assert torch.equal(found.predict(features), mean.predict(torch.from_numpy(scaled(features, scaler))))
 
 
 @pytest.mark.parametrize(
@@ -500,9 +509,11 @@ def test_an_l1_penalty_in_any_version(version: str, options: dict[str, Any], mon
 def test_a_fit_is_where_the_gradient_vanishes() -> None:
     """Of C times the weighted sum of losses plus half the squared weights, without the intercept's."""
     features, targets, _ = data()
-    standard, weight = Scaler.fit(features)(features), normal(len(targets), key="w").abs().double()
-    rule = last_layer._logistic(standard, targets, "l2", 0.5, weight)
-    w, b = (part.clone().requires_grad_() for part in rule)
+    scaler, weight = fitted(features), normal(len(targets), key="w").abs().double()
+    coef, intercept = last_layer._logistic(features, targets, scaler, "l2", 0.5, weight.numpy())
+    standard = torch.from_numpy(scaled(features, scaler))
+    w = (coef * torch.from_numpy(scaler.scale_)).requires_grad_()
+    b = (intercept + coef @ torch.from_numpy(scaler.mean_)).requires_grad_()
     losses = functional.binary_cross_entropy_with_logits((standard @ w.T + b)[:, 0], targets.double(), reduction="none")
     (0.5 * (weight * losses).sum() + w.square().sum() / 2).backward()  # type: ignore[no-untyped-call]
     assert w.grad is not None and b.grad is not None
@@ -529,21 +540,14 @@ def test_balance_over_the_groups_removes_a_shortcut() -> None:
     assert worst_accuracy(by_group, test) > worst_accuracy(by_class, test)
 
 
-def test_the_scaler_is_scikit_learns() -> None:
-    from sklearn.preprocessing import StandardScaler
-
-    features = normal(50, 6) * 3 + 7
-    features[:, 2] = 0.1  # constant, and no binary fraction
-    right = StandardScaler().fit(features.double().numpy())
-    scaler = Scaler.fit(features)
-    np.testing.assert_allclose(scaler.mean.numpy(), right.mean_, rtol=1e-12)
-    np.testing.assert_allclose(scaler.scale.numpy(), right.scale_, rtol=1e-12)
-    assert scaler.scale[2] == 1
-    rule = LinearRule(normal(1, 6, key="c").double(), normal(1, key="i").double())
-    raw = scaler.unscaled(rule)
-    torch.testing.assert_close(
-        features.double() @ raw.coef.T + raw.intercept, scaler(features) @ rule.coef.T + rule.intercept
-    )
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_a_constant_feature_weighs_nothing(penalty: Any) -> None:
+    features, targets, groups = data()
+    constant = torch.full((len(targets), 1), 0.1)  # no binary fraction
+    rule = balanced_logistic(torch.cat([features, constant], 1), targets, groups, penalty=penalty)
+    assert rule.coef[0, 4] == 0
+    without = balanced_logistic(features, targets, groups, penalty=penalty)
+    torch.testing.assert_close(rule.coef[:, :4], without.coef, rtol=1e-3, atol=1e-6)
 
 
 def test_rescaled_features_give_the_same_answers() -> None:
@@ -622,18 +626,16 @@ def test_dfr_step_by_step() -> None:
     order = permutation(200, "halves", 2)
     judging, fitting = order[:100], order[100:]
     fitting = fitting[balanced_subset(groups[fitting], 2, 3).numpy()]
-    scaler = Scaler.fit(features[fitting])
+    scaler = fitted(features[fitting])
     for strength, accuracy in found.accuracies.items():
-        rule = by_scikit_learn(scaler(features[fitting]).numpy(), targets[fitting].numpy(), "l1", strength)
-        right = (rule.predict(scaler(features[judging])) == targets[judging]).double()
+        rule = by_scikit_learn(scaled(features[fitting], scaler), targets[fitting].numpy(), "l1", strength)
+        right = (rule.predict(torch.from_numpy(scaled(features[judging], scaler))) == targets[judging]).double()
         assert accuracy == min(float(right[groups[judging] == group].mean()) for group in range(4))
     assert found.accuracies.keys() == {1.0, 0.1, 0.001}
     assert found.accuracies[found.chosen] == max(found.accuracies.values())
     assert_same_rule(
         found.rule,
-        balanced_logistic(
-            *validation, penalty="l1", strength=found.chosen, subsets=3, seed=2, scaler=Scaler.fit(train)
-        ),
+        balanced_logistic(*validation, penalty="l1", strength=found.chosen, subsets=3, seed=2, scaler=fitted(train)),
     )
 
 
@@ -698,10 +700,10 @@ def test_afr_weights_by_hand() -> None:
 def test_afr_is_one_weighted_fit(classes: int) -> None:
     features, targets, _ = data(classes=classes)
     logits = normal(len(targets), classes, key="logits")
-    scaler = Scaler.fit(features)
+    scaler = fitted(features)
     weights = afr_weights(targets, logits, 3.0).numpy()
-    right = by_scikit_learn(scaler(features).numpy(), targets.numpy(), "l2", 0.2, weights)
-    assert_same_rule(afr(features, targets, logits, gamma=3.0, strength=0.2), scaler.unscaled(right))
+    right = by_scikit_learn(scaled(features, scaler), targets.numpy(), "l2", 0.2, weights)
+    assert_same_rule(afr(features, targets, logits, gamma=3.0, strength=0.2), of_raw_features(right, scaler))
 
 
 def test_afr_without_gamma_knows_the_classes_alone() -> None:
@@ -795,7 +797,7 @@ def test_end_to_end_on_a_network() -> None:
 def test_weights_are_what_copies_of_the_rare_would_be() -> None:
     """Groups of 48 and 12 of each class: four copies of the rare ones, at the strength of as many examples."""
     given = data()
-    scaler = Scaler.fit(given.features)
+    scaler = fitted(given.features)
     copies = torch.tensor([1, 4])[given.groups % 2]
     every = torch.arange(len(given.targets)).repeat_interleave(copies)
     strength = 0.1 * len(given.targets) / len(every)
@@ -813,3 +815,15 @@ def test_an_empty_group_weighs_nothing() -> None:
         weighted_logistic(given.features, given.targets, moved).coef,
         weighted_logistic(given.features, given.targets, given.groups).coef,
     )
+
+
+def test_features_may_carry_a_gradient() -> None:
+    features, targets, groups = data()
+    logits = normal(len(targets), 2, key="logits")
+    for fit in (
+        partial(balanced_logistic, targets=targets, groups=groups),
+        partial(afr, targets=targets, logits=logits),
+    ):
+        assert torch.equal(fit(features.clone().requires_grad_()).coef, fit(features).coef)
+    graded = afr(features, targets, logits.clone().requires_grad_())
+    assert torch.equal(graded.coef, afr(features, targets, logits).coef)

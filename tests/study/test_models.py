@@ -61,6 +61,7 @@ def test_any_network_gets_a_head_for_the_classes(arch: str) -> None:
         assert built.model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
     assert not built.pretrained
     assert re.fullmatch(rf"{arch}, [\d,]+ parameters: RANDOM weights \(seed 0\), nothing pre-trained", str(built))
+    assert arch != "small_resnet" or str(built).startswith("small_resnet, 77,587 parameters: ")
 
 
 def test_names_in_both_libraries_are_torchvisions_unless_timm_is_named() -> None:
@@ -72,7 +73,7 @@ def test_names_in_both_libraries_are_torchvisions_unless_timm_is_named() -> None
 @pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
 def test_the_inceptions_return_logits_in_training_too(arch: str) -> None:
     with torch.device("meta"):
-        model = models._torchvision_model(arch, 2)
+        model = models._find_constructor(arch)(2, 0)
         assert model.training
         assert model.transform_input
         assert model(torch.zeros(2, 3, 299, 299)).shape == (2, 2)

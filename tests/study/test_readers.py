@@ -22,7 +22,6 @@ from neuronsurgery.study.readers import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Framing,
-    FromDisk,
     ImageData,
     Images,
     Loading,
@@ -40,7 +39,7 @@ from neuronsurgery.study.readers import (
     training_transform,
     waterbirds,
 )
-from neuronsurgery.study.training import Embedded, EpochReport, Recipe, train
+from neuronsurgery.study.training import EpochReport, Recipe, Source, train
 
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
@@ -550,30 +549,39 @@ def test_rows_that_repeat_others_are_counted_in_one_warning(tmp_path: Path) -> N
 
 def test_what_may_not_be_read_is_named(birds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the means of the system as far as these go: root may read everything."""
-    scan, read = os.scandir, Path.read_text
+    calls = {name: getattr(os, name) for name in ("stat", "lstat", "listdir")}
 
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    def refusing(name: str) -> Callable[[Path], object]:
-        return lambda path: refuse(path) if Path(path).name == name else scan(path)
+    def close(folder: str) -> None:
+        """Neither the folder can be listed, nor is anything in it found."""
 
-    monkeypatch.setattr(os, "scandir", refusing("001.Some_Bird"))
+        def closed(name: str, call: Callable[..., object]) -> Callable[..., object]:
+            def answer(path: Path, *more: object, **options: object) -> object:
+                inside = Path(path) if name == "listdir" else Path(path).parent
+                return refuse(path) if inside.name == folder else call(path, *more, **options)
+
+            return answer
+
+        for name, call in calls.items():
+            monkeypatch.setattr(os, name, closed(name, call))
+
+    close("001.Some_Bird")
     first = rf"{bird_name(1)} \(line 3: Permission denied\), {bird_name(4)} \(line 6: "
     with pytest.raises(
         ValueError, match=rf"images whose path or folder cannot be read \(7\): {first}.* and 2 more\nPut"
     ):
         waterbirds(birds)
-    monkeypatch.setattr(os, "scandir", refusing("birds"))
+    close("birds")
     with pytest.raises(
         OSError, match=r"birds cannot be read \(Permission denied\): give leave to read it, or pass another"
     ):
         waterbirds(birds)
-    monkeypatch.setattr(os, "scandir", scan)
+    close("no folder of this name")
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(OSError, match=r"metadata\.csv cannot be read \(Permission denied\): give leave"):
         waterbirds(birds)
-    monkeypatch.setattr(Path, "read_text", read)
 
 
 def test_a_table_that_is_no_text_is_refused(birds: Path) -> None:
@@ -840,8 +848,8 @@ def test_the_digest_of_a_split_changes_with_its_rows_and_files_alone(birds: Path
     after = digests(waterbirds(birds))
     assert [split for split in before if before[split] != after[split]] == ["validation", "test"]
     embedded = data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (2, 1, 1, 1)))
-    noisy, _ = data.with_label_noise(embedded.test, 0.5, 0)
-    changed = digests(replace(embedded, splits={**embedded.splits, "test": noisy}))
+    other = replace(embedded.test, targets=1 - embedded.test.targets)
+    changed = digests(replace(embedded, splits={**embedded.splits, "test": other}))
     assert [split for split, said in digests(embedded).items() if changed[split] != said] == ["test"]
 
 
@@ -874,7 +882,7 @@ def interrupt(report: EpochReport) -> None:
 def test_training_takes_the_source_and_resumes(birds: Path, tmp_path: Path) -> None:
     dataset = waterbirds(birds, size=16)
     source = training_source(dataset)
-    assert isinstance(source, FromDisk)
+    assert isinstance(source, Source)
     assert len(source) == 10
     recipe, model = Recipe("sgd", 0.1, epochs=2, batch_size=4), Mean()
     whole = train(model, source, tmp_path / "whole", recipe=recipe, seed=2)
@@ -884,9 +892,9 @@ def test_training_takes_the_source_and_resumes(birds: Path, tmp_path: Path) -> N
     resumed = train(model, source, tmp_path / "killed", recipe=recipe, seed=2)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
     with pytest.raises(ValueError, match="images and targets: expected"):
-        train(model, FromDisk(dataset.test, dataset.augmentation), tmp_path / "whole", recipe=recipe, seed=2)
+        train(model, Source(dataset.test, dataset.augmentation), tmp_path / "whole", recipe=recipe, seed=2)
     assert isinstance(
-        training_source(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1)))), Embedded
+        training_source(data.synthetic(counts=dict.fromkeys(data.SYNTHETIC_COUNTS, (1, 1, 1, 1)))), Source
     )
 
 
@@ -941,7 +949,7 @@ def test_images_on_disk_are_held_out_and_given_back(birds: Path) -> None:
     assert list(parted.train.paths) == sorted(parted.train.paths, key=whole.train.paths.index)
     assert joined_source(whole) is None
     joined = joined_source(parted)
-    assert isinstance(joined, FromDisk)
+    assert isinstance(joined, Source)
     assert sorted(joined.split.paths) == sorted(whole.train.paths)
     assert joined.split.counts == whole.train.counts
     assert joined.augmentation == whole.augmentation

@@ -13,8 +13,7 @@ from kinds import named
 from snapshot import assert_unchanged, snapshot
 
 import neuronsurgery as ns
-from neuronsurgery.study import data
-from neuronsurgery.study import stage_two as module
+from neuronsurgery.study import data, training
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.last_layer import extract_features, last_logits
 from neuronsurgery.study.network import small_resnet
@@ -22,7 +21,7 @@ from neuronsurgery.study.run import RunFolder, Settings
 from neuronsurgery.study.stage_fragility import (
     Examples,
     audit,
-    inferred_loaders,
+    inferred_places,
     knockout,
     mitigate,
     stage_fragility,
@@ -31,9 +30,8 @@ from neuronsurgery.study.stage_fragility import (
 from neuronsurgery.study.stage_one import Trained
 from neuronsurgery.study.stage_two import SELECTIONS, Setting, average, beside_last_layers, make_arms, select, stage_two
 from neuronsurgery.study.training import (
-    Embedded,
-    Hardware,
     Recipe,
+    Source,
     checkpoint_epochs,
     checkpoint_path,
     load_checkpoint,
@@ -61,8 +59,8 @@ def trained(dataset: data.DataSet, erm: Any, tmp_path_factory: pytest.TempPathFa
 
 def setting_of(dataset: data.DataSet, trained: Trained) -> Setting:
     """Stage 2 at its shortest."""
-    source = Embedded(dataset.train, dataset.augmentation)
-    return Setting(trained, source, RECIPE, 0, tuple(dataset.train.counts), False, 1, 1)
+    source = Source(dataset.train, dataset.augmentation)
+    return Setting(trained, source, RECIPE, 0, False, 1, 1)
 
 
 # Which epoch counts
@@ -148,7 +146,7 @@ def second(
     """Stage 2, its folder and its results, which left the trained model as it was."""
     folder = RunFolder(tmp_path_factory.mktemp("second") / "run", Settings(quick=True))
     before = snapshot(trained.model)
-    results = stage_two(folder, dataset, setting_of(dataset, trained), Hardware(), progress=False)
+    results = stage_two(folder, dataset, setting_of(dataset, trained))
     assert_unchanged(before, trained.model)
     return folder, results
 
@@ -164,14 +162,14 @@ def test_stage_two_runs_every_arm_and_is_taken_up_without_training(
     assert names == ["ERM", *(one.name for one in make_arms(setting)), "DFR", "ERM continued, chosen"]
     assert len({one.slug for one in make_arms(setting)}) == len(make_arms(setting))
     more = {one.name for one in make_arms(replace(setting, full=True))} - set(names)
-    assert more == {"random pruned, own statistics"}
+    assert more == {"random pruned, own statistics"} | {f"ERM continued, rate {r:g}" for r in (5e-5, 5e-4, 2e-3)}
     for row in results["arms"]:
         assert ("impossible" in row) != bool(row["selected"])
         assert set(row["selected"]) <= set(SELECTIONS)
         assert row["labels"].startswith("class")
     assert json.loads(json.dumps(results)) == results
-    monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    assert stage_two(folder, dataset, setting, Hardware(), progress=False) == results
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert stage_two(folder, dataset, setting) == results
 
 
 def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
@@ -182,7 +180,7 @@ def test_methods_may_have_the_held_out_images_too_but_not_to_choose_by(
         a + b for a, b in zip(dataset.train.counts, dataset.splits["held-out"].counts, strict=True)
     )
     assert torch.equal(joined.groups, joined.groups.sort().values)
-    setting = replace(setting_of(dataset, trained), joined=Embedded(joined, dataset.augmentation))
+    setting = replace(setting_of(dataset, trained), joined=Source(joined, dataset.augmentation))
     more = [one for one in make_arms(setting) if one.held_out]
     assert {one.name for one in more} > {"ERM, held-out images too", "Group DRO, held-out images too"}
     sources = {one.name: one.make().source for one in more if not one.name.startswith(("JTT", "CnC"))}
@@ -250,7 +248,7 @@ def test_methods_that_need_a_linear_head_are_impossible_without_one_and_the_othe
     checkpoints = {epoch: checkpoint_path(path, epoch) for epoch in checkpoint_epochs(path)}
     found = Trained(model, checkpoints, read_trajectory(path), studied(()))
     folder = RunFolder(tmp_path / "run", Settings(quick=True))
-    results = stage_two(folder, dataset, setting_of(dataset, found), Hardware(), progress=False)
+    results = stage_two(folder, dataset, setting_of(dataset, found))
     why = {row["name"]: row["impossible"] for row in results["arms"] if "impossible" in row}
     assert "linear" in why["DFR"]
     assert {name for name in why if not name.startswith(("CnC", "JTT"))} == {"DFR"}
@@ -371,14 +369,13 @@ def test_inferred_groups_are_in_the_order_of_the_loaders(dataset: data.DataSet, 
     assert torch.allclose(margins.float(), ns.margin(logits, examples.targets), atol=1e-4)
 
 
-def test_loaders_by_inferred_group_hold_each_image_once(dataset: data.DataSet) -> None:
+def test_each_image_has_one_place_in_one_inferred_group(dataset: data.DataSet) -> None:
     targets = Examples.of(dataset.train).targets
     scores = torch.arange(len(targets)).double()
     inferred = ns.infer_groups(scores, targets, rule=0.2)
-    loaders = inferred_loaders(dataset, "train", inferred)
-    sizes = {name: sum(len(batch[1]) for batch in loader) for name, loader in loaders.items()}
-    assert list(sizes.values()) == [row["count"] for row in inferred.to_records()]
-    assert sum(sizes.values()) == len(dataset.train)
+    places = inferred_places(dataset, "train", inferred)
+    assert [len(own) for own in places.values()] == [row["count"] for row in inferred.to_records()]
+    assert torch.cat(list(places.values())).sort().values.tolist() == list(range(len(dataset.train)))
 
 
 def test_audit_shows_the_images_that_score_highest(dataset: data.DataSet, trained: Trained) -> None:
@@ -409,6 +406,7 @@ def test_mitigation_says_what_each_row_takes_and_why_one_is_missing(
 def test_gamma_by_halves_never_judges_on_what_it_fits(dataset: data.DataSet, trained: Trained) -> None:
     held = extract_features(trained.model, dataset.loaders("held-out"))
     logits = last_logits(trained.model, held.features)
-    rule, gamma = tuned_on_halves(held, logits, held.targets, 0)
-    assert rule.coef.shape == (1, 16)
-    assert gamma in (0.0, 1.0, 2.0, 4.0, 8.0)
+    tuned = tuned_on_halves(held, logits, held.targets, 0)
+    assert tuned.rule.coef.shape == (1, 16)
+    assert tuned.chosen in tuned.accuracies.keys() == {0.0, 1.0, 2.0, 4.0, 8.0}
+    assert tuned.accuracies[tuned.chosen] == max(tuned.accuracies.values())

@@ -1,24 +1,17 @@
 """Real data sets from disk: Waterbirds, CelebA, the WILDS folders of both, and any folder of images with a table.
 
-A reader looks at the tables and at the names of the files, and stops with one error that lists all that is wrong:
-nothing is trained on half a data set. Images are read when a batch asks for them.
-
-`ImageData` and `ImageSplit` stand where `data.DataSet` and `data.Split` stand, and `batches` here takes either split.
-Needs torchvision and Pillow (the extra `[study]`), which are imported when a reader is called.
-
-Imports run one way: `pixels` (a file to a tensor), `disk` (what a data set is), `tables` (text to columns), `assembly`
-(columns to a data set), `layouts` (the readers).
+A reader looks at tables and files, and stops with one error that lists all that is wrong: nothing is trained on half a
+data set. Imports run one way: `pixels` (a file to a tensor), `disk` (what a data set is), `tables` (text to columns),
+`assembly` (columns to a data set), `layouts` (the readers); of other packages when a reader is called.
 """
 
+from neuronsurgery.study.data import batches as batches
 from neuronsurgery.study.readers.assembly import SPLIT_NAMES as SPLIT_NAMES
 from neuronsurgery.study.readers.disk import EXPECTED_COUNTS as EXPECTED_COUNTS
-from neuronsurgery.study.readers.disk import FromDisk as FromDisk
-from neuronsurgery.study.readers.disk import ImageBatches as ImageBatches
 from neuronsurgery.study.readers.disk import ImageData as ImageData
 from neuronsurgery.study.readers.disk import Images as Images
 from neuronsurgery.study.readers.disk import ImageSplit as ImageSplit
 from neuronsurgery.study.readers.disk import Loading as Loading
-from neuronsurgery.study.readers.disk import batches as batches
 from neuronsurgery.study.readers.disk import describe_counts as describe_counts
 from neuronsurgery.study.readers.disk import digests as digests
 from neuronsurgery.study.readers.disk import joined_source as joined_source

@@ -1,48 +1,46 @@
-"""What a data set on disk is: its splits, how batches of them are fetched, and the source that training reads."""
+"""What a data set on disk is: its splits, how images of them are fetched, and the source that training reads."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from neuronsurgery.study import data
-from neuronsurgery.study.data import Augmentation, Batches, Counts, DataSet, Split, permutation, raw_bits
+from neuronsurgery.study.data import Batch, Counts, DataSet, Integers, Labelled, Split
 from neuronsurgery.study.readers.pixels import Framing, RandomCrop, evaluation_transform, read_image, training_transform
-from neuronsurgery.study.training import Embedded, digest
+from neuronsurgery.study.training import Source, digest
 
-# Of the published data sets, as their papers and generators give them; groups in the order of `group_names`.
-EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = MappingProxyType(
-    {
-        "waterbirds": MappingProxyType(
-            {"train": (3498, 184, 56, 1057), "validation": (467, 466, 133, 133), "test": (2255, 2255, 642, 642)}
-        ),
-        "celeba": MappingProxyType(
-            {
-                "train": (71629, 66874, 22880, 1387),
-                "validation": (8535, 8276, 2874, 182),
-                "test": (9767, 7535, 2480, 180),
-            }
-        ),
-    }
-)
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXPECTED_COUNTS: Final[Mapping[str, Mapping[str, Counts]]] = {
+    "waterbirds": {
+        "train": (3498, 184, 56, 1057),
+        "validation": (467, 466, 133, 133),
+        "test": (2255, 2255, 642, 642),
+    },
+    "celeba": {
+        "train": (71629, 66874, 22880, 1387),
+        "validation": (8535, 8276, 2874, 182),
+        "test": (9767, 7535, 2480, 180),
+    },
+}
+"""Of the published data sets, as their papers and generators give them; groups in the order of `group_names`."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How images are fetched; the batches are the same whatever it says.
+    """How images are fetched: by how many processes that read ahead (0: this one), and into pinned memory or not.
 
-    Attributes:
-        workers: processes that read ahead; 0 reads in this one.
-        pin_memory: hand out pinned memory, where there is a GPU.
+    The batches are the same whatever it says.
     """
 
     workers: int = 0
@@ -50,7 +48,7 @@ class Loading:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSplit:
+class ImageSplit(Labelled):
     """The images of one split, in the order of the table.
 
     Attributes:
@@ -70,18 +68,10 @@ class ImageSplit:
     group_count: int
     framing: Framing
     loading: Loading
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    varied_by = RandomCrop
 
     def __repr__(self) -> str:
-        counts = "/".join(str(count) for count in self.counts)
-        return f"ImageSplit({len(self)} images of (3, {self.framing.size}, {self.framing.size}), {counts} per group)"
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The number of images in each group."""
-        return tuple(torch.bincount(self.groups, minlength=self.group_count).tolist())
+        return self.described((3, self.framing.size, self.framing.size))
 
     @property
     def digest(self) -> str:
@@ -97,29 +87,86 @@ class ImageSplit:
         paths = tuple(self.paths[index] for index in where.tolist())
         return replace(self, paths=paths, targets=self.targets[where], groups=self.groups[where])
 
+    def fetch(
+        self, places: Sequence[Integers], augmentation: RandomCrop | None, seed: int, epoch: int
+    ) -> Iterator[Batch]:
+        """A batch of the images at each of some places."""
+        loader = DataLoader(
+            _Batched(Images(self, augmentation, seed, epoch)),
+            batch_size=None,  # the sampler says which images make a batch
+            sampler=places,
+            num_workers=self.loading.workers,
+            pin_memory=self.loading.pin_memory and torch.cuda.is_available(),
+            generator=torch.Generator(),  # the seeds of the workers come from here, not from the global state
+        )
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            images, targets, groups = batch
+            yield images, targets, groups
+
 
 @dataclass(frozen=True, eq=False)
-class ImageData:
+class Images(Dataset[Batch]):
+    """The images of a split as a torch `Dataset` of `(image, target, group)`, for loaders of one's own.
+
+    An image is float32 (3, size, size), normalised; without an augmentation it is framed for evaluation. What happens
+    to it depends on `(seed, epoch)` and its place in the split alone, whatever the worker, the batch and the global
+    random state, which is left alone.
+    """
+
+    split: ImageSplit
+    augmentation: RandomCrop | None = None
+    seed: int = 0
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Any:
+        image = read_image(self.split.folder / self.split.paths[index])
+        varied = self.augmentation is not None
+        with torch.random.fork_rng(devices=[], enabled=varied):  # torchvision draws from the global state
+            if varied:
+                bits = data.raw_bits(1, "augmentation", self.seed, self.epoch, int(index))
+                torch.default_generator.manual_seed(int(bits[0]) >> 1)
+            return self._transform(image), self.split.targets[index], self.split.groups[index]
+
+    @functools.cached_property
+    def _transform(self) -> Callable[[Image], Tensor]:
+        framing = self.split.framing
+        if self.augmentation is None:
+            return evaluation_transform(framing)
+        return training_transform(self.augmentation, framing.mean, framing.std)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batched(Dataset[Any]):
+    """Batches of images by their places, or the error of the first one that cannot be read."""
+
+    images: Images
+
+    def __getitem__(self, places: Integers) -> Any:
+        try:
+            return default_collate([self.images[place] for place in places.tolist()])
+        except ValueError as error:
+            return error  # a worker that raised it would make a text of it, with its traceback
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData(DataSet[ImageSplit]):
     """A named data set whose images are files.
 
     Attributes:
         name: "waterbirds", "celeba", or what `image_folder` was told.
-        class_names: what class 0, 1, ... shows.
         group_names: what group 0, 1, ... shows, such as "landbird on water".
         augmentation: what may be done to its training images.
-        splits: split name to `ImageSplit`; "train", "validation" and "test" are always there, the last two perhaps
-            without images.
+        splits: split name to `ImageSplit`: "train", and "validation" and "test", perhaps without images.
+        class_names: what class 0, 1, ... shows.
     """
 
-    name: str
     class_names: tuple[str, ...]
-    group_names: tuple[str, ...]
-    augmentation: RandomCrop
-    splits: Mapping[str, ImageSplit]
-
-    def __repr__(self) -> str:
-        lines = [f"ImageData {self.name!r}; groups: {', '.join(self.group_names)}"]
-        return "\n".join(lines + [f"  {name}: {split!r}" for name, split in self.splits.items()])
+    usual_size = 64
 
     @property
     def classes(self) -> int:
@@ -129,8 +176,7 @@ class ImageData:
     @property
     def expected_counts(self) -> dict[str, list[int]] | None:
         """The published number of images per group, by split; None where nothing was published."""
-        expected = EXPECTED_COUNTS.get(self.name)
-        return None if expected is None else {split: list(counts) for split, counts in expected.items()}
+        return {split: list(counts) for split, counts in EXPECTED_COUNTS.get(self.name, {}).items()} or None
 
     @property
     def minority(self) -> tuple[int, ...]:
@@ -142,227 +188,36 @@ class ImageData:
         counts = self.train.counts
         return tuple(group for group, count in enumerate(counts) if 0 < count < sum(counts) / len(counts) / 2)
 
-    @property
-    def train(self) -> ImageSplit:
-        """The training images."""
-        return self.splits["train"]
-
-    @property
-    def validation(self) -> ImageSplit:
-        """The validation images."""
-        return self.splits["validation"]
-
-    @property
-    def test(self) -> ImageSplit:
-        """The test images."""
-        return self.splits["test"]
-
     def normalized(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageData:
         """The same images with their red, green and blue less `mean` and divided by `std`."""
         splits = {
             name: replace(split, framing=replace(split.framing, mean=tuple(mean), std=tuple(std)))
             for name, split in self.splits.items()
         }
-        return replace(self, splits=MappingProxyType(splits))
-
-    def loaders(self, split: str, size: int = 64) -> dict[str, ImageBatches]:
-        """One loader per group of a split, by group name; groups without images are left out."""
-        part = self.splits[split]
-        counts = part.counts
-        return {
-            name: ImageBatches(part.subset(part.groups == group), size)
-            for group, name in enumerate(self.group_names)
-            if counts[group]
-        }
+        return replace(self, splits=splits)
 
 
-@dataclass(frozen=True, eq=False)
-class ImageBatches:
-    """A re-iterable of `(images, targets, groups)`: the same batches each time it is iterated. See `batches`."""
-
-    split: ImageSplit
-    size: int
-    shuffle: bool = False
-    augmentation: RandomCrop | None = None
-    seed: int = 0
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        order = list(range(len(self.split)))
-        if self.shuffle:
-            order = permutation(len(self.split), "order", self.seed, self.epoch).tolist()
-        images = Images(self.split, augmentation=self.augmentation, seed=self.seed, epoch=self.epoch)
-        loading = self.split.loading
-        loader = DataLoader(
-            _WithFaults(images),
-            batch_sampler=[order[start : start + self.size] for start in range(0, len(order), self.size)],
-            num_workers=loading.workers,
-            pin_memory=loading.pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator(),  # the seeds of the workers come from here, not from the global state
-            collate_fn=_collate,
-        )
-        for batch in loader:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield tuple(batch)  # a DataLoader hands out lists
+def training_source(dataset: DataSet | ImageData) -> Source:
+    """The training images of any data set with its own augmentation, for `training.train`."""
+    return Source(dataset.train, dataset.augmentation)
 
 
-class _WithFaults(Dataset[Any]):
-    """Images, and in place of one that cannot be read its error.
-
-    Raised in a worker, the error would come as the text of a traceback.
-    """
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor] | ValueError:
-        try:
-            return self.images[index]
-        except ValueError as error:
-            return error
-
-
-def _collate(rows: list[Any]) -> Any:
-    """A batch of the rows, or the first error among them."""
-    faults = [row for row in rows if isinstance(row, ValueError)]
-    return faults[0] if faults else default_collate(rows)
-
-
-class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """The images of a split as a torch `Dataset` of `(image, target, group)`, for loaders of one's own.
-
-    An image is float32 (3, size, size), normalised; what happens to it depends on `(seed, epoch)` and its place in the
-    split alone, whatever the worker, the batch and the global random state, which is left alone.
-
-    Args:
-        split: the images.
-        augmentation: how to vary them; None frames them for evaluation.
-        seed: of the augmentation.
-        epoch: another epoch is another augmentation.
-    """
-
-    def __init__(
-        self, split: ImageSplit, *, augmentation: RandomCrop | None = None, seed: int = 0, epoch: int = 0
-    ) -> None:
-        self.split = split
-        self.key = None if augmentation is None else ("augmentation", seed, epoch)
-        framing = split.framing
-        self.transform = (
-            evaluation_transform(framing)
-            if augmentation is None
-            else training_transform(augmentation, framing.mean, framing.std)
-        )
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        image = read_image(self.split.folder / self.split.paths[index])
-        target, group = self.split.targets[index], self.split.groups[index]
-        if self.key is None:
-            return self.transform(image), target, group
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global state
-            torch.default_generator.manual_seed(int(raw_bits(1, *self.key, int(index))[0]) >> 1)
-            return self.transform(image), target, group
-
-
-def batches(
-    split: Split | ImageSplit,
-    size: int = 64,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = False,
-    augmentation: Augmentation | RandomCrop | None = None,
-) -> Batches | ImageBatches:
-    """Batches of a split, in memory or on disk, as a re-iterable with a length; the last batch may be smaller.
-
-    Order and augmentation depend on `(seed, epoch)` alone; what happens to an image does not depend on its batch.
-
-    Args:
-        split: the images; a `data.Split` goes to `data.batches`.
-        size: images per batch, at least 1.
-        seed: of the shuffling and the augmentation.
-        epoch: another epoch is another order and another augmentation.
-        shuffle: in random order instead of that of the split.
-        augmentation: how to vary the images, of the kind that belongs to the data set; None leaves them as they are.
-
-    Returns:
-        Batches of `(images, targets, groups)`: float32 (B, 3, H, W), int64 (B,), int64 (B,).
-
-    Raises:
-        ValueError: if `size` is below 1.
-        TypeError: if the augmentation is of the other kind of data set.
-    """
-    if isinstance(split, Split) and not isinstance(augmentation, RandomCrop):
-        return data.batches(split, size, seed=seed, epoch=epoch, shuffle=shuffle, augmentation=augmentation)
-    if isinstance(split, Split) or isinstance(augmentation, Augmentation):
-        raise TypeError(
-            f"batches: found {augmentation!r} for a split of class {type(split).__name__}: pass the "
-            f"`.augmentation` of the data set that the split is from"
-        )
-    if size < 1:
-        raise ValueError(f"batches: size must be at least 1, found {size}: pass the number of images per batch")
-    return ImageBatches(split, size, shuffle, augmentation, seed, epoch)
-
-
-@dataclass(frozen=True, eq=False)
-class FromDisk:
-    """A split on disk and how its images vary from epoch to epoch, for `training.train`: a `training.Source`.
-
-    Attributes:
-        split: the training images.
-        augmentation: how they vary; None frames them as for evaluation.
-    """
-
-    split: ImageSplit
-    augmentation: RandomCrop | None
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def describe(self) -> dict[str, object]:
-        """All that the batches depend on but size, seed and epoch, as JSON values; pixels only by their paths."""
-        return {
-            "augmentation": None if self.augmentation is None else json.loads(json.dumps(asdict(self.augmentation))),
-            "images and targets": self.split.digest,
-        }
-
-    def epoch(self, size: int, seed: int, epoch: int) -> ImageBatches:
-        """Batches of `(images, targets, groups)` of one epoch, as (seed, epoch) alone decide."""
-        return ImageBatches(self.split, size, True, self.augmentation, seed, epoch)
-
-
-def joined_source(dataset: DataSet | ImageData) -> Embedded | FromDisk | None:
+def joined_source(dataset: DataSet | ImageData) -> Source | None:
     """The training and the held-out images of any data set together, for `training.train`; None without the latter."""
     if "held-out" not in dataset.splits:
         return None
-    if isinstance(dataset, DataSet):
-        return Embedded(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
-    parts = (dataset.train, dataset.splits["held-out"])
-    whole = replace(
-        dataset.train,
-        paths=tuple(path for part in parts for path in part.paths),
-        targets=torch.cat([part.targets for part in parts]),
-        groups=torch.cat([part.groups for part in parts]),
-    )
-    return FromDisk(whole, dataset.augmentation)
+    if not isinstance(dataset, ImageData):
+        return Source(data.join(dataset.train, dataset.splits["held-out"]), dataset.augmentation)
+    train, held = dataset.train, dataset.splits["held-out"]
+    targets, groups = torch.cat([train.targets, held.targets]), torch.cat([train.groups, held.groups])
+    whole = replace(train, paths=train.paths + held.paths, targets=targets, groups=groups)
+    return Source(whole, dataset.augmentation)
 
 
 def digests(dataset: DataSet | ImageData) -> dict[str, str]:
     """16 hex digits per split, by name, that change with its images, targets and groups.
 
     Of images on disk names and sizes of the files count, not the pixels: that takes no longer than to list them.
-
-    Raises:
-        OSError: if an image on disk is missing.
     """
     return {
         name: digest([split.images, split.targets, split.groups]) if isinstance(split, Split) else _disk_digest(split)
@@ -377,35 +232,16 @@ def _disk_digest(split: ImageSplit) -> str:
     return said.hexdigest()[:16]
 
 
-def training_source(dataset: DataSet | ImageData) -> Embedded | FromDisk:
-    """The training images of any data set with its own augmentation, for `training.train`."""
-    if isinstance(dataset, DataSet):
-        return Embedded(dataset.train, dataset.augmentation)
-    return FromDisk(dataset.train, dataset.augmentation)
-
-
 def describe_counts(dataset: DataSet | ImageData) -> str:
-    """A table of the images per split and group, the published number beside it where it is another one.
-
-    Args:
-        dataset: any data set; those of `EXPECTED_COUNTS` are compared with it, by name.
-
-    Returns:
-        Lines of text without a newline at the end.
-    """
+    """A table of the images per split and group, the published number beside it where it is another one."""
     expected = EXPECTED_COUNTS.get(dataset.name, {})
-    rows = [["images", *dataset.group_names]]
+    rows = [[f"{'images':10}", *dataset.group_names]]
     for name, split in dataset.splits.items():
-        published = expected.get(name, split.counts)
-        pairs = zip(split.counts, published, strict=True)
-        rows.append([name, *(str(found) if found == count else f"{found} (not {count})" for found, count in pairs)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+        pairs = zip(split.counts, expected.get(name, split.counts), strict=True)
+        cells = (str(found) if found == count else f"{found} (not {count})" for found, count in pairs)
+        rows.append([f"{name:10}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     if expected:
         differing = [name for name in expected if dataset.splits[name].counts != expected[name]]
         said = f"other than those published in {', '.join(differing)}" if differing else "those published"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from neuronsurgery.study.readers.assembly import SPLIT_NAMES, SPLITS, Rows, assemble, encode_binary, encode_values
+from neuronsurgery.study.readers.assembly import SPLIT_NAMES, SPLITS, assemble
 from neuronsurgery.study.readers.disk import ImageData, Loading
 from neuronsurgery.study.readers.pixels import Framing
 from neuronsurgery.study.readers.tables import first_of, raise_for, read_columns, unreadable
 
 PathLike: TypeAlias = str | os.PathLike[str]
-
 IN_THIS_PROCESS: Final = Loading()
 
 
@@ -30,31 +28,20 @@ def waterbirds(
 
     The folder, or one a step or two below (`waterbird_complete95_forest2water2`, `waterbirds_v1.0`, `waterbirds`), has
     `metadata.csv` (`img_id,img_filename,y,split,place,place_filename`), or `metadata_waterbirds.csv`
-    (`id,filename,split,y,a`), which may lie above the images. Evaluated at 256 x 256, cropped to 224.
-
-    Args:
-        root: the folder.
-        size: height and width that the network takes; the resizing before the crop grows with it.
-        loading: how images are fetched.
-        verify: decode every image now, so that a broken one is no surprise in training.
-
-    Returns:
-        Classes landbird and waterbird; groups as in the paper, from "landbird on land" to "waterbird on water".
-
-    Raises:
-        FileNotFoundError: if there is no such folder or no table in it.
-        ValueError: if the table or the images are not as they should be; lists all that is wrong.
+    (`id,filename,split,y,a`), which may lie above the images. Evaluated at 256 x 256, cropped to 224; with another
+    `size` the resizing grows, too. Arguments and errors are those of `image_folder`.
     """
     below = ("waterbird_complete95_forest2water2", "waterbirds_v*", "waterbirds", "waterbirds/waterbird_complete95_*")
     source = _find("Waterbirds", root, ("metadata.csv", "metadata_waterbirds.csv"), below)
     aliases = {"path": ("img_filename", "filename"), "y": ("y",), "attribute": ("place", "a"), "split": ("split",)}
     columns = read_columns(source, aliases)
-    classes, places = ("landbird", "waterbird"), ("land", "water")
     return assemble(
-        Rows(source, _image_folder(source.parent, below, columns["path"]), **columns),
+        source,
+        _image_folder(source.parent, below, columns["path"]),
+        columns,
         name="waterbirds",
-        encode=encode_binary,
-        describe=lambda y, a: (classes, tuple(f"{bird} on {place}" for bird in classes for place in places)),
+        known=(["landbird", "waterbird"], ["land", "water"]),
+        group_name="{} on {}".format,
         framing=middle(size),
         loading=loading,
         verify=verify,
@@ -69,73 +56,53 @@ def celeba(root: PathLike, *, size: int = 224, loading: Loading = IN_THIS_PROCES
     table, `metadata.csv`, `celeba_metadata.csv` or `metadata_celeba.csv`, with the columns `img_filename` (`filename`,
     `image_id`), `y` (`Blond_Hair`), `place` (`a`, `Male`), `split` (`partition`). Attributes are -1/1 or 0/1. Images
     are in `img_align_celeba`, once or twice nested, or beside the table. Evaluated cropped to 178 x 178, then resized.
-
-    Args:
-        root: the folder.
-        size: height and width that the network takes.
-        loading: how images are fetched.
-        verify: decode every image now, so that a broken one is no surprise in training.
-
-    Returns:
-        Classes non-blond and blond; groups as in the paper: non-blond woman, non-blond man, blond woman, blond man.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or no table in it.
-        ValueError: if the tables or the images are not as they should be; lists all that is wrong.
+    Arguments and errors are those of `image_folder`.
     """
-    source, columns = _read_celeba_tables(Path(root))
-    around = (
-        "celeba/img_align_celeba",
-        "img_align_celeba/img_align_celeba",
-        "img_align_celeba",
-        "../img_align_celeba",
-        "../Img/img_align_celeba",
-    )
-    classes, people = ("non-blond", "blond"), ("woman", "man")
+    source, columns = _read_celeba_tables(root)
+    around = [f"{above}img_align_celeba" for above in ("celeba/", "img_align_celeba/", "", "../", "../Img/")]
     return assemble(
-        Rows(source, _image_folder(source.parent, around, columns["path"]), **columns),
+        source,
+        _image_folder(source.parent, around, columns["path"]),
+        columns,
         name="celeba",
-        encode=encode_binary,
-        describe=lambda y, a: (classes, tuple(f"{hair} {person}" for hair in classes for person in people)),
+        known=(["non-blond", "blond"], ["woman", "man"]),
+        group_name="{} {}".format,
         framing=Framing((("crop", 178), ("resize", size))),
         loading=loading,
         verify=verify,
     )
 
 
-def _read_celeba_tables(root: Path) -> tuple[Path, dict[str, list[str]]]:
-    """The table that names the images, and the columns of `Rows`."""
+_CELEBA_COLUMNS: Final[Mapping[str, Sequence[str]]] = {
+    "path": ("img_filename", "filename", "image_id"),
+    "y": ("y", "Blond_Hair"),
+    "attribute": ("place", "a", "Male"),
+    "split": ("split", "partition"),
+}
+
+
+def _read_celeba_tables(root: PathLike) -> tuple[Path, dict[str, list[str]]]:
+    """The table that names the images, and the columns for `assemble`."""
     below = ("data", "celebA_v*", "celeba", "celebA", "CelebA", "Anno", "celeba/data", "img_align_celeba")
-    lists = [f"list_attr_celeba.{end}" for end in ("csv", "txt")]
     merged = ("metadata.csv", "celeba_metadata.csv", "metadata_celeba.csv")
-    source = _find("CelebA", root, (*lists, *merged), below)
+    source = _find("CelebA", root, ("list_attr_celeba.csv", "list_attr_celeba.txt", *merged), below)
     if source.name in merged:
         return source, read_columns(source, _CELEBA_COLUMNS)
-    folders = (source.parent, source.parent.parent / "Eval")
-    partitions = [folder / f"list_eval_partition.{end}" for folder in folders for end in ("csv", "txt")]
-    partition = next(filter(Path.is_file, partitions), None)
-    if partition is not None:
-        return source, _join_celeba(source, partition)
-    with_splits = next(filter(Path.is_file, (source.parent / name for name in merged)), None)
-    if with_splits is not None:
-        return with_splits, read_columns(with_splits, _CELEBA_COLUMNS)
-    raise FileNotFoundError(
-        f"{source}: expected list_eval_partition.csv or .txt beside it, found neither: without it there are no splits"
-    )
+    beside = source.parent
+    splits = [
+        folder / f"list_eval_partition.{end}" for folder in (beside, beside.parent / "Eval") for end in ("csv", "txt")
+    ]
+    table = next(filter(Path.is_file, [*splits, *(beside / name for name in merged)]), None)
+    if table is None:
+        raise FileNotFoundError(
+            f"{source}: expected list_eval_partition.csv or .txt beside it, found neither: without it there are no "
+            f"splits"
+        )
+    return (source, _join(source, table)) if table in splits else (table, read_columns(table, _CELEBA_COLUMNS))
 
 
-_CELEBA_COLUMNS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
-    {
-        "path": ("img_filename", "filename", "image_id"),
-        "y": ("y", "Blond_Hair"),
-        "attribute": ("place", "a", "Male"),
-        "split": ("split", "partition"),
-    }
-)
-
-
-def _join_celeba(attributes: Path, partition: Path) -> dict[str, list[str]]:
-    """The columns of `Rows`, from the table of attributes and that of splits, by the names of the images."""
+def _join(attributes: Path, partition: Path) -> dict[str, list[str]]:
+    """The columns for `assemble`, from the table of attributes and that of splits, by the names of the images."""
     aliases = dict(_CELEBA_COLUMNS)
     split = {"path": aliases["path"], "split": aliases.pop("split")}
     columns = read_columns(attributes, aliases)
@@ -172,6 +139,10 @@ def image_folder(
 ) -> ImageData:
     """The data set of any folder of images with a table, such as CXR-14 with pneumothorax against chest drain.
 
+    Classes and attributes are in ascending order of their values, counted over the whole table. Groups, in the order of
+    `y * attributes + a`, are called "label=value attribute=value", after the columns; combinations that no image of any
+    split has are no groups. Rows that repeat others are taken as they are, with one warning that counts them.
+
     Args:
         root: the folder; paths in the table are relative to it, or absolute.
         table: its CSV file, with a header, relative to `root`; separated by commas, semicolons, tabs or blanks.
@@ -186,49 +157,23 @@ def image_folder(
         loading: how images are fetched.
         verify: decode every image now, so that a broken one is no surprise in training.
 
-    Returns:
-        Classes and attributes in ascending order of their values, counted over the whole table; the groups, in the
-        order of `y * attributes + a`, are called "label=value attribute=value", after the columns. Combinations that no
-        image of any split has are no groups. Rows that repeat others are taken as they are, with one warning that
-        counts them.
-
     Raises:
         FileNotFoundError: if there is no such folder or table.
         ValueError: if `splits` leads elsewhere, or the table or the images are not as they should be; lists all that is
             wrong.
         OSError: if the folder or the table cannot be read.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> from PIL import Image
-        >>> root = pathlib.Path(tempfile.mkdtemp())
-        >>> for name in ("a.png", "b.png"):
-        ...     Image.new("L", (300, 300)).save(root / name)
-        >>> with open(root / "chest.csv", "w") as table:
-        ...     print("file,pneumothorax,drain,part", "a.png,0,no,train", "b.png,1,yes,train", sep=chr(10), file=table)
-        >>> columns = dict(path="file", label="pneumothorax", attribute="drain", split="part")
-        >>> chest = image_folder(root, "chest.csv", name="chest", **columns)
-        >>> chest
-        ImageData 'chest'; groups: pneumothorax=0 drain=no, pneumothorax=1 drain=yes
-          train: ImageSplit(2 images of (3, 224, 224), 1/1 per group)
-          validation: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
-          test: ImageSplit(0 images of (3, 224, 224), 0/0 per group)
     """
     others = sorted(set(splits.values()) - set(SPLITS))
     if others:
         raise ValueError(f"image_folder: splits must lead to {', '.join(SPLITS)}, found {', '.join(others)}")
     source = _find(name, root, (os.fspath(table),), ())
     aliases = {"path": (path,), "y": (label,), "attribute": (attribute,), "split": (split,)}
-    columns = read_columns(source, aliases)
-
-    def describe(y: Sequence[str], a: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return tuple(y), tuple(f"{label}={value} {attribute}={other}" for value in y for other in a)
-
     return assemble(
-        Rows(source, Path(root), **columns),
+        source,
+        Path(root),
+        read_columns(source, aliases),
         name=name,
-        encode=encode_values,
-        describe=describe,
+        group_name=lambda value, other: f"{label}={value} {attribute}={other}",
         framing=middle(size) if framing is None else framing,
         loading=loading,
         verify=verify,
@@ -236,9 +181,11 @@ def image_folder(
     )
 
 
-READERS: Final[Mapping[str, Callable[..., ImageData]]] = MappingProxyType(
-    {"waterbirds": waterbirds, "celeba": celeba, "folder": image_folder}
-)
+READERS: Final[Mapping[str, Callable[..., ImageData]]] = {
+    "waterbirds": waterbirds,
+    "celeba": celeba,
+    "folder": image_folder,
+}
 
 
 def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str]) -> Path:
@@ -247,16 +194,14 @@ def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str])
     if not os.path.isdir(root):
         said = "is a file, no folder" if os.path.lexists(root) else "no such folder"
         raise FileNotFoundError(f"{root}: {said}: name the folder that the data set is in")
-    try:
-        with os.scandir(root) as entries:
-            inside = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
-    except OSError as error:
-        raise unreadable(root, error) from error
-    folders = [root, *(match for pattern in below for match in sorted(root.glob(pattern)) if match.is_dir())]
-    for folder in folders:
+    for folder in [root, *(match for pattern in below for match in sorted(root.glob(pattern)))]:
         for name in names:
             if os.path.isfile(folder / name):
                 return folder / name
+    try:
+        inside = sorted(name + "/" * os.path.isdir(root / name) for name in os.listdir(root))
+    except OSError as error:
+        raise unreadable(root, error) from error
     places = f"there or in {', '.join(below)}" if below else "there"
     raise FileNotFoundError(
         f"{root} has no table of {what}: expected {' or '.join(names)} {places}, found "
@@ -266,14 +211,7 @@ def _find(what: str, root: PathLike, names: Sequence[str], below: Sequence[str])
 
 def _image_folder(beside: Path, patterns: Sequence[str], paths: Sequence[str]) -> Path:
     """The folder, near a table, that has any of the first hundred images; the first that there is, if none has."""
-    found = [folder for pattern in patterns for folder in sorted(_glob(beside, pattern))]
-    candidates = [*found, beside]
-    has_some = (folder for folder in candidates if any(os.path.isfile(folder / path) for path in paths[:100]))
-    return next(has_some, candidates[0])
-
-
-def _glob(beside: Path, pattern: str) -> Iterator[Path]:
-    """The folders that match; patterns may begin with "../"."""
-    if pattern.startswith("../"):
-        beside, pattern = beside.parent, pattern[3:]
-    return (match for match in beside.glob(pattern) if match.is_dir())
+    found = [match for pattern in patterns for match in sorted(beside.glob(pattern)) if match.is_dir()]
+    folders = [*found, beside]
+    has_some = (folder for folder in folders if any(os.path.isfile(folder / path) for path in paths[:100]))
+    return next(has_some, folders[0])

@@ -47,13 +47,9 @@ class Framing:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """How a training image varies from epoch to epoch: a random part of it, resized; then normalised as framings are.
+    """How a training image varies from epoch to epoch: a random part is resized to `size`, one in two mirrored.
 
-    Attributes:
-        size: height and width of the result.
-        scale: smallest and largest share of the image's area, before resizing.
-        ratio: smallest and largest width / height of the part, before resizing.
-        flip: mirror left and right, for one image in two.
+    `scale` and `ratio` are the smallest and the largest share of the image's area and width / height of the part.
     """
 
     size: int = 224
@@ -65,8 +61,8 @@ class RandomCrop:
 def evaluation_transform(framing: Framing) -> Callable[[Image], Tensor]:
     """A function from a PIL image to float32 (3, size, size): framed, then normalised."""
     v2 = torchvision_transforms()
-    table = {"resize": lambda size: v2.Resize((size, size)), "crop": v2.CenterCrop}
-    return _compose([table[step](size) for step, size in framing.steps], framing.mean, framing.std)
+    steps = [v2.CenterCrop(size) if step == "crop" else v2.Resize((size, size)) for step, size in framing.steps]
+    return _normalised_after(steps, framing.mean, framing.std)
 
 
 def training_transform(
@@ -75,10 +71,10 @@ def training_transform(
     """A function from a PIL image to float32 (3, size, size), normalised, that draws from torch's global state."""
     v2 = torchvision_transforms()
     steps = [v2.RandomResizedCrop((crop.size, crop.size), scale=crop.scale, ratio=crop.ratio)]
-    return _compose(steps + [v2.RandomHorizontalFlip()] * crop.flip, mean, std)
+    return _normalised_after(steps + [v2.RandomHorizontalFlip()] * crop.flip, mean, std)
 
 
-def _compose(steps: list[Any], mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Tensor]:
+def _normalised_after(steps: list[Any], mean: Sequence[float], std: Sequence[float]) -> Callable[[Image], Tensor]:
     v2 = torchvision_transforms()
     ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     # The plain tensor: torchvision's subclass of Tensor would go with the batch into the caller's model.
@@ -100,9 +96,12 @@ def torchvision_transforms() -> Any:
 
 def read_image(path: Path) -> Image:
     """The image in three channels of 8 bits, the right way up: as the camera says, where it does."""
+    from PIL import ImageOps
+
     try:
         with open_image(path) as image:
-            _turn_upright(image)
+            with contextlib.suppress(Exception):  # broken EXIF data; a broken image is found when it is converted
+                ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to: see `fault_of`
         said = str(error) or type(error).__name__
@@ -122,15 +121,6 @@ def fault_of(path: Path) -> str:
     except Exception as error:
         return str(error).replace(str(path), path.name) or type(error).__name__
     return ""
-
-
-def _turn_upright(image: Image) -> None:
-    """Turn an image in place as its EXIF data say; nothing is done where they say nothing, or are broken."""
-    from PIL import ImageOps
-
-    # Whatever Pillow makes of broken EXIF data; a broken image is found when it is converted.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
 
 
 def open_image(path: Path) -> Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,16 +37,21 @@ def first_of(names: Sequence[str], limit: int = _SHOWN) -> str:
     return ", ".join(shown) + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def whole_number(text: str) -> int | None:
-    """The number that `text` is, pandas' "1.0" included, or None."""
+def number_in(text: str) -> float:
+    """The number that `text` is, or NaN."""
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
-        return None
+        return math.nan
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that `text` is, pandas' "1.0" included, or None."""
+    number = number_in(text)
     return int(number) if number.is_integer() else None
 
 
-Lines: TypeAlias = Iterator[tuple[int, list[str]]]
+Rows: TypeAlias = Iterator[tuple[int, list[str]]]
 """The number of the first line and the fields of each row that is not blank."""
 
 
@@ -57,11 +63,11 @@ def read_columns(
     `header` names the columns of a table that begins with data. Only what is asked for is kept: CelebA's table has
     eight million fields. As "row" comes the number of the line that each row begins in.
     """
-    columns, lines = _split_header(path, _split_lines(path, _read_text(path)), header)
+    columns, rows = _split_header(path, _read_rows(path), header)
     places = _place_columns(path, columns, aliases)
     picked: dict[str, list[str]] = {key: [] for key in (*places, "row")}
     ragged, with_null = [], []
-    for number, fields in lines:
+    for number, fields in rows:
         if any("\0" in field for field in fields):
             with_null.append(f"line {number}")
         if len(fields) != len(columns):
@@ -75,30 +81,24 @@ def read_columns(
     return picked
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a text file, found {error}: pass the table as text in UTF-8") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
 def unreadable(path: Path, error: OSError) -> OSError:
     """The error to raise where a table, or the folder that it is in, cannot be read."""
     return OSError(f"{path} cannot be read ({error.strerror or error}): give leave to read it, or pass another one")
 
 
-def _split_lines(path: Path, text: str) -> Lines:
-    """Lines by the delimiter that the first two use most: comma, semicolon, tab, or else any blanks."""
+def _read_rows(path: Path) -> Rows:
+    """Rows by the delimiter that the first two use most: comma, semicolon, tab, or else any blanks."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file, found {error}: pass the table as text in UTF-8") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     head = "\n".join([line for line in io.StringIO(text[:65536]) if line.strip()][:2])
     delimiter = max(",;\t", key=head.count)
     if delimiter not in head:
-        return ((number, line.split()) for number, line in enumerate(io.StringIO(text), start=1) if line.strip())
-    return _split_rows(path, text, delimiter)
-
-
-def _split_rows(path: Path, text: str, delimiter: str) -> Lines:
+        yield from ((number, line.split()) for number, line in enumerate(io.StringIO(text), 1) if line.strip())
+        return
     # Strict: else a quotation mark that is not closed takes all rows up to the next one into its cell.
     reader, begun = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
     try:
@@ -114,20 +114,20 @@ def _split_rows(path: Path, text: str, delimiter: str) -> Lines:
         ) from error
 
 
-def _split_header(path: Path, lines: Lines, header: tuple[str, ...] | None) -> tuple[tuple[str, ...], Lines]:
-    """The names of the columns, and the lines that are left."""
-    first = next(lines, None)
+def _split_header(path: Path, rows: Rows, header: tuple[str, ...] | None) -> tuple[tuple[str, ...], Rows]:
+    """The names of the columns, and the rows that are left."""
+    first = next(rows, None)
     if first is not None and len(first[1]) == 1 and first[1][0].isdigit():
-        first = next(lines, None)  # CelebA's .txt begins with the number of images
+        first = next(rows, None)  # CelebA's .txt begins with the number of images
     if first is not None and header is not None and whole_number(first[1][-1]) is not None:
-        return header, itertools.chain([first], lines)
-    second = next(lines, None)
+        return header, itertools.chain([first], rows)
+    second = next(rows, None)
     if first is None or second is None:
         raise ValueError(f"{path}: the table is empty: expected a header and one row per image")
     columns = tuple(first[1])
     if len(second[1]) == len(columns) + 1:  # CelebA's .txt names the attributes and not the images
         columns = ("" if "image_id" in columns else "image_id", *columns)
-    return columns, itertools.chain([second], lines)
+    return columns, itertools.chain([second], rows)
 
 
 def _place_columns(path: Path, columns: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> dict[str, int]:
