@@ -9,8 +9,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from neuronsurgery.study.options import PROGRAM, UsageError, fail, near, option, parse
 from neuronsurgery.study.settings import AuditOptions, Options, refuse_contradictions, refuse_contradictory_audit
@@ -23,58 +24,48 @@ Given = Mapping[str, Any]
 class Report:
     """What `neuronsurgery report` is asked for."""
 
-    folder: Path = option(help="of a run", flag=None, values=Path, metavar="DIR")
+    folder: Path = option(help="of a run", flag=None, type=Path, metavar="DIR")
 
 
 @dataclass(frozen=True)
 class Show:
     """What `neuronsurgery show` is asked for."""
 
-    file: Path = option(help="safetensors or JSON, of a run or of the library", flag=None, values=Path, metavar="FILE")
+    file: Path = option(help="safetensors or JSON, of a run or of the library", flag=None, type=Path, metavar="FILE")
 
 
-def _study(given: Given) -> int:
+def _study(given: Given) -> None:
     refuse_contradictions(given)
     from neuronsurgery.study.program import study
 
-    return study(given)
+    study(given)
 
 
-def _audit(given: Given) -> int:
+def _audit(given: Given) -> None:
     refuse_contradictory_audit(given)
     from neuronsurgery.study.audit.command import run
 
-    return run(AuditOptions(**given))
+    run(AuditOptions(**given))
 
 
-def _report(given: Given) -> int:
+def _report(given: Given) -> None:
     from neuronsurgery.study.program import report
 
     print(report(given["folder"]))
-    return 0
 
 
-def _show(given: Given) -> int:
-    from neuronsurgery.study.run import describe_file
+def _show(given: Given) -> None:
+    from neuronsurgery.study.show import describe_file
 
     print(describe_file(given["file"]))
-    return 0
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command of the program.
-
-    Attributes:
-        options: the dataclass whose fields are its options; see `options.option`.
-        help: what it does, in a line.
-        run: from the options that are given to the exit status.
-        text: what it does, at length.
-    """
+class Command(NamedTuple):
+    """One command: the dataclass of its options, what it does in a line, what it runs, and what it does at length."""
 
     options: type[Any]
     help: str
-    run: Callable[[Given], int]
+    run: Callable[[Given], None]
     text: str = ""
 
 
@@ -110,33 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     like, is 2: by SystemExit where a word is not understood.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["-h"], ["--help"]):
-        print(_help())
+    if words[:1] in (["-h"], ["--help"], ["--version"]):
+        print(f"{PROGRAM} {version(PROGRAM)}" if words[0] == "--version" else _help())
         return 0
-    if words[:1] == ["--version"]:
-        print(_version())
-        return 0
-    name = _command(words)
-    command = COMMANDS[name]
+    if not words:
+        fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
+    name, command = words[0], COMMANDS.get(words[0])
+    if command is None:
+        step = near(name, COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
+        fail(f"there is no command {name!r}{step}")
     given = parse(command.options, name, command.text or f"{command.help[0].upper()}{command.help[1:]}.", words[1:])
     try:
-        return command.run(given)
+        command.run(given)
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: stopped: {_how_to_go_on(name, given)}\n")
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
         return 2 if isinstance(error, UsageError) else 1
-
-
-def _command(words: Sequence[str]) -> str:
-    """The command that is asked for; exits where there is none."""
-    if not words:
-        fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
-    if words[0] not in COMMANDS:
-        step = near(words[0], COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
-        fail(f"there is no command {words[0]!r}{step}")
-    return words[0]
 
 
 def _help() -> str:
@@ -153,12 +136,6 @@ def _help() -> str:
         f"{PROGRAM} COMMAND --help has the options of a command; {PROGRAM} --version the version.",
     ]
     return "\n".join(said)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"{PROGRAM} {version(PROGRAM)}"
 
 
 def _how_to_go_on(name: str, given: Given) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +55,6 @@ from neuronsurgery.study.training import (
     RECIPES,
     EpochReport,
     Hardware,
-    Recipe,
     checkpoint_epochs,
     checkpoint_path,
     read_trajectory,
@@ -76,12 +77,8 @@ TIMED: Final = 16
 """Images in the pass that is timed before anything is trained."""
 
 
-def study(given: Mapping[str, Any]) -> int:
-    """Run what is asked for, write its results and its report, and return the exit status.
-
-    Args:
-        given: the options that stand on the command line, by the fields of `Options`.
-    """
+def study(given: Mapping[str, Any]) -> None:
+    """Run what is asked for, by the fields of `Options`; write its results and its report, and print them."""
     started = time.perf_counter()
     options = make_options(given)
     _refuse_missing_packages(options)
@@ -90,11 +87,9 @@ def study(given: Mapping[str, Any]) -> int:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"--out {path} is a file: name a folder, which is made if it is missing")
     with contextlib.ExitStack() as held:
-        finished = _run_seeds(options, path, held) if options.seeds > 1 else _run_one(options, path, held)
-        print(finished)
+        print(summary(_run_seeds(options, path, held) if options.seeds > 1 else _run(options, path, held)))
         print(report(path))
     print(f"{time.perf_counter() - started:.0f} s")
-    return 0
 
 
 def report(path: Path) -> Path:
@@ -108,21 +103,17 @@ def _usual_folder(options: Options) -> Path:
     return Path("runs") / f"{name}-seed{last}"
 
 
-def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str:
-    """Return the tables of one run."""
-    return summary(_run(options, path, held))
-
-
-def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
-    """Return the tables of several seeds, each of which is a run of its own."""
+def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> Run:
+    """Return the results of several seeds, each of which is a run of its own."""
     seeds = range(options.seed, options.seed + options.seeds)
     refuse_other_files(path, None if options.overwrite else seeds)
     finished = {}
     for place, seed in enumerate(seeds, start=1):
         sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
         finished[seed] = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
+        report(path / f"seed-{seed}")
     write_results(path, together := combine(finished))
-    return summary(together)
+    return together
 
 
 def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run:
@@ -137,29 +128,7 @@ def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | 
     folder = _taken_up(options, path, digests(dataset), held, first)
     print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
     folder.steps = _steps(folder, dataset, built, per_step)
-    run = _surgery(folder, dataset, built, _train(folder, dataset, built))
-    if first is not None:
-        report(path)
-    return run
-
-
-def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
-    """Return the steps of a run, after it was said what of them is left to do and how long that may take."""
-    settings = folder.settings
-    nothing = Trained(built.model, {}, [], studied(built.head))
-    arms = {
-        f"stage-2-{arm.slug}": (
-            arm.name,
-            settings.comparison_epochs if arm.family == "comparison" else 2.0 * settings.fine_tuning_epochs,
-        )
-        for arm in make_arms(_setting(settings, dataset, nothing, built))
-    }
-    steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
-    steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
-    trained = max(checkpoint_epochs(folder.path), default=0)
-    found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
-    steps.announce(found, 0 if trained >= settings.epochs else trained)
-    return steps
+    return _surgery(folder, dataset, built, _train(folder, dataset, built))
 
 
 def _taken_up(
@@ -178,26 +147,20 @@ def _taken_up(
     return folder
 
 
-def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
-    """Return the results of every stage, written down after each."""
+def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
+    """Return the steps of a run, after it was said what of them is left to do and how long that may take."""
     settings = folder.settings
-    results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
-    results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
-    setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
-    stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "1": lambda: stage_one(folder, dataset, trained),
-        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
-        "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
+    lengths = {"comparison": float(settings.comparison_epochs)}
+    arms = {
+        f"stage-2-{arm.slug}": (arm.name, lengths.get(arm.family, 2.0 * settings.fine_tuning_epochs))
+        for arm in make_arms(_setting(settings, dataset, Trained(built.model, {}, [], studied(built.head)), built))
     }
-    run = Run.of(results)
-    for name, stage in stages.items():
-        if name in settings.stages:
-            results |= stage()
-            if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
-                results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
-            run = Run.of(results)
-            write_results(folder.path, run)
-    return run
+    steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
+    steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
+    trained = max(checkpoint_epochs(folder.path), default=0)
+    found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
+    steps.announce(found, 0 if trained >= settings.epochs else trained)
+    return steps
 
 
 def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
@@ -220,6 +183,25 @@ def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
     folder.note_seconds("training", time.perf_counter() - started)
     checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
     return Trained(model, checkpoints, read_trajectory(folder.path), studied(built.head))
+
+
+def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
+    """Return the results of every stage, written down after each."""
+    settings = folder.settings
+    results = describe_run(folder, dataset, trained.model, trained.trajectory, built.note)
+    results["pictures"] = folder.remember("pictures", lambda: pictures_of(dataset))
+    setting, hardware = _setting(settings, dataset, trained, built), _hardware(settings)
+    stages: dict[str, Callable[[], dict[str, Any]]] = {
+        "1": lambda: stage_one(folder, dataset, trained),
+        "2": lambda: {"stage_two": stage_two(folder, dataset, setting, hardware)},
+        "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
+    }
+    for name in settings.stages:
+        results |= stages[name]()
+        if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
+            results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
+        write_results(folder.path, Run.of(results))
+    return Run.of(results)
 
 
 def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
@@ -273,49 +255,27 @@ def _dataset(options: Options, verify: bool) -> Any:
     return dataset if options.held_out is None else data.hold_out(dataset, options.held_out, options.seed)
 
 
-# What is asked for
-
-
 def make_options(given: Mapping[str, Any]) -> Options:
-    """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`.
-
-    Args:
-        given: the options that stand on the command line, by the fields of `Options`.
-    """
+    """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`."""
     name = given.get("data", "synthetic")
-    recipe, arch = _recipe(given), given.get("arch", DEFAULTS[name].arch)
-    chosen: dict[str, Any] = {**vars(recipe), "arch": arch, "preset": "adam" if name in EMBEDDED else name}
-    chosen |= _lengths(given, recipe.epochs)
+    defaults = DEFAULTS[name]
+    recipe = replace(RECIPES[given["preset"]], epochs=defaults.recipe.epochs) if "preset" in given else defaults.recipe
+    recipe = replace(recipe, **{key: given[key] for key in ("epochs", "batch_size") if key in given})
+    chosen = {**vars(recipe), "arch": defaults.arch, "preset": "adam" if name in EMBEDDED else name}
+    chosen["comparison_epochs"] = max(1, 2 * recipe.epochs // 5)
+    if given.get("full"):
+        chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": recipe.epochs}
+    if given.get("quick"):
+        chosen |= QUICK
     if name not in EMBEDDED and "size" not in given:
-        chosen["size"] = input_size(arch)
+        chosen["size"] = input_size(given.get("arch", defaults.arch))
     if name == "folder":
         chosen |= {"table": "metadata.csv", **{f"{column}_column": column for column in COLUMNS}}
-    return Options(**{**chosen, **given, **_ordered(given)})
-
-
-def _ordered(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The experiments and stages that are asked for, in the order of the study."""
-    every: dict[str, tuple[str, ...]] = {"experiments": EXPERIMENTS, "stages": STAGES}
-    return {
-        name: names if "all" in given[name] else tuple(each for each in names if each in given[name])
-        for name, names in every.items()
-        if name in given
-    }
-
-
-def _lengths(given: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """The settings that say how long a run takes."""
-    lengths: dict[str, Any] = {"comparison_epochs": max(1, 2 * epochs // 5)}
-    if given.get("full"):
-        lengths = {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": epochs}
-    return lengths | (QUICK if given.get("quick") else {})
-
-
-def _recipe(given: Mapping[str, Any]) -> Recipe:
-    """The recipe of the preset, at the length that is the data set's own, or what was asked for instead."""
-    own = DEFAULTS[given.get("data", "synthetic")].recipe
-    recipe = replace(RECIPES[given["preset"]], epochs=own.epochs) if "preset" in given else own
-    return replace(recipe, **{name: given[name] for name in ("epochs", "batch_size") if name in given})
+    chosen |= given
+    for key, every in {"experiments": EXPERIMENTS, "stages": STAGES}.items():
+        if key in given:
+            chosen[key] = tuple(each for each in every if each in given[key] or "all" in given[key])
+    return Options(**chosen)
 
 
 # What is found before any work
@@ -323,10 +283,12 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 
 def _refuse_missing_packages(settings: Settings) -> None:
     """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
-    learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
     needed = {"scipy": "scipy", "polars": "polars", "altair": "altair", "vl_convert": "vl-convert-python"}
-    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"} | ({"sklearn": "scikit-learn"} if learned else {})
-    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
+    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"}
+    if settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages):
+        needed["sklearn"] = "scikit-learn"
+    if settings.data not in EMBEDDED:
+        needed["torchvision"] = "torchvision"
     missing = []
     for module, package in needed.items():
         try:
@@ -342,8 +304,6 @@ def _refuse_missing_packages(settings: Settings) -> None:
 
 def _refuse_missing_device(device: str | None) -> None:
     """Raise a ValueError if nothing can be computed on a device."""
-    if device is None:
-        return
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # the former where torch was built without the device
@@ -365,7 +325,7 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
     try:
         with torch.no_grad():
             network(images)
-            seconds = min(_seconds(network, many) for _ in range(3))  # the first one is slow
+            seconds = min(timeit.repeat(functools.partial(network, many), number=1, repeat=3))  # the first one is slow
     except Exception as error:  # whatever a network says to images of the wrong size: timm asserts
         size, made_for = images.shape[-1], input_size(settings.arch)
         on_disk = settings.data not in EMBEDDED and size != made_for
@@ -374,13 +334,6 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
         raise ValueError(f"{settings.arch} does not take images of {size} x {size} ({said}): {step}") from error
     passes = 3 * settings.batch_size / TIMED  # a step goes back, too, which takes about twice as long
     return 0.0 if settings.device else passes * seconds  # it was timed on the CPU
-
-
-def _seconds(network: nn.Module, images: torch.Tensor) -> float:
-    """How long a pass forward takes."""
-    started = time.perf_counter()
-    network(images)
-    return time.perf_counter() - started
 
 
 def _refuse_missing_checkpoints(path: Path) -> None:

@@ -16,10 +16,7 @@ from neuronsurgery.study.run import LOCK, delete_run, is_begun
 def refuse_other_files(path: Path, seeds: Sequence[int] | None = None) -> None:
     """Raise a ValueError if a folder cannot hold the runs of several seeds, because it holds something else.
 
-    Args:
-        path: the folder above `seed-0`, `seed-1` ...
-        seeds: that are asked for: runs of others would fall out of the folder's results and are refused. None: runs of
-            any seeds may be there.
+    `seeds` are those that are asked for: runs of others would fall out of its results. None: any may be there.
     """
     if (path / "run.json").exists():
         raise ValueError(f"{path} holds a run of one seed: choose another folder for several with --out")

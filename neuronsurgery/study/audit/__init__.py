@@ -1,21 +1,14 @@
 """The audit of a trained network: accuracy, who is fragile, and which few neurons carry the worst group."""
 
-from neuronsurgery.study.audit.auditing import audit, plan
-from neuronsurgery.study.audit.examples import ImageFiles, Loaded, Table, Texts, from_folders, from_table, from_texts
-from neuronsurgery.study.audit.page import write_audit
-from neuronsurgery.study.audit.results import Audit, Plan
-
-__all__ = [
-    "Audit",
-    "ImageFiles",
-    "Loaded",
-    "Plan",
-    "Table",
-    "Texts",
-    "audit",
-    "from_folders",
-    "from_table",
-    "from_texts",
-    "plan",
-    "write_audit",
-]
+from neuronsurgery.study.audit.auditing import audit as audit
+from neuronsurgery.study.audit.auditing import plan as plan
+from neuronsurgery.study.audit.examples import ImageFiles as ImageFiles
+from neuronsurgery.study.audit.examples import Loaded as Loaded
+from neuronsurgery.study.audit.examples import Table as Table
+from neuronsurgery.study.audit.examples import Texts as Texts
+from neuronsurgery.study.audit.examples import from_folders as from_folders
+from neuronsurgery.study.audit.examples import from_table as from_table
+from neuronsurgery.study.audit.examples import from_texts as from_texts
+from neuronsurgery.study.audit.page import write_audit as write_audit
+from neuronsurgery.study.audit.results import Audit as Audit
+from neuronsurgery.study.audit.results import Plan as Plan

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import neuronsurgery as ns
-from neuronsurgery.study.audit.examples import Examples
+from neuronsurgery.study.audit.examples import Examples, picked
 
 EDITS: Final = 190
 """What a search for three neurons tries, about."""
@@ -28,6 +29,8 @@ SEARCH_PASSES, JUDGE_PASSES = 6, 2
 
 HELD: Final = 2**30
 """Bytes of examples that are kept in memory rather than read again for each pass."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,12 @@ class Costs:
         """Return the seconds that cutting the last branches takes for some examples."""
         return self.capture + count * (self.load + self.forward + self.knockout)
 
-    def critical(self, count: int, edits: int = EDITS, draws: int = DRAWS) -> float:
+    def critical(self, count: int) -> float:
         """Return the seconds that a search on half of some examples and a judgement on the other half take."""
         reads = 1 if count * self.size <= HELD else 1 + SEARCH_PASSES + JUDGE_PASSES
-        half = count / 2
-        search = half * (self.effects + SEARCH_PASSES * self.forward + edits * self.edit)
-        judge = half * (self.forward + (1 + draws) * self.edit)
-        return 2 * self.capture + count * reads * self.load + search + judge
+        search = self.effects + SEARCH_PASSES * self.forward + EDITS * self.edit
+        judge = self.forward + (1 + DRAWS) * self.edit
+        return 2 * self.capture + count * reads * self.load + count / 2 * (search + judge)
 
     def fitting(self, seconds: float, count: int) -> int:
         """Return how many of some examples a search and a judgement get through in a time."""
@@ -78,42 +80,36 @@ def measure(
 ) -> Costs:
     """Return what reading, forward passes, effects and edits cost, timed on a few examples.
 
-    Args:
-        model: in evaluation mode; not changed.
-        examples: what is audited; some of them are read.
-        knockout: the cut whose time is taken, or None.
-        how: arguments of the library's functions that say how the model is called.
-        batch: examples in a batch; None looks for the size of most examples a second.
+    `knockout` is the cut whose time is taken, `how` says how the library calls the model. Without a `batch` the size of
+    most examples a second is looked for.
     """
     count = len(examples.targets)
     places = torch.linspace(0, count - 1, min(count, 2 * (batch or BATCHES[-1]))).long()
-    load, held = _timed(lambda: list(examples.batches(places, len(places))))
-    whole = held[0]
+    load, (whole, *_) = _timed(lambda: list(examples.batches(places, len(places))))
     best = batch or _batch(model, whole, how)
-    few = _few(whole, best)
+    few = picked(whole, slice(best))
     size = len(few[1])
-    forward, _ = _timed(lambda: ns.evaluate(model, [few], **how), again=2)
-    effects, found = _timed(lambda: ns.group_effects(model, [few], **how), again=1)
-    layout = found.layout
+    forward, _ = _timed(lambda: ns.evaluate(model, [few], **how), times=3)
+    effects, found = _timed(lambda: ns.group_effects(model, [few], **how), times=2)
     order = found.values[0].abs().argsort(descending=True)[:TIMED].tolist()
-    edits = {str(place): ns.zero_out(layout.neurons([place])) for place in order}
-    started = time.perf_counter()
-    shared = shared_or_not(model, few, how)
-    capture = time.perf_counter() - started
-    base, _ = _timed(lambda: ns.sweep(shared, {}, [few], **how), again=1)
-    several, _ = _timed(lambda: ns.sweep(shared, edits, [few], **how), again=1)
-    cut = 0.0
-    if knockout is not None:
-        cut = max(0.0, _timed(lambda: ns.sweep(shared, {"cut": knockout}, [few], **how), again=1)[0] - base)
+    edits = {str(place): ns.zero_out(found.layout.neurons([place])) for place in order}
+    capture, shared = _timed(lambda: shared_or_not(model, few, how))
+
+    def swept(edits: Mapping[str, ns.Edit]) -> float:
+        return _timed(lambda: ns.sweep(shared, edits, [few], **how), times=2)[0]
+
+    base = swept({})
+    cut = 0.0 if knockout is None else max(0.0, swept({"cut": knockout}) - base)
+    leaves = whole[0].values() if isinstance(whole[0], Mapping) else [whole[0]]
     return Costs(
         load / len(places),
         forward / size,
         effects / size,
-        max(0.0, several - base) / max(1, len(edits)) / size,
+        max(0.0, swept(edits) - base) / max(1, len(edits)) / size,
         cut / size,
         capture + base,
         best,
-        sum(leaf.numel() * leaf.element_size() for leaf in _leaves(whole)) // len(places),
+        sum(leaf.numel() * leaf.element_size() for leaf in leaves) // len(places),
     )
 
 
@@ -129,29 +125,18 @@ def _batch(model: nn.Module, whole: Any, how: Mapping[str, Any]) -> int:
     """Return the size at which an example costs least, among those that there are examples for."""
     best, least = BATCHES[0], float("inf")
     for size in BATCHES:
-        few = _few(whole, size)
-        seconds, _ = _timed(lambda few=few: ns.evaluate(model, [few], **how), again=1)
+        few = picked(whole, slice(size))
+        seconds, _ = _timed(functools.partial(ns.evaluate, model, [few], **how), times=2)
         if seconds / len(few[1]) > 0.97 * least or len(few[1]) < size:
             break
         best, least = size, seconds / size
     return best
 
 
-def _few(batch: Any, count: int) -> Any:
-    inputs, targets = batch
-    picked = {k: v[:count] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[:count]
-    return picked, targets[:count]
-
-
-def _leaves(batch: Any) -> Iterable[Tensor]:
-    inputs, _ = batch
-    return inputs.values() if isinstance(inputs, Mapping) else [inputs]
-
-
-def _timed(call: Any, again: int = 0) -> tuple[float, Any]:
+def _timed(call: Callable[[], T], times: int = 1) -> tuple[float, T]:
     """Return the seconds of a call, the least of some, and what it returned."""
-    least, value = float("inf"), None
-    for _ in range(1 + again):
+    least = float("inf")
+    for _ in range(times):
         started = time.perf_counter()
         value = call()
         least = min(least, time.perf_counter() - started)

@@ -6,9 +6,10 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 import neuronsurgery as ns
@@ -21,7 +22,11 @@ FEWEST: Final = 20
 
 @dataclass(frozen=True, eq=False)
 class Fragile:
-    """Who stands out within each class, and the groups that follow."""
+    """Who stands out within each class, and the groups that follow.
+
+    Of the examples in some places (N,): `base`, their margins by the network as it is, float64; `scores`, higher is
+    more fragile; `flags`, bool; what they are ranked by, in words.
+    """
 
     examples: Examples
     places: Tensor
@@ -37,7 +42,7 @@ class Fragile:
         targets = examples.targets[places]
         scores = -(base if other is None else other)
         flags, few = torch.zeros(len(places), dtype=torch.bool), []
-        for target in sorted(set(targets.tolist())):
+        for target in torch.unique(targets).tolist():
             own = (targets == target).nonzero().flatten()
             try:
                 with warnings.catch_warnings():
@@ -56,102 +61,88 @@ class Fragile:
         return cls(examples, places, base, scores, flags, by, tuple(caveats))
 
     @functools.cached_property
-    def targets(self) -> Tensor:
-        """The class of each."""
-        return self.examples.targets[self.places]
-
-    @functools.cached_property
     def classes(self) -> dict[str, Tensor]:
         """By class which of the examples are of it, bool (N,)."""
-        present = sorted(set(self.targets.tolist()))
-        return {name_of(self.examples.class_names, target): self.targets == target for target in present}
+        targets = self.examples.targets[self.places]
+        return {
+            name_of(self.examples.class_names, target): targets == target for target in torch.unique(targets).tolist()
+        }
 
     @functools.cached_property
     def cells(self) -> dict[str, Tensor]:
         """By group, given or else class x fragile, which of the examples are in it, bool (N,)."""
+        cells = {}
         if self.examples.groups is not None:
             own = self.examples.groups[self.places]
-            return {name: own == group for group, name in enumerate(self.examples.group_names) if (own == group).any()}
-        cells = {}
-        for name, own in self.classes.items():
-            for fragile, said in ((False, "others"), (True, "fragile")):
-                cells[f"{name}, {said}"] = own & (self.flags == fragile)
+            cells = {name: own == group for group, name in enumerate(self.examples.group_names)}
+        else:
+            for name, own in self.classes.items():
+                cells |= {f"{name}, others": own & ~self.flags, f"{name}, fragile": own & self.flags}
         return {name: cell for name, cell in cells.items() if cell.any()}
 
-    def worst(self) -> tuple[str | None, Any]:
-        """Return the group to search for and the places by group; or None and why there is none."""
-        right = self.base > 0
+    def worst(self) -> str | None:
+        """Return the group to search for; None where none has enough examples."""
+        right, inferred = self.base > 0, self.examples.groups is None
         asked = {
-            name: float(right[cell].double().mean())
+            name: (_mean(right[cell]), int(cell.sum()))
             for name, cell in self.cells.items()
             if cell.sum() >= FEWEST and right[cell].sum() >= FEWEST / 2
+            if name.endswith(", fragile") or not inferred
         }
-        inferred = self.examples.groups is None
-        asked = {name: share for name, share in asked.items() if not inferred or name.endswith(", fragile")}
-        if not asked or len(self.cells) < 2:
-            kind = "fragile group" if inferred else "group"
-            return None, f"No critical set was sought: no {kind} has {FEWEST} examples, {FEWEST // 2} of them right"
-        sizes = {name: int(cell.sum()) for name, cell in self.cells.items()}
-        name = min(asked, key=lambda name: (asked[name], sizes[name]))
-        return name, {own: self.places[cell] for own, cell in self.cells.items() if cell.sum() >= 2}
+        return min(asked, key=lambda name: asked[name]) if asked and len(self.cells) > 1 else None
 
-    def worst_sentence(self) -> str:
-        """Return the part with the lowest accuracy, of the given groups or else of the classes, in words."""
-        rows = [row for row in self.accuracies() if row["n"] >= 1]
-        kind = "groups" if self.examples.groups is not None else "classes"
-        row = min((row for row in rows if row["experiment"] == kind), key=lambda row: row["value"])
+    def sentences(self) -> tuple[str, str]:
+        """Return how right the network is, with its worst group or else class, and how many stand out, in words."""
+        kind = "classes" if self.examples.groups is None else "groups"
+        row = min((row for row in self.accuracies() if row["experiment"] == kind), key=lambda row: row["value"])
         low, value, high = (100 * row[name] for name in ("low", "value", "high"))
-        return f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}]"
-
-    def sentence(self) -> str:
-        """Return how many stand out, in words."""
-        counts = {name: (int(self.flags[own].sum()), int(own.sum())) for name, own in self.classes.items()}
-        parts = [f"{flagged} of {count} {name}" for name, (flagged, count) in counts.items()]
-        return f"Fragile are {', '.join(parts)}, by {self.by}."
+        count, every = len(self.places), len(self.examples.targets)
+        part = "" if count == every else f", a random part of {every}"
+        flagged = [f"{int(self.flags[own].sum())} of {int(own.sum())} {name}" for name, own in self.classes.items()]
+        return (
+            f"The network is right on {100 * _mean(self.base > 0):.1f} % of {count} examples{part}; worst: "
+            f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}].",
+            f"Fragile are {', '.join(flagged)}, by {self.by}.",
+        )
 
     def accuracies(self) -> list[Row]:
         """Return a row for each class and each group."""
-        return [
-            row_of("accuracy", kind, name, "accuracy", _share(self.base[cell] > 0), n=int(cell.sum()))
-            for kind, cells in (("classes", self.classes), ("groups", self.cells))
-            for name, cell in cells.items()
-        ]
+        return self._rows("accuracy", "accuracy", self.base > 0, self.cells)
 
     def flagged(self) -> list[Row]:
         """Return a row for each class and each given group: the share that is flagged."""
-        rows = [("classes", name, cell) for name, cell in self.classes.items()]
-        if self.examples.groups is not None:
-            rows += [("groups", name, cell) for name, cell in self.cells.items()]
+        return self._rows("fragile", "flagged", self.flags, {} if self.examples.groups is None else self.cells)
+
+    def _rows(self, stage: str, measure: str, those: Tensor, groups: dict[str, Tensor]) -> list[Row]:
         return [
-            row_of("fragile", kind, name, "flagged", _share(self.flags[cell]), n=int(cell.sum()))
-            for kind, name, cell in rows
+            row_of(stage, kind, name, measure, _share(those[cell]), n=int(cell.sum()))
+            for kind, cells in (("classes", self.classes), ("groups", groups))
+            for name, cell in cells.items()
         ]
 
-    def ranked(self) -> tuple[int, ...]:
-        """Return the examples' places, by class, most fragile first."""
-        order = sorted(range(len(self.places)), key=lambda at: (int(self.targets[at]), -float(self.scores[at])))
-        return tuple(int(self.places[at]) for at in order)
-
-    def records(self) -> tuple[Row, ...]:
-        """Return a row for each example, by class, most fragile first."""
-        at = {int(place): number for number, place in enumerate(self.places)}
-        return tuple(
-            {
+    def ranked(self) -> dict[int, Row]:
+        """Return a row for each example, by its place: by class, most fragile first."""
+        targets = self.examples.targets[self.places].tolist()
+        order = sorted(range(len(self.places)), key=lambda at: (targets[at], -float(self.scores[at])))
+        return {
+            (place := int(self.places[at])): {
                 "path": self.examples.names[place],
-                "class": name_of(self.examples.class_names, int(self.targets[at[place]])),
-                "score": float(self.scores[at[place]]),
-                "flag": int(self.flags[at[place]]),
+                "class": name_of(self.examples.class_names, targets[at]),
+                "score": float(self.scores[at]),
+                "flag": int(self.flags[at]),
             }
-            for place in self.ranked()
-        )
+            for at in order
+        }
 
 
-def _share(right: Tensor) -> tuple[float, float, float]:
+def _mean(those: Tensor) -> float:
+    return float(those.double().mean())
+
+
+def _share(those: Tensor) -> tuple[float, float, float]:
     """Return a share with Wilson's 95 % interval."""
-    from scipy import stats
-
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return float(right.double().mean()), float(interval.low), float(interval.high)
+    interval = stats.binomtest(int(those.sum()), len(those)).proportion_ci(method="wilson")
+    return _mean(those), float(interval.low), float(interval.high)
 
 
 def name_of(names: Sequence[str], target: int) -> str:

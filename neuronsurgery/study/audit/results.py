@@ -67,8 +67,8 @@ class Plan:
         return sum(self.seconds.values())
 
     def __str__(self) -> str:
-        lines = [f"  {name}: about {spoken(seconds)}" for name, seconds in self.seconds.items()]
-        return "\n".join([f"about {spoken(self.total)} in batches of {self.batch}:", *lines])
+        lines = [f"  {name}: about {_spoken(seconds)}" for name, seconds in self.seconds.items()]
+        return "\n".join([f"about {_spoken(self.total)} in batches of {self.batch}:", *lines])
 
 
 def row_of(
@@ -81,8 +81,7 @@ def row_of(
     return {column: row.get(column) for column in COLUMNS}
 
 
-def spoken(seconds: float) -> str:
-    """Return a time in words."""
+def _spoken(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
