@@ -5,13 +5,14 @@ A command is an entry of `COMMANDS`; what it runs is imported when it is run, si
 
 from __future__ import annotations
 
+import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from neuronsurgery.study.options import PROGRAM, UsageError, fail, near, option, parse
 from neuronsurgery.study.settings import AuditOptions, Options, refuse_contradictions, refuse_contradictory_audit
@@ -35,6 +36,13 @@ class Show:
 
 
 def _study(given: Given) -> None:
+    """Train a network on data with a spurious correlation and operate on its critical neurons.
+
+    The paper from front to back. Stage 1: train by empirical risk minimisation with a checkpoint an epoch, score every
+    neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones beside them.
+    Stage 2: fine-tune against the pruned twin, beside its controls and other methods. Fragility: who is memorised,
+    without group labels. A run that was killed goes on where it was.
+    """
     refuse_contradictions(given)
     from neuronsurgery.study.program import study
 
@@ -42,6 +50,12 @@ def _study(given: Given) -> None:
 
 
 def _audit(given: Given) -> None:
+    """Look at a trained network: whom it remembers, and which few neurons carry its worst group.
+
+    Nothing is trained, and no group labels are needed. Leaves one page with the accuracy of every class and group, the
+    most fragile examples of each class, and a set of neurons that was searched on one half of the examples and judged
+    on the other. An audit that was stopped goes on where it was.
+    """
     refuse_contradictory_audit(given)
     from neuronsurgery.study.audit.command import run
 
@@ -49,49 +63,26 @@ def _audit(given: Given) -> None:
 
 
 def _report(given: Given) -> None:
+    """Make the report of a run folder again."""
     from neuronsurgery.study.program import report
 
     print(report(given["folder"]))
 
 
 def _show(given: Given) -> None:
+    """Print what a file of ours holds: neurons, scores, an edit, a checkpoint, results, settings."""
     from neuronsurgery.study.show import describe_file
 
     print(describe_file(given["file"]))
 
 
-class Command(NamedTuple):
-    """One command: the dataclass of its options, what it does in a line, what it runs, and what it does at length."""
-
-    options: type[Any]
-    help: str
-    run: Callable[[Given], None]
-    text: str = ""
-
-
-COMMANDS: Final[Mapping[str, Command]] = {
-    "study": Command(
-        Options,
-        "train a network on data with a spurious correlation and operate on its critical neurons",
-        _study,
-        "The paper from front to back. Stage 1: train by empirical risk minimisation with a checkpoint an epoch, score "
-        "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
-        "beside them. Stage 2: fine-tune against the pruned twin, beside its controls and other methods. Fragility: "
-        "who is memorised, without group labels. A run that was killed goes on where it was.",
-    ),
-    "audit": Command(
-        AuditOptions,
-        "look at a trained network: whom it remembers, and which few neurons carry its worst group",
-        _audit,
-        "Nothing is trained, and no group labels are needed. Leaves one page with the accuracy of every class and "
-        "group, the most fragile examples of each class, and a set of neurons that was searched on one half of the "
-        "examples and judged on the other. An audit that was stopped goes on where it was.",
-    ),
-    "report": Command(Report, "make the report of a run folder again", _report),
-    "show": Command(
-        Show, "print what a file of ours holds: neurons, scores, an edit, a checkpoint, results, settings", _show
-    ),
+COMMANDS: Final[Mapping[str, tuple[type[Any], Callable[[Given], None]]]] = {
+    "study": (Options, _study),
+    "audit": (AuditOptions, _audit),
+    "report": (Report, _report),
+    "show": (Show, _show),
 }
+"""The options of each command, and what it does, of which the help has the docstring."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,13 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not words:
         fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
-    name, command = words[0], COMMANDS.get(words[0])
-    if command is None:
+    name = words[0]
+    if name not in COMMANDS:
         step = near(name, COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
         fail(f"there is no command {name!r}{step}")
-    given = parse(command.options, name, command.text or f"{command.help[0].upper()}{command.help[1:]}.", words[1:])
+    options, run = COMMANDS[name]
+    title, _, text = (inspect.getdoc(run) or "").partition("\n\n")
+    given = parse(options, name, text or title, words[1:])
     try:
-        command.run(given)
+        run(given)
         return 0
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: stopped: {_how_to_go_on(name, given)}\n")
@@ -124,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    titles = {name: (inspect.getdoc(run) or ".").splitlines()[0] for name, (_, run) in COMMANDS.items()}
+    lines = [f"  {name:{width}}  {title[0].lower()}{title[1:-1]}" for name, title in titles.items()]
     said = [
         f"usage: {PROGRAM} COMMAND ...",
         "",

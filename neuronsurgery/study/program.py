@@ -17,23 +17,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from neuronsurgery.study import data
+from neuronsurgery.study import data, readers
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
 from neuronsurgery.study.pictures import pictures_of
 from neuronsurgery.study.progress import TRAINING, Steps, steps_of
-from neuronsurgery.study.readers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    READERS,
-    Loading,
-    batches,
-    describe_counts,
-    digests,
-    joined_source,
-    training_source,
-)
 from neuronsurgery.study.report import write_report
 from neuronsurgery.study.run import (
     RunFolder,
@@ -62,14 +51,7 @@ from neuronsurgery.study.training import (
 )
 
 EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
-QUICK = {
-    "epochs": 5,
-    "draws": 2,
-    "control_draws": 5,
-    "fine_tuning_epochs": 1,
-    "comparison_epochs": 2,
-    "quick": True,
-}
+QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "fine_tuning_epochs": 1, "comparison_epochs": 2, "quick": True}
 QUICK_COUNTS = {"train": (350, 24, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
 QUICK_HELD_OUT = {"held-out": (175, 12, 4, 53)}
 
@@ -125,7 +107,7 @@ def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | 
     refuse_missing_groups(dataset, options)
     built = build_model(options.arch, len(set(dataset.train.targets.tolist())), options.weights, options.seed)
     per_step = _refuse_misfit(built.model, dataset, options)
-    folder = _taken_up(options, path, digests(dataset), held, first)
+    folder = _taken_up(options, path, readers.digests(dataset), held, first)
     print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
     folder.steps = _steps(folder, dataset, built, per_step)
     return _surgery(folder, dataset, built, _train(folder, dataset, built))
@@ -172,7 +154,7 @@ def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
 
     model = train(
         built.model,
-        training_source(dataset),
+        readers.training_source(dataset),
         folder.path,
         recipe=folder.settings.recipe,
         seed=folder.settings.seed,
@@ -207,7 +189,7 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
 def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
     return Setting(
         trained=trained,
-        source=training_source(dataset),
+        source=readers.training_source(dataset),
         recipe=settings.recipe,
         seed=settings.seed,
         groups=tuple(dataset.train.counts),
@@ -215,7 +197,7 @@ def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -
         fine_tuning_epochs=settings.fine_tuning_epochs,
         comparison_epochs=settings.comparison_epochs,
         rates=MORE_RATES if settings.full else RATES,
-        joined=joined_source(dataset) if settings.full else None,
+        joined=readers.joined_source(dataset) if settings.full else None,
         full=settings.full,
         **_published(settings, built),
     )
@@ -243,15 +225,15 @@ def _dataset(options: Options, verify: bool) -> Any:
         dataset: Any = EMBEDDED[options.data](options.seed, counts=counts)
     else:
         chosen = {name: getattr(options, f"{name}_column") for name in COLUMNS} | {"table": options.table}
-        dataset = READERS[options.data](
+        dataset = readers.READERS[options.data](
             options.root,
             size=options.size,
-            loading=Loading(options.workers, options.pin_memory),
+            loading=readers.Loading(options.workers, options.pin_memory),
             verify=verify and not options.no_verify,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-        dataset = dataset.normalized(options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD)
-        print(describe_counts(dataset))
+        dataset = dataset.normalized(options.mean or readers.IMAGENET_MEAN, options.std or readers.IMAGENET_STD)
+        print(readers.describe_counts(dataset))
     return dataset if options.held_out is None else data.hold_out(dataset, options.held_out, options.seed)
 
 
@@ -319,8 +301,8 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
     """
     few = dataset.train.subset(torch.arange(min(2, len(dataset.train))))
     if settings.data not in EMBEDDED:
-        few = replace(few, loading=Loading())  # without workers, which take longer to start than two images
-    images, _, _ = next(iter(batches(few, 2)))
+        few = replace(few, loading=readers.Loading())  # without workers, which take longer to start than two images
+    images, _, _ = next(iter(readers.batches(few, 2)))
     network, many = copy.deepcopy(model).eval(), images[:1].expand(TIMED, *images.shape[1:])
     try:
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, models
-from neuronsurgery.study.audit import Audit, Loaded, audit, plan, write_audit
+from neuronsurgery.study.audit import Audit, Examples, audit, from_loader, plan, write_audit
 from neuronsurgery.study.audit.command import examples_of, network_of, run
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.settings import AuditOptions
@@ -41,10 +41,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, data.D
     return train(tiny_resnet(0), birds.train, tmp_path_factory.mktemp("audit") / "run", recipe=recipe), birds
 
 
-def loaded(birds: data.DataSet, groups: bool = True, split: str = "train") -> Loaded:
+def loaded(birds: data.DataSet, groups: bool = True, split: str = "train") -> Examples:
     part = birds.splits[split]
     batches = list(data.batches(part, 40)) if groups else [batch[:2] for batch in data.batches(part, 40)]
-    return Loaded(batches, CLASSES, birds.group_names if groups else None)
+    return from_loader(batches, CLASSES, birds.group_names if groups else None)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,9 @@ def test_an_audit_that_was_stopped_goes_on(
 ) -> None:
     """It stops before the search, and after it; what is there is not done again."""
     model, birds = trained
-    from neuronsurgery.study.audit import auditing
+    from neuronsurgery.study.audit import auditing, planning
 
-    monkeypatch.setattr(auditing, "SECONDS", 0.0)  # every batch a part of its own
+    monkeypatch.setattr(planning, "SECONDS", 0.0)  # every batch a part of its own
     real = ns.find_critical
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def test_an_audit_that_was_stopped_goes_on(
     with pytest.raises(KeyboardInterrupt):
         audit(model, loaded(birds), batch=40, out=tmp_path)
     assert len(list((tmp_path / "parts").glob("*.json"))) == 1 + -(-len(birds.train) // 40)  # and the plan
-    monkeypatch.setattr(auditing, "measure", stopped)
+    monkeypatch.setattr(auditing, "make_plan", stopped)
     monkeypatch.setattr(ns, "find_critical", real)
     once = audit(model, loaded(birds), batch=40, out=tmp_path)
     assert once.table == found.table

@@ -15,26 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import neuronsurgery as ns
-from neuronsurgery.study.audit.costs import DRAWS, HELD, Costs, measure, shared_or_not
-from neuronsurgery.study.audit.examples import Examples, Loaded
+from neuronsurgery.study.audit.examples import Examples, from_loader
 from neuronsurgery.study.audit.fragile import FEWEST, Fragile
-from neuronsurgery.study.audit.results import Audit, Plan, Row, row_of
+from neuronsurgery.study.audit.planning import DRAWS, FIRST, Plan, make_plan, shared_or_not
+from neuronsurgery.study.audit.results import Audit, Row, row_of
 from neuronsurgery.study.readers.tables import first_of
 from neuronsurgery.study.run import Parts, at_work
 from neuronsurgery.study.stage_fragility import knockout
 from neuronsurgery.study.training import digest
-
-FIRST: Final = 200
-"""Examples that are looked at before anything long begins."""
-
-SECONDS: Final = 10.0
-"""About how long the examples of one part take, which are written down together."""
 
 
 def audit(
@@ -65,7 +59,7 @@ def audit(
 
     Args:
         model: any classifier; not changed.
-        images: `ImageFiles` or `Texts`, or any re-iterable of batches (inputs, targets) or (inputs, targets, groups).
+        images: `Examples`, or any re-iterable of batches (inputs, targets) or (inputs, targets, groups).
         class_names: of class 0, 1, ..., for a loader.
         group_names: of group 0, 1, ..., for a loader.
         early: the same network after its first epochs, to rank the examples by what it had wrong then.
@@ -92,7 +86,7 @@ def audit(
         >>> print(audit(small_resnet(), batches, k=1, anyway=True).answers[0])  # doctest: +ELLIPSIS
         The network is right on ...
     """
-    examples = images if isinstance(images, Examples) else Loaded(images, class_names, group_names)
+    examples = images if isinstance(images, Examples) else from_loader(images, class_names, group_names)
     auditing = _Auditing(model, examples, early, budget, k, predict, seed, batch, anyway, progress)
     with contextlib.ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory()) if out is None else out)
@@ -109,21 +103,15 @@ def plan(
     batch: int | None = None,
     anyway: bool = False,
 ) -> Plan:
-    """Return what an audit would do and how long it would take, from a few batches; nothing is written.
+    """Return what `audit` would do with these arguments and how long it would take; nothing is written.
 
-    Args:
-        model: as for `audit`.
-        images: the same.
-        budget: the same.
-        predict: the same.
-        batch: the same.
-        anyway: the same.
+    A few batches are timed.
 
     Raises:
         ValueError: as `audit` does before anything long begins.
     """
-    examples = images if isinstance(images, Examples) else Loaded(images)
-    return _Auditing(model, examples, budget=budget, predict=predict, batch=batch, anyway=anyway).planned[0]
+    examples = images if isinstance(images, Examples) else from_loader(images)
+    return _Auditing(model, examples, budget=budget, predict=predict, batch=batch, anyway=anyway).plan()
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +136,12 @@ class _Auditing:
             self._tell(f"{len(kept)} parts are there from before, the first of them the plan")
         else:
             self._tell("a few batches, to see what it will cost")
-            kept.keep({"plan": [asdict(value) for value in self.planned]})
-        plan, costs = Plan(**kept["plan"][0]), Costs(**kept["plan"][1])
+            kept.keep({"plan": asdict(self.plan())})
+        plan = Plan(**kept["plan"])
         self._tell(str(plan))
         places = self._order[: plan.scored].sort().values
-        found = Fragile.of(self.examples, places, *self._margins(places, costs, kept), self._ranked_by)
-        critical, edit = self._critical(found, plan, costs, kept, folder / "edits" / "critical.safetensors")
+        found = Fragile.of(self.examples, places, *self._margins(places, plan, kept), self._ranked_by)
+        critical, edit = self._critical(found, plan, kept, folder / "edits" / "critical.safetensors")
         ranked = found.ranked()
         known = {"critical": edit, "knockout": self.edit}
         return Audit(
@@ -211,24 +199,12 @@ class _Auditing:
 
     # Before anything long
 
-    @functools.cached_property
-    def planned(self) -> tuple[Plan, Costs]:
-        """What will be done, and the costs that say so."""
-        started = time.perf_counter()
-        self._refuse()
-        costs = measure(self.model, self.examples, self.edit, self._how, self.batch)
-        count = len(self.examples.targets)
+    def plan(self) -> Plan:
+        """Return what will be done, after a look at the first examples."""
         budget = math.inf if self.budget is None else self.budget
-        left = 0.8 * budget - (time.perf_counter() - started)  # what is measured is not what will be
-        scored = count
-        while scored > FIRST and costs.fragile(scored) > left / 2:
-            scored = int(scored * 0.9)
-        searched = costs.fitting(left - costs.fragile(scored), scored)
-        steps = {
-            f"accuracy, and who is fragile, on {scored} of {count} examples": costs.fragile(scored),
-            f"a critical set, searched and judged on at most {searched} examples": costs.critical(searched),
-        }
-        return Plan(scored, searched, steps, costs.batch), costs
+        until = time.perf_counter() + 0.8 * budget  # what is measured is not what will be
+        self._refuse()
+        return make_plan(self.model, self.examples, self.edit, self._how, self.batch, until)
 
     def _refuse(self) -> None:
         """Raise a ValueError where the classes are not the network's, or it seems to see something else than images."""
@@ -281,14 +257,13 @@ class _Auditing:
         cut = "margins under a cut of the last residual branches"
         return "margins of the network as it is" if self.edit is None else cut
 
-    def _margins(self, places: Tensor, costs: Costs, kept: Parts) -> tuple[Tensor, Tensor | None]:
+    def _margins(self, places: Tensor, plan: Plan, kept: Parts) -> tuple[Tensor, Tensor | None]:
         """Return the margins of the network as it is, and those that rank, if there are others, float64 (N,)."""
-        size = max(costs.batch, int(SECONDS / max(costs.load + costs.forward + costs.knockout, 1e-9)))
-        parts = {f"margins, part {number}": part for number, part in enumerate(torch.split(places, size), start=1)}
+        parts = {f"margins, part {number}": part for number, part in enumerate(torch.split(places, plan.part), start=1)}
         shared = functools.cache(functools.partial(shared_or_not, self.model, self._few, self._how))
         for number, (name, part) in enumerate(parts.items(), start=1):
             if name not in kept:
-                loader = list(self.examples.batches(part, costs.batch))
+                loader = list(self.examples.batches(part, plan.batch))
                 kept.keep({name: self._swept(shared(), loader)})
                 self._tell(f"{number} of {len(parts)} parts of the examples cut")
         columns = [list(itertools.chain(*column)) for column in zip(*(kept[name] for name in parts), strict=True)]
@@ -306,9 +281,7 @@ class _Auditing:
 
     # Which neurons
 
-    def _critical(
-        self, found: Fragile, plan: Plan, costs: Costs, kept: Parts, file: Path
-    ) -> tuple[Row, ns.Edit | None]:
+    def _critical(self, found: Fragile, plan: Plan, kept: Parts, file: Path) -> tuple[Row, ns.Edit | None]:
         """Return what a search and a judgement of the worst group came to, and the cut; or why there is none."""
         name = found.worst()
         if name is None:
@@ -317,7 +290,7 @@ class _Auditing:
             return {"said": said, "verdict": "", "rows": [], "caveats": []}, None
         key = f"critical set of {name}, {plan.searched}"
         if key not in kept or not file.exists():
-            search, rest = ns.halves(self._loaders(found, plan.searched, costs), seed=self.seed)
+            search, rest = ns.halves(self._loaders(found, plan), seed=self.seed)
             self._tell(f"a search for {name}")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -332,30 +305,31 @@ class _Auditing:
         assert isinstance(edit, ns.Edit)
         return kept[key], edit
 
-    def _loaders(self, found: Fragile, most: int, costs: Costs) -> dict[str, Iterable[Any]]:
-        """Return batches of each group, of at most so many examples: all of small groups, parts of the large ones."""
+    def _loaders(self, found: Fragile, plan: Plan) -> dict[str, Iterable[Any]]:
+        """Return batches of each group, at most `plan.searched` examples: all of small groups, parts of large ones."""
         groups = {name: found.places[cell] for name, cell in found.cells.items() if cell.sum() >= 2}
         cap = max(len(places) for places in groups.values())
-        while cap > FEWEST and sum(min(len(places), cap) for places in groups.values()) > most:
+        while cap > FEWEST and sum(min(len(places), cap) for places in groups.values()) > plan.searched:
             cap = int(cap * 0.95)
         generator = torch.Generator().manual_seed(self.seed)
         loaders = {}
         for name, places in groups.items():
             chosen = places[torch.randperm(len(places), generator=generator)[:cap]].sort().values
-            loader = self.examples.batches(chosen, costs.batch)
-            loaders[name] = list(loader) if len(chosen) * costs.size <= HELD / 8 else loader  # not too many for memory
+            loader = self.examples.batches(chosen, plan.batch)
+            loaders[name] = list(loader) if len(chosen) <= plan.held else loader
         return loaders
 
 
 def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) -> Row:
     """Return what is kept of a search and its judgement, JSON values."""
     how: Row = {"k": len(critical.neurons), "names": ";".join(map(str, critical.neurons))}
-    rows = []
-    for row in verdict.to_records():
-        numbers = (row["change"], row["low"], row["high"])
-        rows.append(
-            row_of("critical", "groups", str(row["group"]), "change of accuracy", numbers, n=row["count"], **how)
-        )
+    numbers = [
+        (str(row["group"]), row["change"], row["low"], row["high"], row["count"]) for row in verdict.to_records()
+    ]
+    rows = [
+        row_of("critical", "groups", group, "change of accuracy", *interval, n=count, **how)
+        for group, *interval, count in numbers
+    ]
     net = (verdict.net, *verdict.net_interval)
-    rows.append(row_of("critical", "groups", str(verdict.group), "net", net, p=verdict.p_value, **how))
+    rows.append(row_of("critical", "groups", str(verdict.group), "net", *net, p=verdict.p_value, **how))
     return {"said": verdict.sentence, "verdict": repr(verdict), "rows": rows, "caveats": [*verdict.caveats, *warned]}

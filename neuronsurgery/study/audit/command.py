@@ -18,12 +18,7 @@ from neuronsurgery.study.settings import AuditOptions
 
 
 def run(options: AuditOptions) -> None:
-    """Print the plan, or make the report and print its answers.
-
-    Raises:
-        ValueError: if what the options name does not fit; before any long work.
-        OSError: if a file is missing or cannot be read or written.
-    """
+    """Print the plan, or make the report and print its answers; what does not fit is an error before any long work."""
     network = network_of(options)
     examples = examples_of(options, network)
     how: dict[str, Any] = {"budget": options.budget, "batch": options.batch_size, "anyway": options.anyway}
@@ -37,12 +32,7 @@ def run(options: AuditOptions) -> None:
 
 
 def network_of(options: AuditOptions) -> Network:
-    """Return the network that the options name.
-
-    Raises:
-        ValueError: if its weights do not fit, or nothing says which network they are of.
-        OSError: if a file is missing.
-    """
+    """Return the network that the options name, with its weights."""
     if options.model is not None:
         return from_function(options.model, options.weights)
     assert options.weights is not None  # or the command line was refused
@@ -57,17 +47,12 @@ def network_of(options: AuditOptions) -> Network:
 
 
 def examples_of(options: AuditOptions, network: Network) -> Examples:
-    """Return the examples that the options name, checked.
-
-    Raises:
-        ValueError: if they name none, or a table or an image cannot be used; lists all that is wrong.
-        OSError: if a file is missing.
-    """
+    """Return the examples that the options name, checked: a ValueError lists all that is wrong."""
     if network.tokenizer is not None:
         if options.table is None or options.text_column is None:
             raise ValueError("this network reads texts: pass --table FILE and --text-column NAME")
-        texts = from_texts(_table(options, options.table), network.tokenizer, network.class_names)
-        return replace(texts, encode=network.encoder(texts.texts))
+        table = _table(options, options.table)
+        return from_texts(table, network.encoder(table.columns()["path"]), network.class_names)
     if options.text_column is not None:
         raise ValueError("--text-column is for networks that read texts: this one takes images, leave it out")
     assert options.root is not None  # or the command line was refused

@@ -6,7 +6,6 @@ import base64
 import functools
 import hashlib
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,8 +26,8 @@ SIDE: Final = 96
 """Pixels of a picture on the page."""
 
 
-@dataclass(eq=False)
-class Examples(ABC):
+@dataclass(frozen=True, eq=False)
+class Examples:
     """Examples with a class each, in an order of their own.
 
     Attributes:
@@ -37,6 +36,9 @@ class Examples(ABC):
         groups: the group of each, int64 (N,), or None where nobody knows groups.
         class_names: what class 0, 1, ... is called.
         group_names: what group 0, 1, ... is called; none without groups.
+        read: (places, size) -> (inputs, targets) of the examples in some places, int64, in that order, by the batch.
+        shown: place -> the example as HTML, a picture or its text.
+        content: what the examples depend on beside names, classes and groups.
     """
 
     names: Sequence[str]
@@ -44,28 +46,20 @@ class Examples(ABC):
     groups: Tensor | None
     class_names: Sequence[str]
     group_names: Sequence[str]
+    read: Callable[[Tensor, int], Iterator[tuple[Any, Tensor]]]
+    shown: Callable[[int], str]
+    content: Any = None
 
     def batches(self, places: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
-        """Return a re-iterable of (inputs, targets) of the examples in some places, int64, in that order."""
-        return _Again(functools.partial(self._read, places, size))
-
-    @abstractmethod
-    def _read(self, places: Tensor, size: int) -> Iterator[tuple[Any, Tensor]]: ...
-
-    @abstractmethod
-    def shown(self, place: int) -> str:
-        """Return an example as HTML: a picture, or its text."""
+        """Return what `read` yields as a re-iterable."""
+        return _Again(functools.partial(self.read, places, size))
 
     @property
     def digest(self) -> str:
         """16 hex digits that change with the examples."""
         groups = None if self.groups is None else self.groups.tolist()
-        said = repr((list(self.names), self.targets.tolist(), groups, self._content()))
+        said = repr((list(self.names), self.targets.tolist(), groups, self.content))
         return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-    def _content(self) -> Any:
-        """What an example depends on beside its name, class and group."""
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,51 +72,13 @@ class _Again:
         return self.read()
 
 
-@dataclass(eq=False)
-class ImageFiles(Examples):
-    """Images in files; their names are the paths, relative to the folder of the split."""
-
-    split: ImageSplit
-
-    def _read(self, places: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, _ in readers.batches(self.split.subset(places), size):
-            yield images, targets
-
-    def _content(self) -> Any:
-        return self.split.framing, [(self.split.folder / path).stat().st_size for path in self.names]
-
-    def shown(self, place: int) -> str:
-        """Return the image, small."""
-        image = read_image(self.split.folder / self.names[place])
-        image.thumbnail((SIDE, SIDE))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=80)
-        name = escape(Path(self.names[place]).name, quote=True)
-        return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{name}">'
-
-
-@dataclass(eq=False)
-class Texts(Examples):
-    """Texts of a table; `encode` brings some of them to tensors by name, all of one length."""
-
-    texts: Sequence[str]
-    encode: Callable[[list[str]], Mapping[str, Tensor]]
-
-    def _read(self, places: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for part in torch.split(places, size):
-            yield dict(self.encode([self.texts[place] for place in part.tolist()])), self.targets[part]
-
-    def _content(self) -> Any:
-        return self.texts
-
-    def shown(self, place: int) -> str:
-        """Return the text, cut where it is long."""
-        text = self.texts[place]
-        return f"<p>{escape(text[:400])}{'...' if len(text) > 400 else ''}</p>"
-
-
-class Loaded(Examples):
-    """The batches of a loader that gives the same ones each time.
+def from_loader(
+    loader: Iterable[Any],
+    class_names: Sequence[str] | None = None,
+    group_names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> Examples:
+    """Return the examples of a loader that gives the same batches each time.
 
     Args:
         loader: a re-iterable of (inputs, targets) or (inputs, targets, groups), inputs a tensor or a mapping of them.
@@ -133,38 +89,30 @@ class Loaded(Examples):
     Raises:
         ValueError: if there is no batch, or the names are not as many as the examples.
     """
+    parts = [(torch.as_tensor(batch[1]), *map(torch.as_tensor, batch[2:3])) for batch in loader]
+    if not parts:
+        raise ValueError("audit: the loader has no batch: give images, or a loader that can be iterated again")
+    targets = torch.cat([part[0] for part in parts]).long()
+    groups = torch.cat([part[1] for part in parts]).long() if all(len(part) == 2 for part in parts) else None
+    called = names or [str(place) for place in range(len(targets))]
+    if len(called) != len(targets):
+        raise ValueError(f"audit: {len(called)} names for {len(targets)} examples: one each, in the loader's order")
+    class_names = class_names or [str(number) for number in range(int(targets.max()) + 1)]
+    numbers = range(0 if groups is None else int(groups.max()) + 1)
+    group_names = group_names or [f"group {number}" for number in numbers]
 
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        class_names: Sequence[str] | None = None,
-        group_names: Sequence[str] | None = None,
-        names: Sequence[str] | None = None,
-    ) -> None:
-        parts = [(torch.as_tensor(batch[1]), *map(torch.as_tensor, batch[2:3])) for batch in loader]
-        if not parts:
-            raise ValueError("audit: the loader has no batch: give images, or a loader that can be iterated again")
-        targets = torch.cat([part[0] for part in parts]).long()
-        groups = torch.cat([part[1] for part in parts]).long() if all(len(part) == 2 for part in parts) else None
-        if names is not None and len(names) != len(targets):
-            raise ValueError(f"audit: {len(names)} names for {len(targets)} examples: one each, in the loader's order")
-        classes = class_names or [str(number) for number in range(int(targets.max()) + 1)]
-        numbers = range(0 if groups is None else int(groups.max()) + 1)
-        group_names = group_names or [f"group {number}" for number in numbers]
-        super().__init__(names or [str(place) for place in range(len(targets))], targets, groups, classes, group_names)
-        self.loader = loader
-
-    def _read(self, places: Tensor, size: int) -> Iterator[tuple[Any, Tensor]]:
+    def read(places: Tensor, size: int) -> Iterator[tuple[Any, Tensor]]:
         begin = 0
-        for inputs, targets, *_ in self.loader:
+        for inputs, targets, *_ in loader:
             own = places[(places >= begin) & (places < begin + len(targets))] - begin
             begin += len(targets)
             if len(own):
                 yield picked((inputs, torch.as_tensor(targets)), own)
 
-    def shown(self, place: int) -> str:
-        """Return the name."""
-        return f"<p>{escape(self.names[place])}</p>"
+    def shown(place: int) -> str:
+        return f"<p>{escape(called[place])}</p>"
+
+    return Examples(called, targets, groups, class_names, group_names, read, shown)
 
 
 def picked(batch: tuple[Any, Tensor], which: Any) -> tuple[Any, Tensor]:
@@ -216,7 +164,7 @@ class Table:
 
 def from_table(
     root: Path, table: Table, framing: Framing, loading: Loading, class_names: Sequence[str] | None
-) -> ImageFiles:
+) -> Examples:
     """Return the images that a table lists, checked: every class known, every file there and readable.
 
     Args:
@@ -231,12 +179,10 @@ def from_table(
     """
     columns = table.columns()
     where = [f"line {row}: {path}" for row, path in zip(columns["row"], columns["path"], strict=True)]
-    faults = _faults(root, columns["path"], where)
-    known = _described(table, columns["label"], columns.get("group"), where, class_names, faults)
-    return _images(root, columns["path"], known, framing, loading)
+    return _images(root, table, columns, where, framing, loading, class_names)
 
 
-def from_folders(root: Path, framing: Framing, loading: Loading, class_names: Sequence[str] | None) -> ImageFiles:
+def from_folders(root: Path, framing: Framing, loading: Loading, class_names: Sequence[str] | None) -> Examples:
     """Return the images of a folder with one subfolder per class, in the order of their paths.
 
     Raises:
@@ -245,63 +191,100 @@ def from_folders(root: Path, framing: Framing, loading: Loading, class_names: Se
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder: pass --root, the folder of the images")
-    found = [
-        (folder.name, str(file.relative_to(root)))
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGES
-    ]
-    labels, paths = [name for name, _ in found], [path for _, path in found]
-    if len(set(labels)) < 2:
+    files = [file for file in sorted(root.glob("*/**/*")) if file.suffix.lower() in IMAGES]
+    paths = [file.relative_to(root) for file in files]
+    columns = {"label": [path.parts[0] for path in paths], "path": [str(path) for path in paths]}
+    if len(set(columns["label"])) < 2:
         raise ValueError(
             f"{root} has no two subfolders with images: pass a folder with one subfolder per class, or --table"
         )
-    known = _described(Table(root, "label", "path"), labels, None, paths, class_names, _faults(root, paths, paths))
-    return _images(root, paths, known, framing, loading)
+    return _images(root, Table(root, "label", "path"), columns, columns["path"], framing, loading, class_names)
+
+
+def _images(
+    root: Path,
+    table: Table,
+    columns: Mapping[str, list[str]],
+    where: Sequence[str],
+    framing: Framing,
+    loading: Loading,
+    class_names: Sequence[str] | None,
+) -> Examples:
+    """Return images whose paths and labels are known, and what an error calls each."""
+    paths = columns["path"]
+    missing, broken = [], []
+    for path, name in zip(paths, where, strict=True):
+        if not (root / path).is_file():
+            missing.append(name)
+        elif fault := fault_of(root / path):
+            broken.append(f"{name} ({fault})")
+    faults = {"images that are missing": missing, "images that cannot be read": broken}
+    known = _known(table, columns, where, class_names, faults)
+    targets = known["targets"]
+    split = ImageSplit(root, tuple(paths), targets, torch.zeros_like(targets), 1, framing, loading)
+
+    def read(places: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets, _ in readers.batches(split.subset(places), size):
+            yield images, targets
+
+    def shown(place: int) -> str:
+        image, file = read_image(root / paths[place]), io.BytesIO()
+        image.thumbnail((SIDE, SIDE))
+        image.save(file, "JPEG", quality=80)
+        name = escape(Path(paths[place]).name, quote=True)
+        return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="{name}">'
+
+    sizes = [(root / path).stat().st_size for path in paths]
+    return Examples(paths, **known, read=read, shown=shown, content=(framing, sizes))
 
 
 def from_texts(
     table: Table, encode: Callable[[list[str]], Mapping[str, Tensor]], class_names: Sequence[str] | None
-) -> Texts:
+) -> Examples:
     """Return the texts that a table lists.
+
+    Args:
+        table: which rows and columns.
+        encode: texts -> what the network takes, tensors by name, all of one length.
+        class_names: what the model calls its classes, or None.
 
     Raises:
         ValueError: if anything is not as it should be; lists all that is wrong.
     """
     columns = table.columns()
-    where = [f"line {row}" for row in columns["row"]]
-    known = _described(table, columns["label"], columns.get("group"), where, class_names, {})
-    return Texts(where, *known, columns["path"], encode)
+    where, texts = [f"line {row}" for row in columns["row"]], columns["path"]
+    known = _known(table, columns, where, class_names, {})
+    targets = known["targets"]
+
+    def read(places: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for part in torch.split(places, size):
+            yield dict(encode([texts[place] for place in part.tolist()])), targets[part]
+
+    def shown(place: int) -> str:
+        return f"<p>{escape(texts[place][:400])}{'...' if len(texts[place]) > 400 else ''}</p>"
+
+    return Examples(where, **known, read=read, shown=shown, content=texts)
 
 
-Described = tuple[Tensor, Tensor | None, list[str], list[str]]
-"""Classes, groups, and what both are called: see `Examples`."""
-
-
-def _images(root: Path, paths: Sequence[str], known: Described, framing: Framing, loading: Loading) -> ImageFiles:
-    targets = known[0]
-    split = ImageSplit(root, tuple(paths), targets, torch.zeros_like(targets), 1, framing, loading)
-    return ImageFiles(paths, *known, split)
-
-
-def _described(
+def _known(
     table: Table,
-    labels: Sequence[str],
-    groups: Sequence[str] | None,
+    columns: Mapping[str, list[str]],
     where: Sequence[str],
     class_names: Sequence[str] | None,
     faults: Problems,
-) -> Described:
-    """Return classes and groups of examples; raise a ValueError that lists all that is wrong, `faults` among it.
+) -> dict[str, Any]:
+    """Return classes and groups of examples and their names; a ValueError lists all that is wrong, `faults` among it.
 
     A value of a group that several classes have is an attribute: then the groups are class x attribute.
     """
-    targets, names, wrong = _classes(labels, where, class_names)
-    codes, values, wrong_groups = ([], [], {}) if groups is None else encode_values(groups, "group", where)
+    targets, names, wrong = _classes(columns["label"], where, class_names)
+    codes, values, wrong_groups = (
+        encode_values(columns["group"], "group", where) if "group" in columns else ([], [], {})
+    )
     raise_for(table.file, {**wrong, **wrong_groups, **faults})
-    if groups is None:
-        return torch.tensor(targets), None, names, []
+    known: dict[str, Any] = {"targets": torch.tensor(targets), "groups": None, "class_names": names, "group_names": []}
+    if "group" not in columns:
+        return known
     named = [_named(str(table.group), value) for value in values]
     pairs = sorted(set(zip(targets, codes, strict=True)))
     if len(pairs) > len(values):
@@ -309,7 +292,7 @@ def _described(
         codes = [number[pair] for pair in zip(targets, codes, strict=True)]
         called = {target: names[target] if target < len(names) else str(target) for target in targets}
         named = [f"{_named(table.label, called[target])}, {named[code]}" for target, code in pairs]
-    return torch.tensor(targets), torch.tensor(codes), names, named
+    return {**known, "groups": torch.tensor(codes), "group_names": named}
 
 
 def _named(column: str, value: str) -> str:
@@ -337,14 +320,3 @@ def _classes(
         other = [f"{place} ({value!r})" for place, value in zip(where, values, strict=True) if value not in known]
         return [], [], {"classes that the model does not know": other}
     return encode_values(values, "label", where)
-
-
-def _faults(root: Path, paths: Sequence[str], where: Sequence[str]) -> Problems:
-    """Return the images that are missing or cannot be read."""
-    missing, broken = [], []
-    for path, name in zip(paths, where, strict=True):
-        if not (root / path).is_file():
-            missing.append(name)
-        elif fault := fault_of(root / path):
-            broken.append(f"{name} ({fault})")
-    return {"images that are missing": missing, "images that cannot be read": broken}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 import neuronsurgery as ns
 from neuronsurgery.study.audit.examples import Examples
 from neuronsurgery.study.audit.results import Row, row_of
+from neuronsurgery.study.table import share
 
 FEWEST: Final = 20
 """A group of fewer examples is not searched: ten are left on each half."""
@@ -115,7 +115,7 @@ class Fragile:
 
     def _rows(self, stage: str, measure: str, those: Tensor, groups: dict[str, Tensor]) -> list[Row]:
         return [
-            row_of(stage, kind, name, measure, _share(those[cell]), n=int(cell.sum()))
+            row_of(stage, kind, name, measure, n=int(cell.sum()), **share(_mean(those[cell]), int(cell.sum())))
             for kind, cells in (("classes", self.classes), ("groups", groups))
             for name, cell in cells.items()
         ]
@@ -137,12 +137,6 @@ class Fragile:
 
 def _mean(those: Tensor) -> float:
     return float(those.double().mean())
-
-
-def _share(those: Tensor) -> tuple[float, float, float]:
-    """Return a share with Wilson's 95 % interval."""
-    interval = stats.binomtest(int(those.sum()), len(those)).proportion_ci(method="wilson")
-    return _mean(those), float(interval.low), float(interval.high)
 
 
 def name_of(names: Sequence[str], target: int) -> str:

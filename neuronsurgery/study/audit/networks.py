@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,12 +45,7 @@ class Network:
 
 
 def from_arch(arch: str, weights: Path) -> Network:
-    """Return a network of torchvision or timm with the weights of a file, whose head says how many classes there are.
-
-    Raises:
-        ValueError: if the name is unknown, or the file does not fit; says what does not.
-        FileNotFoundError: if there is no such file.
-    """
+    """Return a network of torchvision or timm with the weights of a file, whose head says how many classes it has."""
     few = build_model(arch, 2)
     heads = {name: tensor.shape for name, tensor in few.model.state_dict().items() if name in few.head}
     classes = [
@@ -70,17 +65,11 @@ def from_arch(arch: str, weights: Path) -> Network:
 
 
 def from_function(name: str, weights: Path | None) -> Network:
-    """Return what a function "package.module:function" returns, with the weights of a file if one is given.
-
-    Raises:
-        ValueError: if the name is no such function, it returns no module, or the weights do not fit.
-        ImportError: if the module cannot be imported.
-        FileNotFoundError: if there is no such file.
-    """
+    """Return what a function "package.module:function" returns, with the weights of a file if one is given."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
     try:
-        made = getattr(importlib.import_module(module), function)
+        made = pkgutil.resolve_name(name)
     except ImportError as error:
         raise ImportError(f"--model {name}: {module} cannot be imported ({error}): start where it can be") from error
     except AttributeError as error:
@@ -96,19 +85,12 @@ def from_function(name: str, weights: Path | None) -> Network:
 
 
 def from_folder(folder: Path) -> Network:
-    """Return the classifier of images or texts that a folder of Hugging Face's holds.
-
-    Raises:
-        ValueError: if its config names no classifier.
-        ImportError: if transformers is not installed.
-        OSError: if a file of it is missing.
-    """
+    """Return the classifier of images or texts that a folder of Hugging Face's holds."""
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f"{folder} is a folder of transformers, which is not installed: pip install transformers"
-        ) from error
+        said = f"{folder} is a folder of transformers, which is not installed: pip install transformers"
+        raise ImportError(said) from error
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     architecture = (config.architectures or [""])[0]
     of_texts = architecture.endswith("ForSequenceClassification")
