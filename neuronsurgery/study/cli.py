@@ -9,7 +9,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -21,18 +21,11 @@ Given = Mapping[str, Any]
 """The options that stand on a command line, by the fields of their dataclass."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `neuronsurgery report` is asked for."""
-
-    folder: Path = option(help="of a run", flag=None, type=Path, metavar="DIR")
-
-
-@dataclass(frozen=True)
-class Show:
-    """What `neuronsurgery show` is asked for."""
-
-    file: Path = option(help="safetensors or JSON, of a run or of the library", flag=None, type=Path, metavar="FILE")
+_OF_A_RUN = option(help="of a run", flag=None, type=Path, metavar="DIR")
+_OF_OURS = option(help="safetensors or JSON, of a run or of the library", flag=None, type=Path, metavar="FILE")
+Report = make_dataclass("Report", [("folder", Path, _OF_A_RUN)])
+Show = make_dataclass("Show", [("file", Path, _OF_OURS)])
+"""What `neuronsurgery report` and `neuronsurgery show` are asked for."""
 
 
 def _study(given: Given) -> None:

@@ -32,17 +32,18 @@ def option(
         otherwise: the default in words, for the help.
         flag: the option's name; "" is that of the field with hyphens. None: a value without a name, of the command.
         group: the title under which the help lists it.
-        how: what `ArgumentParser.add_argument` takes, such as `metavar`, `type`, and as `action` `Several` or `Three`.
-            `words`: it is one of these.
+        how: what `ArgumentParser.add_argument` takes, such as `metavar`, `type`, and as `action` `Several`. `words`: it
+            is one of these.
     """
     if "words" in how:
         words = how.pop("words")
         help += f": {', '.join(words)}"
-        how = {"type": one_of(words), "metavar": "NAME", **how}
+        how = {"type": one_of(words), **how}
     if "action" in how:
-        how |= {"type": _between_commas(how.get("type", str)), "nargs": "+"}
+        how |= {"type": _between_commas(how["type"]), "nargs": "+"}
     help += f" (default: {otherwise})" if otherwise else ""
-    how = {"help": help.replace("%", "%%"), **({"action": "store_true"} if default is False else how)}
+    how = {"action": "store_true"} if default is False else {"metavar": "NAME", **how}
+    how["help"] = help.replace("%", "%%")
     return field(default=default, metadata={"flag": flag, "group": group, "how": how})
 
 
@@ -67,23 +68,12 @@ def one_of(words: Sequence[str], also: Mapping[str, str] | None = None) -> Calla
     return read
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers from the least that makes sense."""
+def number(expected: str, above: float = -math.inf, most: float = math.inf, kind: Any = float) -> Callable[[str], Any]:
+    """Return a reader of numbers above one and up to another, which errors call what is expected."""
 
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdecimal()) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {text!r}")
-        return int(text)
-
-    return read
-
-
-def number(expected: str, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """Return a reader of numbers above one and up to another, which are called what is expected."""
-
-    def read(text: str) -> float:
+    def read(text: str) -> Any:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not above < value <= most:
@@ -91,6 +81,11 @@ def number(expected: str, above: float = -math.inf, most: float = math.inf) -> C
         return value
 
     return read
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers from the least that makes sense."""
+    return number(f"a whole number of at least {least}", above=least - 1, kind=int)
 
 
 def near(text: str, words: Iterable[str]) -> str:
@@ -113,25 +108,18 @@ def _between_commas(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 class Several(argparse.Action):
-    """Values with blanks or commas between them, each kept once; what is given again is added."""
+    """Values with blanks or commas between them, each kept once and added to those before; or `const` of them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Set a tuple of all values."""
+        """Set a tuple of the values."""
         found = [value for part in values for value in part]
         if not found:
             raise argparse.ArgumentError(self, "a value is missing")
-        setattr(namespace, self.dest, tuple(dict.fromkeys((*getattr(namespace, self.dest, ()), *found))))
-
-
-class Three(argparse.Action):
-    """Three values with blanks or commas between them."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Set a tuple of them."""
-        found = tuple(value for part in values for value in part)
-        if len(found) != 3:
-            raise argparse.ArgumentError(self, f"expected 3 numbers, found {len(found)}")
-        setattr(namespace, self.dest, found)
+        if self.const is None:
+            found = list(dict.fromkeys((*getattr(namespace, self.dest, ()), *found)))
+        elif len(found) != self.const:
+            raise argparse.ArgumentError(self, f"expected {self.const} numbers, found {len(found)}")
+        setattr(namespace, self.dest, tuple(found))
 
 
 # A command line

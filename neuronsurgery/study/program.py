@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from neuronsurgery.study import data, readers
+from neuronsurgery.study import data, readers, training
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
@@ -40,15 +40,6 @@ from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import MORE_RATES, RATES, Setting, beside_last_layers, make_arms, stage_two
 from neuronsurgery.study.summary import summary
 from neuronsurgery.study.table import Run, combine
-from neuronsurgery.study.training import (
-    RECIPES,
-    EpochReport,
-    Hardware,
-    checkpoint_epochs,
-    checkpoint_path,
-    read_trajectory,
-    train,
-)
 
 EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
 QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "fine_tuning_epochs": 1, "comparison_epochs": 2, "quick": True}
@@ -139,7 +130,7 @@ def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> St
     }
     steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
     steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
-    trained = max(checkpoint_epochs(folder.path), default=0)
+    trained = max(training.checkpoint_epochs(folder.path), default=0)
     found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
     steps.announce(found, 0 if trained >= settings.epochs else trained)
     return steps
@@ -149,10 +140,10 @@ def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
     _refuse_missing_checkpoints(folder.path)
     started = time.perf_counter()
 
-    def say(report: EpochReport) -> None:
+    def say(report: training.EpochReport) -> None:
         folder.steps.epoch(report, report.epoch, report.epochs, report.seconds)
 
-    model = train(
+    model = training.train(
         built.model,
         readers.training_source(dataset),
         folder.path,
@@ -163,8 +154,9 @@ def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
     )
     folder.steps.end(TRAINING, worked=False)  # later steps are timed by one another
     folder.note_seconds("training", time.perf_counter() - started)
-    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
-    return Trained(model, checkpoints, read_trajectory(folder.path), studied(built.head))
+    held = training.checkpoint_epochs(folder.path)
+    checkpoints = {epoch: training.checkpoint_path(folder.path, epoch) for epoch in held}
+    return Trained(model, checkpoints, training.read_trajectory(folder.path), studied(built.head))
 
 
 def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
@@ -213,8 +205,8 @@ def _published(settings: Settings, built: Built) -> dict[str, Any]:
     }
 
 
-def _hardware(settings: Settings) -> Hardware:
-    return Hardware(settings.device, settings.bf16, settings.channels_last)
+def _hardware(settings: Settings) -> training.Hardware:
+    return training.Hardware(settings.device, settings.bf16, settings.channels_last)
 
 
 def _dataset(options: Options, verify: bool) -> Any:
@@ -241,7 +233,9 @@ def make_options(given: Mapping[str, Any]) -> Options:
     """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`."""
     name = given.get("data", "synthetic")
     defaults = DEFAULTS[name]
-    recipe = replace(RECIPES[given["preset"]], epochs=defaults.recipe.epochs) if "preset" in given else defaults.recipe
+    recipe = defaults.recipe
+    if "preset" in given:
+        recipe = replace(training.RECIPES[given["preset"]], epochs=recipe.epochs)
     recipe = replace(recipe, **{key: given[key] for key in ("epochs", "batch_size") if key in given})
     chosen = {**vars(recipe), "arch": defaults.arch, "preset": "adam" if name in EMBEDDED else name}
     chosen["comparison_epochs"] = max(1, 2 * recipe.epochs // 5)
@@ -320,10 +314,10 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
 
 def _refuse_missing_checkpoints(path: Path) -> None:
     """Raise a FileNotFoundError if checkpoints were taken out of the middle of a training."""
-    held = checkpoint_epochs(path)
+    held = training.checkpoint_epochs(path)
     missing = sorted(set(range(max(held, default=0))) - set(held))
     if missing:
         raise FileNotFoundError(
             f"{path}: the checkpoints of epochs {', '.join(map(str, missing))} are missing, the first of them "
-            f"{checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
+            f"{training.checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
         )

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,9 +57,6 @@ a training starts anew, and while `run.json` is there the folder is known as a r
 LOCK: Final = ".lock"
 """The file that a run has locked while it is at work in a folder."""
 
-REPORT_PARTS: Final = {"new", "old", LOCK}
-"""What is in the folder in which a report is being made."""
-
 
 class Parts(dict[str, Any]):
     """The parts of something that takes long, JSON values by name, each written down when it is done.
@@ -97,12 +94,8 @@ class RunFolder:
 
     `settings` are those asked for, with the stages, experiments and splits that the run there has. `overwrite` deletes
     the files of another run that is there, instead of refusing; files that no run makes stay. `data` has a digest of
-    each split, by name, to be the same whenever the run is taken up; None where they are not known.
-
-    Raises:
-        ValueError: if the folder holds a run of other settings, of other images or another version, or files that are
-            no run.
-        OSError: if it cannot be written to.
+    each split, by name, to be the same whenever the run is taken up; None where they are not known. A ValueError
+    refuses a run of other settings, of other images or another version, and files that are no run.
     """
 
     def __init__(
@@ -159,7 +152,7 @@ class RunFolder:
             remove_abandoned(self.path, pattern)
         for unfinished in self.path.glob(".report-????????"):
             with contextlib.suppress(OSError):  # the report is done meanwhile
-                if {entry.name for entry in unfinished.iterdir()} <= REPORT_PARTS:
+                if {entry.name for entry in unfinished.iterdir()} <= {"new", "old", LOCK}:
                     with locked(unfinished / LOCK) as held:
                         if held is not None:
                             shutil.rmtree(unfinished)
@@ -190,9 +183,7 @@ class RunFolder:
 def at_work(path: Path) -> Iterator[None]:
     """Keep other runs out of a folder meanwhile, and make it if it is missing; reports may be made all the same.
 
-    Raises:
-        RuntimeError: if another run is at work in it; says which process that is, where it is known.
-        OSError: if it cannot be written to.
+    A RuntimeError says that another run is at work in it, and which process that is, where it is known.
     """
     file = path / LOCK
     with contextlib.ExitStack() as stack:
@@ -263,11 +254,8 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
     `trajectory` is loss and accuracy as met in training, by epoch; `note` says where the first weights came from.
     """
 
-    def accuracy(split: str) -> list[float]:
-        values: list[float] = folder.remember(
-            f"accuracy-{split}", lambda: list(ns.evaluate(model, data.loaders(split)).values)
-        )
-        return values
+    def accuracy(split: str) -> Any:
+        return folder.remember(f"accuracy-{split}", lambda: list(ns.evaluate(model, data.loaders(split)).values))
 
     splits = [split for split in data.splits if len(data.splits[split])]  # an empty one has no accuracy
     return {
@@ -300,13 +288,7 @@ def made_files(path: Path) -> list[Path]:
 
 
 def delete_run(path: Path) -> None:
-    """Delete the run of a folder: the files that the study made, and the folders that are then empty.
-
-    Raises:
-        ValueError: if the folder holds no run of this study.
-        RuntimeError: if a run is at work in it.
-        OSError: if a file cannot be deleted.
-    """
+    """Delete the run of a folder: the files that the study made, and the folders that are then empty."""
     _read_run(path)
     with at_work(path):
         _delete(path, made_files(path))
@@ -339,10 +321,15 @@ def is_begun(entry: Path) -> bool:
 def refuse_files(path: Path) -> None:
     """Raise a ValueError if a folder without a `run.json` holds anything but what a kill in its first write left."""
     names = sorted(entry.name for entry in path.iterdir() if not is_begun(entry)) if path.is_dir() else []
+    refuse_others(path, names, "no run of this study, for it has no run.json")
+
+
+def refuse_others(path: Path, names: Sequence[str], what: str) -> None:
+    """Raise a ValueError if a folder holds other files, which are named, and said to be what they are not."""
     if names:
         raise ValueError(
-            f"{path} holds files that are no run of this study, for it has no run.json "
-            f"({len(names)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}): choose another folder with --out"
+            f"{path} holds files that are {what} ({len(names)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}): "
+            f"choose another folder with --out"
         )
 
 

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from neuronsurgery.study.options import Several, Three, UsageError, flag_of, number, one_of, option, whole
+from neuronsurgery.study.options import Several, UsageError, flag_of, number, one_of, option, whole
 
 if TYPE_CHECKING:  # it imports torch
     from neuronsurgery.study.training import Recipe
@@ -29,12 +29,6 @@ PRESETS: Final = ("adam", "sgd")
 SPLITS: Final = ("train", "validation", "test")
 COLUMNS: Final = ("path", "label", "attribute", "split")
 OF_A_TABLE: Final = ("label_column", "path_column", "group_column", "split_column", "split")
-
-DISK: Final = "images on disk"
-NETWORK: Final = "network"
-HARDWARE: Final = "hardware"
-EXAMPLES: Final = "examples"
-IMAGENET: Final = "ImageNet's"
 
 
 def _path_text(text: str) -> str:
@@ -56,36 +50,44 @@ def _seconds(text: str) -> float:
     return float(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[found[2]]
 
 
-def _count(default: int | None, help: str, otherwise: str, least: int = 1, group: str = "") -> Any:
-    return option(default, help, otherwise, type=whole(least), metavar="N", group=group)
+Kind: TypeAlias = dict[str, Any]
+"""What several options have in common, see `option`."""
 
+DISK: Final[Kind] = {"group": "images on disk"}
+NETWORK: Final[Kind] = {"group": "network"}
+HARDWARE: Final[Kind] = {"group": "hardware"}
+EXAMPLES: Final[Kind] = {"group": "examples"}
 
-def _size(group: str) -> Any:
-    said, otherwise = "height and width that the network is given", "what timm says of the network, else 224"
-    return _count(None, said, otherwise, group=group)
-
-
-def _mean(group: str) -> Any:
-    said, read = "taken from red, green and blue in [0, 1]", number("a number, such as 0.2")
-    return option(None, said, f"{IMAGENET}, 0.485,0.456,0.406", group=group, type=read, action=Three, metavar="R G B")
-
-
-def _std(group: str) -> Any:
-    read = number("a number above 0, such as 0.2", above=0, most=sys.float_info.max)
-    said = "what they are then divided by"
-    return option(None, said, f"{IMAGENET}, 0.229,0.224,0.225", group=group, type=read, action=Three, metavar="R G B")
-
-
-def _name(help: str, otherwise: str = "", default: str | None = None, group: str = "", metavar: str = "NAME") -> Any:
-    return option(default, help, otherwise, group=group, metavar=metavar)
-
-
-def _file(help: str, group: str = "", metavar: str = "FILE") -> Any:
-    return option(None, help, group=group, type=Path, metavar=metavar)
-
-
-_split = one_of(SPLITS, {"val": "validation", "valid": "validation", "training": "train"})
-_share = number("a share above 0 and up to 0.5, such as 0.2", above=0, most=0.5)
+COUNT: Final[Kind] = {"type": whole(1), "metavar": "N"}
+FROM_ZERO: Final[Kind] = {"type": whole(0), "metavar": "N", "otherwise": "0"}
+SHARE: Final[Kind] = {"type": number("a share above 0 and up to 0.5, such as 0.2", 0, 0.5), "metavar": "SHARE"}
+FILE: Final[Kind] = {"type": Path, "metavar": "FILE"}
+FOLDER: Final[Kind] = {"type": Path, "metavar": "DIR"}
+SPLIT: Final[Kind] = {
+    "flag": "split",
+    "dest": "splits",
+    "words": SPLITS,
+    "type": one_of(SPLITS, {"val": "validation", "valid": "validation", "training": "train"}),
+    "action": Several,
+}
+SIZE: Final[Kind] = {
+    "help": "height and width that the network is given",
+    "otherwise": "what timm says of the network, else 224",
+    **COUNT,
+}
+CHANNELS: Final[Kind] = {"action": Several, "const": 3, "metavar": "R G B"}
+MEAN: Final[Kind] = {
+    "help": "taken from red, green and blue in [0, 1]",
+    "otherwise": "ImageNet's, 0.485,0.456,0.406",
+    "type": number("a number, such as 0.2"),
+    **CHANNELS,
+}
+STD: Final[Kind] = {
+    "help": "what they are then divided by",
+    "otherwise": "ImageNet's, 0.229,0.224,0.225",
+    "type": number("a number above 0, such as 0.2", 0, sys.float_info.max),
+    **CHANNELS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,68 +99,55 @@ class Settings:
     experiments: tuple[str, ...] = option(
         EXPERIMENTS, "which experiments of Stage 1", "all", words=(*EXPERIMENTS, "all"), action=Several
     )
-    splits: tuple[str, ...] = option(
-        ("train",),
-        "measure the changes on these splits",
-        "train",
-        flag="split",
-        dest="splits",
-        words=SPLITS,
-        type=_split,
-        action=Several,
-    )
-    seed: int = _count(0, "of data, weights and batches", "0", least=0)
+    splits: tuple[str, ...] = option(("train",), "measure the changes on these splits", "train", **SPLIT)
+    seed: int = option(0, "of data, weights and batches", **FROM_ZERO)
     preset: str = option("adam", "how to train", "adam; of images on disk, the data's own", words=PRESETS)
-    epochs: int = _count(30, "passes over the training images", "the data's own")
-    batch_size: int = _count(64, "images per step", "the preset's")
-    fine_tuning_epochs: int = _count(4, "Stage 2: passes of the paper's method and its controls", "4; 20 with --full")
-    comparison_epochs: int = _count(
+    epochs: int = option(30, "passes over the training images", "the data's own", **COUNT)
+    batch_size: int = option(64, "images per step", "the preset's", **COUNT)
+    fine_tuning_epochs: int = option(
+        4, "Stage 2: passes of the paper's method and its controls", "4; 20 with --full", **COUNT
+    )
+    comparison_epochs: int = option(
         12,
         "Stage 2: passes of methods that start from the first weights",
         "two fifths of --epochs; all of them with --full",
+        **COUNT,
     )
     held_out: float | None = option(
         None,
         "hold this share of the training images out of training, to choose and retrain with; for data without held-out "
         "images of their own",
         "none",
-        type=_share,
-        metavar="SHARE",
+        **SHARE,
     )
     full: bool = option(False, "Stage 2 at the paper's lengths and with more rates and arms")
     quick: bool = option(False, "few epochs and draws: does it run, not what comes out")
-    arch: str = _name(
+    arch: str = option(
+        "small_resnet",
         "small_resnet, or any name of torchvision or timm",
         "small_resnet; of images on disk, resnet50",
-        "small_resnet",
-        NETWORK,
+        **NETWORK,
     )
     weights: str | None = option(
         None,
         "initial weights: safetensors, a torch state dict or a folder",
         "random",
-        type=_path_text,
-        metavar="FILE",
-        group=NETWORK,
+        **{**FILE, "type": _path_text, **NETWORK},
     )
-    root: str | None = option(None, "the folder of the data set", type=_path_text, metavar="DIR", group=DISK)
-    size: int | None = _size(DISK)
-    mean: tuple[float, ...] | None = _mean(DISK)
-    std: tuple[float, ...] | None = _std(DISK)
-    table: str | None = _name("--data folder: the CSV file", "metadata.csv", group=DISK, metavar="FILE")
-    path_column: str | None = _name("--data folder: the column of paths", "path", group=DISK)
-    label_column: str | None = _name("--data folder: the column of classes", "label", group=DISK)
-    attribute_column: str | None = _name("--data folder: the column of attributes", "attribute", group=DISK)
-    split_column: str | None = _name("--data folder: the column of splits", "split", group=DISK)
-    device: str | None = option(None, "for instance cuda", "the CPU", group=HARDWARE)
-    bf16: bool = option(False, "train under autocast to bfloat16", group=HARDWARE)
-    channels_last: bool = option(False, "lay images and weights out channels last", group=HARDWARE)
-    draws: int = 10
-    """How many random draws are averaged."""
-
-    control_draws: int = 30
-    """How many matched controls a p-value rests on."""
-
+    root: str | None = option(None, "the folder of the data set", type=_path_text, metavar="DIR", **DISK)
+    size: int | None = option(None, **SIZE, **DISK)
+    mean: tuple[float, ...] | None = option(None, **MEAN, **DISK)
+    std: tuple[float, ...] | None = option(None, **STD, **DISK)
+    table: str | None = option(None, "--data folder: the CSV file", "metadata.csv", metavar="FILE", **DISK)
+    path_column: str | None = option(None, "--data folder: the column of paths", "path", **DISK)
+    label_column: str | None = option(None, "--data folder: the column of classes", "label", **DISK)
+    attribute_column: str | None = option(None, "--data folder: the column of attributes", "attribute", **DISK)
+    split_column: str | None = option(None, "--data folder: the column of splits", "split", **DISK)
+    device: str | None = option(None, "for instance cuda", "the CPU", metavar="DEVICE", **HARDWARE)
+    bf16: bool = option(False, "train under autocast to bfloat16", **HARDWARE)
+    channels_last: bool = option(False, "lay images and weights out channels last", **HARDWARE)
+    draws: int = 10  # random ones that are averaged
+    control_draws: int = 30  # matched controls that a p-value rests on
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -177,48 +166,50 @@ class Settings:
 class Options(Settings):
     """What `neuronsurgery study` is asked for: the settings of its runs, and how the work is done."""
 
-    out: Path | None = option(None, "the run folder", "runs/DATA-seed-N", type=Path, metavar="DIR")
-    seeds: int = _count(1, "run this many seeds, from --seed on, and compare them", "1")
+    out: Path | None = option(None, "the run folder", "runs/DATA-seed-N", **FOLDER)
+    seeds: int = option(1, "run this many seeds, from --seed on, and compare them", "1", **COUNT)
     overwrite: bool = option(False, "delete the files of another run in the folder")
-    workers: int = _count(0, "processes that decode images", "0", least=0, group=DISK)
-    pin_memory: bool = option(False, "for a faster way to the device", group=DISK)
-    no_verify: bool = option(False, "do not decode every image before training starts", group=DISK)
+    workers: int = option(0, "processes that decode images", **FROM_ZERO, **DISK)
+    pin_memory: bool = option(False, "for a faster way to the device", **DISK)
+    no_verify: bool = option(False, "do not decode every image before training starts", **DISK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
     """What `neuronsurgery audit` is asked for."""
 
-    weights: Path | None = _file(
-        "the trained weights: safetensors, a torch state dict, or a folder of transformers", NETWORK
+    weights: Path | None = option(
+        None, "the trained weights: safetensors, a torch state dict, or a folder of transformers", **FILE, **NETWORK
     )
-    arch: str | None = _name("any name of torchvision or timm", group=NETWORK)
-    model: str | None = _name("a function that makes the network, package.module:function", group=NETWORK)
-    early: Path | None = _file(
-        "its weights after the first epochs, to rank the examples by what it had wrong then", NETWORK
+    arch: str | None = option(None, "any name of torchvision or timm", **NETWORK)
+    model: str | None = option(None, "a function that makes the network, package.module:function", **NETWORK)
+    early: Path | None = option(
+        None, "its weights after the first epochs, to rank the examples by what it had wrong then", **FILE, **NETWORK
     )
-    root: Path | None = _file("the folder of the images, with one subfolder per class or a table", EXAMPLES, "DIR")
-    table: Path | None = _file("a CSV file of paths or texts", EXAMPLES)
-    label_column: str = _name("the column of classes", "label", "label", EXAMPLES)
-    path_column: str = _name("the column of paths", "path", "path", EXAMPLES)
-    text_column: str | None = _name("the column of texts", group=EXAMPLES)
-    group_column: str | None = _name(
-        "the column of groups, or of an attribute", "none, groups are inferred", group=EXAMPLES
+    root: Path | None = option(
+        None, "the folder of the images, with one subfolder per class or a table", **FOLDER, **EXAMPLES
     )
-    split_column: str = _name("the column of splits", "split", "split", EXAMPLES)
-    split: str | None = _name("take the rows of this split", "all rows", group=EXAMPLES)
-    size: int | None = _size(EXAMPLES)
-    mean: tuple[float, ...] | None = _mean(EXAMPLES)
-    std: tuple[float, ...] | None = _std(EXAMPLES)
+    table: Path | None = option(None, "a CSV file of paths or texts", **FILE, **EXAMPLES)
+    label_column: str = option("label", "the column of classes", "label", **EXAMPLES)
+    path_column: str = option("path", "the column of paths", "path", **EXAMPLES)
+    text_column: str | None = option(None, "the column of texts", **EXAMPLES)
+    group_column: str | None = option(
+        None, "the column of groups, or of an attribute", "none, groups are inferred", **EXAMPLES
+    )
+    split_column: str = option("split", "the column of splits", "split", **EXAMPLES)
+    split: str | None = option(None, "take the rows of this split", "all rows", **EXAMPLES)
+    size: int | None = option(None, **SIZE, **EXAMPLES)
+    mean: tuple[float, ...] | None = option(None, **MEAN, **EXAMPLES)
+    std: tuple[float, ...] | None = option(None, **STD, **EXAMPLES)
     budget: float = option(
         1800.0, "keep to this time: 90s, 10m, 1.5h, or none for no limit", "30m", type=_seconds, metavar="TIME"
     )
     plan: bool = option(False, "say what it will cost, and do nothing")
-    out: Path = option(Path("audit"), "the folder of the report", "audit", type=Path, metavar="DIR")
-    batch_size: int | None = _count(None, "examples in a batch", "the size that goes fastest")
-    workers: int = _count(0, "processes that decode images", "0", least=0)
+    out: Path = option(Path("audit"), "the folder of the report", "audit", **FOLDER)
+    batch_size: int | None = option(None, "examples in a batch", "the size that goes fastest", **COUNT)
+    workers: int = option(0, "processes that decode images", **FROM_ZERO)
     anyway: bool = option(False, "go on where the network is no better than chance")
-    seed: int = _count(0, "of the halves, the parts and the controls", "0", least=0)
+    seed: int = option(0, "of the halves, the parts and the controls", **FROM_ZERO)
 
 
 def refuse_contradictory_audit(given: Mapping[str, Any]) -> None:

@@ -23,12 +23,7 @@ TORCH: Final = (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 
 
 def describe_file(path: Path) -> str:
-    """What a JSON, CSV or safetensors file holds, in at most `LINES` lines.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or of a kind that is not known.
-    """
+    """What a JSON, CSV or safetensors file holds, in at most `LINES` lines."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'results.json'}")
     lines = _lines(path)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import neuronsurgery as ns
 from neuronsurgery.study.audit.examples import Examples, from_loader
 from neuronsurgery.study.audit.fragile import FEWEST, Fragile
-from neuronsurgery.study.audit.planning import DRAWS, FIRST, Plan, make_plan, shared_or_not
+from neuronsurgery.study.audit.planning import DRAWS, FIRST, Plan, make_plan
 from neuronsurgery.study.audit.results import Audit, Row, row_of
 from neuronsurgery.study.readers.tables import first_of
 from neuronsurgery.study.run import Parts, at_work
@@ -142,13 +142,12 @@ class _Auditing:
         places = self._order[: plan.scored].sort().values
         found = Fragile.of(self.examples, places, *self._margins(places, plan, kept), self._ranked_by)
         critical, edit = self._critical(found, plan, kept, folder / "edits" / "critical.safetensors")
-        ranked = found.ranked()
         known = {"critical": edit, "knockout": self.edit}
         return Audit(
             (*found.sentences(), f"{critical['said'].removesuffix('.')}."),
-            (*found.accuracies(), *found.flagged(), *critical["rows"]),
-            tuple(ranked.values()),
-            tuple(ranked),
+            (*found.rows(), *critical["rows"]),
+            tuple(found.table.select("path", "class", "score", "flag").to_dicts()),
+            tuple(found.table["place"].to_list()),
             {name: value for name, value in known.items() if value is not None},
             critical["verdict"],
             (*found.caveats, *critical["caveats"]),
@@ -260,7 +259,7 @@ class _Auditing:
     def _margins(self, places: Tensor, plan: Plan, kept: Parts) -> tuple[Tensor, Tensor | None]:
         """Return the margins of the network as it is, and those that rank, if there are others, float64 (N,)."""
         parts = {f"margins, part {number}": part for number, part in enumerate(torch.split(places, plan.part), start=1)}
-        shared = functools.cache(functools.partial(shared_or_not, self.model, self._few, self._how))
+        shared = functools.cache(functools.partial(ns.share, self.model, self._few, **self._how))
         for number, (name, part) in enumerate(parts.items(), start=1):
             if name not in kept:
                 loader = list(self.examples.batches(part, plan.batch))
@@ -290,7 +289,7 @@ class _Auditing:
             return {"said": said, "verdict": "", "rows": [], "caveats": []}, None
         key = f"critical set of {name}, {plan.searched}"
         if key not in kept or not file.exists():
-            search, rest = ns.halves(self._loaders(found, plan), seed=self.seed)
+            search, rest = ns.halves(self._loaders(found.places(), plan), seed=self.seed)
             self._tell(f"a search for {name}")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -305,9 +304,8 @@ class _Auditing:
         assert isinstance(edit, ns.Edit)
         return kept[key], edit
 
-    def _loaders(self, found: Fragile, plan: Plan) -> dict[str, Iterable[Any]]:
+    def _loaders(self, groups: Mapping[str, Tensor], plan: Plan) -> dict[str, Iterable[Any]]:
         """Return batches of each group, at most `plan.searched` examples: all of small groups, parts of large ones."""
-        groups = {name: found.places[cell] for name, cell in found.cells.items() if cell.sum() >= 2}
         cap = max(len(places) for places in groups.values())
         while cap > FEWEST and sum(min(len(places), cap) for places in groups.values()) > plan.searched:
             cap = int(cap * 0.95)
@@ -322,14 +320,12 @@ class _Auditing:
 
 def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) -> Row:
     """Return what is kept of a search and its judgement, JSON values."""
-    how: Row = {"k": len(critical.neurons), "names": ";".join(map(str, critical.neurons))}
-    numbers = [
-        (str(row["group"]), row["change"], row["low"], row["high"], row["count"]) for row in verdict.to_records()
-    ]
+    row = functools.partial(
+        row_of, "critical", "groups", k=len(critical.neurons), names=";".join(map(str, critical.neurons))
+    )
     rows = [
-        row_of("critical", "groups", group, "change of accuracy", *interval, n=count, **how)
-        for group, *interval, count in numbers
+        row(str(each["group"]), "change of accuracy", each["change"], each["low"], each["high"], n=each["count"])
+        for each in verdict.to_records()
     ]
-    net = (verdict.net, *verdict.net_interval)
-    rows.append(row_of("critical", "groups", str(verdict.group), "net", *net, p=verdict.p_value, **how))
+    rows.append(row(str(verdict.group), "net", verdict.net, *verdict.net_interval, p=verdict.p_value))
     return {"said": verdict.sentence, "verdict": repr(verdict), "rows": rows, "caveats": [*verdict.caveats, *warned]}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -24,23 +24,20 @@ FEWEST: Final = 20
 class Fragile:
     """Who stands out within each class, and the groups that follow.
 
-    Of the examples in some places (N,): `base`, their margins by the network as it is, float64; `scores`, higher is
-    more fragile; `flags`, bool; what they are ranked by, in words.
+    `table` has a row for each example, by class and the most fragile first: its `place`, `path`, number (`target`) and
+    name of the `class`, number (`cell`) and name of the `group`, whether the network is `right`, `score`, `flag`. The
+    groups are those given, or else class x fragile. `by` says in words what the scores are.
     """
 
     examples: Examples
-    places: Tensor
-    base: Tensor
-    scores: Tensor
-    flags: Tensor
+    table: pl.DataFrame
     by: str
     caveats: tuple[str, ...]
 
     @classmethod
     def of(cls, examples: Examples, places: Tensor, base: Tensor, other: Tensor | None, by: str) -> Fragile:
         """Return it, from the margins of the network as it is, and others that rank the examples, if there are any."""
-        targets = examples.targets[places]
-        scores = -(base if other is None else other)
+        targets, scores = examples.targets[places], -(base if other is None else other)
         flags, few = torch.zeros(len(places), dtype=torch.bool), []
         for target in torch.unique(targets).tolist():
             own = (targets == target).nonzero().flatten()
@@ -49,7 +46,7 @@ class Fragile:
                     warnings.simplefilter("ignore", UserWarning)  # of constant scores: nobody stands out
                     flags[own] = ns.infer_groups(scores[own], targets[own]).fragile
             except ValueError:
-                few.append(name_of(examples.class_names, target))
+                few.append(_name_of(examples.class_names, target))
         caveats = [f"In {', '.join(few)} fewer than three stand out, or are left: none is flagged."] if few else []
         if other is None:
             caveats.append(f"The network has no residual branches to cut: {by} say who is fragile, which is weaker.")
@@ -58,88 +55,77 @@ class Fragile:
                 "A cut of the last branches found the rare groups of a small residual network, and none of a "
                 "ResNet-18's: the weights of an early epoch rank more safely (--early)."
             )
-        return cls(examples, places, base, scores, flags, by, tuple(caveats))
+        columns = {"place": places, "target": targets, "right": base > 0, "score": scores, "flag": flags.long()}
+        columns["cell"] = 2 * targets + flags if examples.groups is None else examples.groups[places]
+        rows = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
+        table = rows.sort("target", "score", descending=[False, True], maintain_order=True)
+        return cls(examples, _named(table, examples), by, tuple(caveats))
 
-    @functools.cached_property
-    def classes(self) -> dict[str, Tensor]:
-        """By class which of the examples are of it, bool (N,)."""
-        targets = self.examples.targets[self.places]
-        return {
-            name_of(self.examples.class_names, target): targets == target for target in torch.unique(targets).tolist()
-        }
-
-    @functools.cached_property
-    def cells(self) -> dict[str, Tensor]:
-        """By group, given or else class x fragile, which of the examples are in it, bool (N,)."""
-        cells = {}
-        if self.examples.groups is not None:
-            own = self.examples.groups[self.places]
-            cells = {name: own == group for group, name in enumerate(self.examples.group_names)}
-        else:
-            for name, own in self.classes.items():
-                cells |= {f"{name}, others": own & ~self.flags, f"{name}, fragile": own & self.flags}
-        return {name: cell for name, cell in cells.items() if cell.any()}
+    def _parts(self, kind: str) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Yield the name and the rows of each of the "classes", or of the "groups"."""
+        number, name = {"classes": ("target", "class"), "groups": ("cell", "group")}[kind]
+        for rows in self.table.sort(number, maintain_order=True).partition_by(number, maintain_order=True):
+            yield rows[name][0], rows
 
     def worst(self) -> str | None:
         """Return the group to search for; None where none has enough examples."""
-        right, inferred = self.base > 0, self.examples.groups is None
+        counts = {name: (len(rows), int(rows["right"].sum())) for name, rows in self._parts("groups")}
         asked = {
-            name: (_mean(right[cell]), int(cell.sum()))
-            for name, cell in self.cells.items()
-            if cell.sum() >= FEWEST and right[cell].sum() >= FEWEST / 2
-            if name.endswith(", fragile") or not inferred
+            name: (right / count, count)
+            for name, (count, right) in counts.items()
+            if count >= FEWEST and right >= FEWEST / 2
+            if name.endswith(", fragile") or self.examples.groups is not None
         }
-        return min(asked, key=lambda name: asked[name]) if asked and len(self.cells) > 1 else None
+        return min(asked, key=lambda name: asked[name]) if asked and len(counts) > 1 else None
+
+    def places(self) -> dict[str, Tensor]:
+        """Return the places of the examples of each group that has at least two, ascending."""
+        parts = {name: torch.tensor(rows["place"].sort().to_list()) for name, rows in self._parts("groups")}
+        return {name: places for name, places in parts.items() if len(places) > 1}
 
     def sentences(self) -> tuple[str, str]:
         """Return how right the network is, with its worst group or else class, and how many stand out, in words."""
         kind = "classes" if self.examples.groups is None else "groups"
-        row = min((row for row in self.accuracies() if row["experiment"] == kind), key=lambda row: row["value"])
+        row = min(self._rows("accuracy", kind, "accuracy", "right"), key=lambda row: row["value"])
         low, value, high = (100 * row[name] for name in ("low", "value", "high"))
-        count, every = len(self.places), len(self.examples.targets)
+        count, every = len(self.table), len(self.examples.targets)
         part = "" if count == every else f", a random part of {every}"
-        flagged = [f"{int(self.flags[own].sum())} of {int(own.sum())} {name}" for name, own in self.classes.items()]
+        flagged = [f"{rows['flag'].sum()} of {len(rows)} {name}" for name, rows in self._parts("classes")]
         return (
-            f"The network is right on {100 * _mean(self.base > 0):.1f} % of {count} examples{part}; worst: "
+            f"The network is right on {100 * _mean(self.table['right']):.1f} % of {count} examples{part}; worst: "
             f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}].",
             f"Fragile are {', '.join(flagged)}, by {self.by}.",
         )
 
-    def accuracies(self) -> list[Row]:
-        """Return a row for each class and each group."""
-        return self._rows("accuracy", "accuracy", self.base > 0, self.cells)
+    def rows(self) -> list[Row]:
+        """Return the accuracy of each class and group, and the share flagged, but not of groups inferred by that."""
+        flagged = ["classes"] if self.examples.groups is None else ["classes", "groups"]
+        found = [row for kind in ("classes", "groups") for row in self._rows("accuracy", kind, "accuracy", "right")]
+        return found + [row for kind in flagged for row in self._rows("fragile", kind, "flagged", "flag")]
 
-    def flagged(self) -> list[Row]:
-        """Return a row for each class and each given group: the share that is flagged."""
-        return self._rows("fragile", "flagged", self.flags, {} if self.examples.groups is None else self.cells)
-
-    def _rows(self, stage: str, measure: str, those: Tensor, groups: dict[str, Tensor]) -> list[Row]:
-        return [
-            row_of(stage, kind, name, measure, n=int(cell.sum()), **share(_mean(those[cell]), int(cell.sum())))
-            for kind, cells in (("classes", self.classes), ("groups", groups))
-            for name, cell in cells.items()
-        ]
-
-    def ranked(self) -> dict[int, Row]:
-        """Return a row for each example, by its place: by class, most fragile first."""
-        targets = self.examples.targets[self.places].tolist()
-        order = sorted(range(len(self.places)), key=lambda at: (targets[at], -float(self.scores[at])))
-        return {
-            (place := int(self.places[at])): {
-                "path": self.examples.names[place],
-                "class": name_of(self.examples.class_names, targets[at]),
-                "score": float(self.scores[at]),
-                "flag": int(self.flags[at]),
-            }
-            for at in order
-        }
+    def _rows(self, stage: str, kind: str, measure: str, column: str) -> Iterator[Row]:
+        for name, rows in self._parts(kind):
+            yield row_of(stage, kind, name, measure, n=len(rows), **share(_mean(rows[column]), len(rows)))
 
 
-def _mean(those: Tensor) -> float:
-    return float(those.double().mean())
+def _named(table: pl.DataFrame, examples: Examples) -> pl.DataFrame:
+    """The same rows with names."""
+    paths = [examples.names[place] for place in table["place"]]
+    classes = [_name_of(examples.class_names, target) for target in table["target"]]
+    groups: list[str] = [
+        f"{name}, {'fragile' if flag else 'others'}" for name, flag in zip(classes, table["flag"], strict=True)
+    ]
+    if examples.groups is not None:
+        groups = [examples.group_names[cell] for cell in table["cell"]]
+    return table.with_columns(pl.Series("path", paths), pl.Series("class", classes), pl.Series("group", groups))
 
 
-def name_of(names: Sequence[str], target: int) -> str:
+def _mean(column: pl.Series) -> float:
+    mean: Any = column.mean()
+    return float(mean)
+
+
+def _name_of(names: Sequence[str], target: int) -> str:
     """Return what a class is called; "class 3" where it has only its number."""
     name = names[target] if target < len(names) else str(target)
     return f"class {name}" if name.isdigit() else name

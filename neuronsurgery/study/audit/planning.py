@@ -119,7 +119,7 @@ def _costs(model: nn.Module, few: Any, knockout: ns.Edit | None, how: Mapping[st
     effects, found = _timed(lambda: ns.group_effects(model, [few], **how), times=2)
     order = found.values[0].abs().argsort(descending=True)[:TIMED].tolist()
     edits = {str(place): ns.zero_out(found.layout.neurons([place])) for place in order}
-    capture, shared = _timed(lambda: shared_or_not(model, few, how))
+    capture, shared = _timed(lambda: ns.share(model, few, **how))
 
     def swept(edits: Mapping[str, ns.Edit]) -> float:
         return _timed(lambda: ns.sweep(shared, edits, [few], **how), times=2)[0]
@@ -129,14 +129,6 @@ def _costs(model: nn.Module, few: Any, knockout: ns.Edit | None, how: Mapping[st
     edit = max(0.0, swept(edits) - base) / max(1, len(edits))
     search, judgement = effects + SEARCH_PASSES * forward + EDITS * edit, forward + (1 + DRAWS) * edit
     return capture + base, (forward + cut) / size, (search + judgement) / 2 / size
-
-
-def shared_or_not(model: nn.Module, batch: Any, how: Mapping[str, Any]) -> Any:
-    """Return a capture of a model, or the model where it cannot be captured: then each edit costs a forward pass."""
-    try:
-        return ns.share(model, batch, **how)
-    except ns.CaptureError:
-        return model
 
 
 def _batch(model: nn.Module, whole: Any, how: Mapping[str, Any]) -> int:
