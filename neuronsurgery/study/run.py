@@ -351,22 +351,23 @@ def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
 
 
 def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    settings = found["settings"]
+    now, then = _in_words(expected), _in_words(found)
     differing = [
-        f"{flag_of(key, Settings)}: this run {_said(value)}, the folder {_said(settings.get(key))}"
-        for key, value in expected["settings"].items()
-        if settings.get(key) != value and key not in ADDED_TO
-    ]
-    differing += [
-        f"{key}: this run {expected[key]!r}, the folder {found.get(key)!r}"
-        for key in ("schema", "version")
-        if found.get(key) != expected[key]
+        f"{what}: this run {said}, the folder {then.get(what, 'none')}"
+        for what, said in now.items()
+        if then.get(what, "none") != said
     ]
     if differing:
         raise ValueError(
             f"{path} holds another run; {'; '.join(differing)}: choose another folder with --out, or delete that run "
             f"with --overwrite"
         )
+
+
+def _in_words(run: Mapping[str, Any]) -> dict[str, str]:
+    """What two runs in one folder must have in common, by option."""
+    said = {flag_of(key, Settings): _said(value) for key, value in run["settings"].items() if key not in ADDED_TO}
+    return said | {key: repr(run.get(key)) for key in ("schema", "version")}
 
 
 def _said(value: Any) -> str:

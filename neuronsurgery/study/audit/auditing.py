@@ -144,14 +144,14 @@ class _Auditing:
         critical, edit = self._critical(found, plan, kept, folder / "edits" / "critical.safetensors")
         known = {"critical": edit, "knockout": self.edit}
         return Audit(
-            (*found.sentences(), f"{critical['said'].removesuffix('.')}."),
-            (*found.rows(), *critical["rows"]),
-            tuple(found.table.select("path", "class", "score", "flag").to_dicts()),
-            tuple(found.table["place"].to_list()),
-            {name: value for name, value in known.items() if value is not None},
-            critical["verdict"],
-            (*found.caveats, *critical["caveats"]),
-            (note, *self._notes(plan)),
+            answers=(*found.sentences(), f"{critical['said'].removesuffix('.')}."),
+            table=(*found.rows(), *critical["rows"]),
+            fragile=tuple(found.table.select("path", "class", "score", "flag").to_dicts()),
+            places=tuple(found.table["place"]),
+            edits={name: value for name, value in known.items() if value is not None},
+            verdict=critical["verdict"],
+            caveats=(*found.caveats, *critical["caveats"]),
+            note=(note, *self._notes(plan)),
         )
 
     def _key(self) -> str:
