@@ -127,7 +127,11 @@ class RunFolder:
             self.steps.end(name)
         self.steps.end(name, worked=False)
         parts = self.path / "parts" / name
-        _unlink(self.path, [*parts.glob("*.json"), *parts.glob(".*.json.*")])
+        for file_of_part in (*parts.glob("*.json"), *parts.glob(".*.json.*")):
+            file_of_part.unlink(missing_ok=True)
+        for empty in (parts, parts.parent):
+            with contextlib.suppress(OSError):  # there is none, or it has parts of something else
+                empty.rmdir()
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
         return read_json(file)
 
@@ -297,17 +301,13 @@ def delete_run(path: Path) -> None:
 
 
 def _delete(path: Path, files: Iterable[Path]) -> None:
-    for unfinished in path.glob(".report-*"):
-        shutil.rmtree(unfinished)
-    _unlink(path, files)
-
-
-def _unlink(path: Path, files: Iterable[Path]) -> None:
     """Delete files of a folder, in their order, and then the folders in it that are empty."""
     folders = set()
     for file in files:
-        file.unlink(missing_ok=True)
+        file.unlink()
         folders |= {path / parent for parent in file.relative_to(path).parents} - {path}
+    for unfinished in path.glob(".report-*"):
+        shutil.rmtree(unfinished)
     for folder in sorted(folders, reverse=True):  # the inner ones first
         if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import polars as pl
 import torch
@@ -86,13 +86,13 @@ class Fragile:
     def sentences(self) -> tuple[str, str]:
         """Return how right the network is, with its worst group or else class, and how many stand out, in words."""
         kind = "classes" if self.examples.groups is None else "groups"
-        row = min(self._rows("accuracy", kind, "accuracy", "right"), key=lambda row: row["value"])
+        row = min(self._rows("accuracy", "accuracy", "right", kind), key=lambda row: row["value"])
         low, value, high = (100 * row[name] for name in ("low", "value", "high"))
-        count, every = len(self.table), len(self.examples.targets)
+        count, every, right = len(self.table), len(self.examples.targets), self.table["right"].sum()
         part = "" if count == every else f", a random part of {every}"
         flagged = [f"{rows['flag'].sum()} of {len(rows)} {name}" for name, rows in self._parts("classes")]
         return (
-            f"The network is right on {100 * _mean(self.table['right']):.1f} % of {count} examples{part}; worst: "
+            f"The network is right on {100 * right / count:.1f} % of {count} examples{part}; worst: "
             f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}].",
             f"Fragile are {', '.join(flagged)}, by {self.by}.",
         )
@@ -100,29 +100,26 @@ class Fragile:
     def rows(self) -> list[Row]:
         """Return the accuracy of each class and group, and the share flagged, but not of groups inferred by that."""
         flagged = ["classes"] if self.examples.groups is None else ["classes", "groups"]
-        found = [row for kind in ("classes", "groups") for row in self._rows("accuracy", kind, "accuracy", "right")]
-        return found + [row for kind in flagged for row in self._rows("fragile", kind, "flagged", "flag")]
+        accuracies = self._rows("accuracy", "accuracy", "right", "classes", "groups")
+        return [*accuracies, *self._rows("fragile", "flagged", "flag", *flagged)]
 
-    def _rows(self, stage: str, kind: str, measure: str, column: str) -> Iterator[Row]:
-        for name, rows in self._parts(kind):
-            yield row_of(stage, kind, name, measure, n=len(rows), **share(_mean(rows[column]), len(rows)))
+    def _rows(self, stage: str, measure: str, column: str, *kinds: str) -> Iterator[Row]:
+        for kind in kinds:
+            for name, rows in self._parts(kind):
+                share_of_all = share(int(rows[column].sum()) / len(rows), len(rows))
+                yield row_of(stage, kind, name, measure, n=len(rows), **share_of_all)
 
 
 def _named(table: pl.DataFrame, examples: Examples) -> pl.DataFrame:
     """The same rows with names."""
     paths = [examples.names[place] for place in table["place"]]
     classes = [_name_of(examples.class_names, target) for target in table["target"]]
-    groups: list[str] = [
-        f"{name}, {'fragile' if flag else 'others'}" for name, flag in zip(classes, table["flag"], strict=True)
-    ]
-    if examples.groups is not None:
+    if examples.groups is None:
+        kinds = ["fragile" if flag else "others" for flag in table["flag"]]
+        groups = [f"{name}, {kind}" for name, kind in zip(classes, kinds, strict=True)]
+    else:
         groups = [examples.group_names[cell] for cell in table["cell"]]
     return table.with_columns(pl.Series("path", paths), pl.Series("class", classes), pl.Series("group", groups))
-
-
-def _mean(column: pl.Series) -> float:
-    mean: Any = column.mean()
-    return float(mean)
 
 
 def _name_of(names: Sequence[str], target: int) -> str:

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -35,8 +35,6 @@ SEARCH_PASSES, JUDGE_PASSES = 6, 2
 
 HELD: Final = 2**30
 """Bytes of examples that are kept in memory rather than read again for each pass."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _batch(model: nn.Module, whole: Any, how: Mapping[str, Any]) -> int:
     return best
 
 
-def _timed(call: Callable[[], T], times: int = 1) -> tuple[float, T]:
+def _timed(call: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
     """Return the seconds of a call, the least of some, and what it returned."""
     least = float("inf")
     for _ in range(times):
