@@ -30,6 +30,9 @@ GROUPED_COLUMNS = "(g i) n ... -> (g n) i ..."
 MOST_AXES = 32
 """More than anybody has, and less than what torch can compute with."""
 
+SMALL = 2**16
+"""Entries of a tensor up to which calls take longer than what they compute."""
+
 SHORT, LONG = 1e-12, 1e18
 """Between these no square of an entry overflows, and those that vanish in float32 add up to nothing."""
 
@@ -225,29 +228,27 @@ class Layer:
     def norms(self, tensor: Tensor) -> Tensor:
         """Return the Euclidean norm of each neuron's slice of a tensor, shape (count,), in float32 or wider."""
         lengths = self.lengths(tensor)
-        index = doubtful(lengths).nonzero().flatten()
-        if len(index):
+        if not is_squared_wide(tensor):
+            index = doubtful(lengths).nonzero().flatten()
             lengths[index] = self.safe_lengths(tensor, index)
         return lengths
 
     def lengths(self, tensor: Tensor) -> Tensor:
         """Return what `norms` does, in less time, but for squares that vanish or overflow: see `doubtful`."""
-        slices = self.slices(widened(tensor))
+        slices, wide = self.slices(widened(tensor)), torch.float64 if is_squared_wide(tensor) else None
         row = tuple(range(len(self._cut.neuron_shape), slices.dim()))
         if self._cut.rows_first:  # contiguous rows are summed fastest as such
             slices, row = slices.reshape(self.count, -1), (1,)
-        lengths: Tensor = torch.linalg.vector_norm(slices, dim=row) if row else slices.abs()
-        return lengths.reshape(-1)
+        lengths: Tensor = torch.linalg.vector_norm(slices, dim=row, dtype=wide) if row else slices.abs()
+        return lengths.to(slices.dtype).reshape(-1)
 
     def safe_lengths(self, tensor: Tensor, index: Tensor) -> Tensor:
         """Return the norms of some neurons' slices, shape (k,), whatever their size, in float32 or wider.
 
-        Gradients of a confident model are so small that their squares vanish in float32, and with them the ranking:
-        they are squared in float64, or scaled by their row's largest entry first where there is nothing wider.
+        Rows are scaled by their largest entry first: gradients of a confident model are so small that their squares
+        vanish in float32, and with them the ranking.
         """
         rows = widened(self.take(tensor, index)).reshape(len(index), -1)
-        if rows.dtype == torch.float32 and rows.device.type != "mps":  # which has no float64
-            return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()  # type: ignore[no-any-return]
         largest = rows.abs().amax(dim=1, keepdim=True)
         safe = torch.where(largest > 0, largest, torch.ones_like(largest))
         lengths: Tensor = torch.linalg.vector_norm(rows / safe, dim=1, keepdim=True)
@@ -265,6 +266,14 @@ class Layer:
     def covered(self, mask: Tensor) -> Tensor:
         """Return which neurons have only entries that a mask of the parameter's shape marks, bool, shape (count,)."""
         return self.slices(mask).reshape(self.count, -1).all(1)
+
+
+def is_squared_wide(tensor: Tensor) -> bool:
+    """Return whether the squares of a tensor are summed in float64, in which those of float32 all have a place.
+
+    It is where that takes no time, and the device can.
+    """
+    return tensor.numel() <= SMALL and tensor.dtype != torch.float64 and tensor.device.type != "mps"
 
 
 def doubtful(lengths: Tensor) -> Tensor:

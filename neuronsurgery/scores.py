@@ -20,7 +20,7 @@ from neuronsurgery.copies import readable
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed, random_bits, smallest_tickets
 from neuronsurgery.errors import GRADIENTS, LAYOUT, SCORES, checked, counted, listed
-from neuronsurgery.layers import Layer, doubtful
+from neuronsurgery.layers import Layer, doubtful, is_squared_wide
 from neuronsurgery.layouts import Layout
 from neuronsurgery.neurons import Neurons, checked_neurons
 from neuronsurgery.results import ByName, same_fields
@@ -162,9 +162,10 @@ def norms(
     ]
     for layer, start, tensor in given:
         values[start : start + layer.count] = layer.lengths(read(layer.parameter, tensor))
-    outside = doubtful(values)  # of all layers at once: looked at one by one, small layers take longer
-    for layer, start, tensor in given if outside.any() else ():
-        index = outside[start : start + layer.count].nonzero().flatten()
+    for layer, start, tensor in given:
+        if is_squared_wide(tensor):
+            continue
+        index = doubtful(values[start : start + layer.count]).nonzero().flatten()
         if len(index):
             own = read(layer.parameter, tensor)
             values[start + index] = layer.safe_lengths(own, index.to(own.device)).float().cpu()

@@ -5,10 +5,11 @@ A command is an entry of `COMMANDS`; what it runs is imported when it is run, si
 
 from __future__ import annotations
 
+import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,88 +20,61 @@ Given = Mapping[str, Any]
 """The options that stand on a command line, by the fields of their dataclass."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `neuronsurgery report` is asked for."""
-
-    folder: Path = option(help="of a run", flag=None, values=Path, metavar="DIR")
-
-
-@dataclass(frozen=True)
-class Show:
-    """What `neuronsurgery show` is asked for."""
-
-    file: Path = option(help="safetensors or JSON, of a run or of the library", flag=None, values=Path, metavar="FILE")
+_OF_A_RUN = option(help="of a run", flag=None, type=Path, metavar="DIR")
+_OF_OURS = option(help="safetensors or JSON, of a run or of the library", flag=None, type=Path, metavar="FILE")
+Report = make_dataclass("Report", [("folder", Path, _OF_A_RUN)])
+Show = make_dataclass("Show", [("file", Path, _OF_OURS)])
+"""What `neuronsurgery report` and `neuronsurgery show` are asked for."""
 
 
-def _study(given: Given) -> int:
+def _study(given: Given) -> None:
+    """Train a network on data with a spurious correlation and operate on its critical neurons.
+
+    The paper from front to back. Stage 1: train by empirical risk minimisation with a checkpoint an epoch, score every
+    neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones beside them.
+    Stage 2: fine-tune against the pruned twin, beside its controls and other methods. Fragility: who is memorised,
+    without group labels. A run that was killed goes on where it was.
+    """
     refuse_contradictions(given)
     from neuronsurgery.study.program import study
 
-    return study(given)
+    study(given)
 
 
-def _audit(given: Given) -> int:
+def _audit(given: Given) -> None:
+    """Look at a trained network: whom it remembers, and which few neurons carry its worst group.
+
+    Nothing is trained, and no group labels are needed. Leaves one page with the accuracy of every class and group, the
+    most fragile examples of each class, and a set of neurons that was searched on one half of the examples and judged
+    on the other. An audit that was stopped goes on where it was.
+    """
     refuse_contradictory_audit(given)
     from neuronsurgery.study.audit.command import run
 
-    return run(AuditOptions(**given))
+    run(AuditOptions(**given))
 
 
-def _report(given: Given) -> int:
+def _report(given: Given) -> None:
+    """Make the report of a run folder again."""
     from neuronsurgery.study.program import report
 
     print(report(given["folder"]))
-    return 0
 
 
-def _show(given: Given) -> int:
-    from neuronsurgery.study.run import describe_file
+def _show(given: Given) -> None:
+    """Print what a file of ours holds: neurons, scores, an edit, a checkpoint, results, settings."""
+    from neuronsurgery.study.show import describe_file
 
     print(describe_file(given["file"]))
-    return 0
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command of the program.
-
-    Attributes:
-        options: the dataclass whose fields are its options; see `options.option`.
-        help: what it does, in a line.
-        run: from the options that are given to the exit status.
-        text: what it does, at length.
-    """
-
-    options: type[Any]
-    help: str
-    run: Callable[[Given], int]
-    text: str = ""
-
-
-COMMANDS: Final[Mapping[str, Command]] = {
-    "study": Command(
-        Options,
-        "train a network on data with a spurious correlation and operate on its critical neurons",
-        _study,
-        "The paper from front to back. Stage 1: train by empirical risk minimisation with a checkpoint an epoch, score "
-        "every neuron for every group, then zero, replace, disturb and rewind the critical ones, and random ones "
-        "beside them. Stage 2: fine-tune against the pruned twin, beside its controls and other methods. Fragility: "
-        "who is memorised, without group labels. A run that was killed goes on where it was.",
-    ),
-    "audit": Command(
-        AuditOptions,
-        "look at a trained network: whom it remembers, and which few neurons carry its worst group",
-        _audit,
-        "Nothing is trained, and no group labels are needed. Leaves one page with the accuracy of every class and "
-        "group, the most fragile examples of each class, and a set of neurons that was searched on one half of the "
-        "examples and judged on the other. An audit that was stopped goes on where it was.",
-    ),
-    "report": Command(Report, "make the report of a run folder again", _report),
-    "show": Command(
-        Show, "print what a file of ours holds: neurons, scores, an edit, a checkpoint, results, settings", _show
-    ),
+COMMANDS: Final[Mapping[str, tuple[type[Any], Callable[[Given], None]]]] = {
+    "study": (Options, _study),
+    "audit": (AuditOptions, _audit),
+    "report": (Report, _report),
+    "show": (Show, _show),
 }
+"""The options of each command, and what it does, of which the help has the docstring."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,13 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if words[:1] == ["--version"]:
-        print(_version())
+        from importlib.metadata import version  # which takes a third of the time of a help
+
+        print(f"{PROGRAM} {version(PROGRAM)}")
         return 0
-    name = _command(words)
-    command = COMMANDS[name]
-    given = parse(command.options, name, command.text or f"{command.help[0].upper()}{command.help[1:]}.", words[1:])
+    if not words:
+        fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
+    name = words[0]
+    if name not in COMMANDS:
+        step = near(name, COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
+        fail(f"there is no command {name!r}{step}")
+    options, run = COMMANDS[name]
+    title, _, text = (inspect.getdoc(run) or "").partition("\n\n")
+    given = parse(options, name, text or title, words[1:])
     try:
-        return command.run(given)
+        run(given)
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: stopped: {_how_to_go_on(name, given)}\n")
         return 130
@@ -129,19 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _command(words: Sequence[str]) -> str:
-    """The command that is asked for; exits where there is none."""
-    if not words:
-        fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
-    if words[0] not in COMMANDS:
-        step = near(words[0], COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
-        fail(f"there is no command {words[0]!r}{step}")
-    return words[0]
-
-
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    titles = {name: (inspect.getdoc(run) or ".").splitlines()[0] for name, (_, run) in COMMANDS.items()}
+    lines = [f"  {name:{width}}  {title[0].lower()}{title[1:-1]}" for name, title in titles.items()]
     said = [
         f"usage: {PROGRAM} COMMAND ...",
         "",
@@ -153,12 +127,6 @@ def _help() -> str:
         f"{PROGRAM} COMMAND --help has the options of a command; {PROGRAM} --version the version.",
     ]
     return "\n".join(said)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"{PROGRAM} {version(PROGRAM)}"
 
 
 def _how_to_go_on(name: str, given: Given) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +17,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from neuronsurgery.study import data
+from neuronsurgery.study import data, readers, training
 from neuronsurgery.study.experiments import studied
 from neuronsurgery.study.methods import FINE_TUNING
 from neuronsurgery.study.models import DEFAULTS, Built, build_model, input_size
 from neuronsurgery.study.pictures import pictures_of
 from neuronsurgery.study.progress import TRAINING, Steps, steps_of
-from neuronsurgery.study.readers import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    READERS,
-    Loading,
-    batches,
-    describe_counts,
-    digests,
-    joined_source,
-    training_source,
-)
 from neuronsurgery.study.report import write_report
 from neuronsurgery.study.run import (
     RunFolder,
@@ -49,26 +40,9 @@ from neuronsurgery.study.stage_one import Trained, stage_one
 from neuronsurgery.study.stage_two import Setting, beside_last_layers, make_arms, stage_two
 from neuronsurgery.study.summary import summary
 from neuronsurgery.study.table import Run, combine
-from neuronsurgery.study.training import (
-    RECIPES,
-    EpochReport,
-    Hardware,
-    Recipe,
-    checkpoint_epochs,
-    checkpoint_path,
-    read_trajectory,
-    train,
-)
 
 EMBEDDED = {"synthetic": data.synthetic, "digits": data.digits}
-QUICK = {
-    "epochs": 5,
-    "draws": 2,
-    "control_draws": 5,
-    "fine_tuning_epochs": 1,
-    "comparison_epochs": 2,
-    "quick": True,
-}
+QUICK = {"epochs": 5, "draws": 2, "control_draws": 5, "fine_tuning_epochs": 1, "comparison_epochs": 2, "quick": True}
 QUICK_COUNTS = {"train": (350, 24, 8, 106), "validation": (20,) * 4, "test": (50,) * 4}
 QUICK_HELD_OUT = {"held-out": (175, 12, 4, 53)}
 
@@ -76,12 +50,8 @@ TIMED: Final = 16
 """Images in the pass that is timed before anything is trained."""
 
 
-def study(given: Mapping[str, Any]) -> int:
-    """Run what is asked for, write its results and its report, and return the exit status.
-
-    Args:
-        given: the options that stand on the command line, by the fields of `Options`.
-    """
+def study(given: Mapping[str, Any]) -> None:
+    """Run what is asked for, by the fields of `Options`; write its results and its report, and print them."""
     started = time.perf_counter()
     options = make_options(given)
     _refuse_missing_packages(options)
@@ -90,11 +60,9 @@ def study(given: Mapping[str, Any]) -> int:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"--out {path} is a file: name a folder, which is made if it is missing")
     with contextlib.ExitStack() as held:
-        finished = _run_seeds(options, path, held) if options.seeds > 1 else _run_one(options, path, held)
-        print(finished)
+        print(summary(_run_seeds(options, path, held) if options.seeds > 1 else _run(options, path, held)))
         print(report(path))
     print(f"{time.perf_counter() - started:.0f} s")
-    return 0
 
 
 def report(path: Path) -> Path:
@@ -108,21 +76,17 @@ def _usual_folder(options: Options) -> Path:
     return Path("runs") / f"{name}-seed{last}"
 
 
-def _run_one(options: Options, path: Path, held: contextlib.ExitStack) -> str:
-    """Return the tables of one run."""
-    return summary(_run(options, path, held))
-
-
-def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> str:
-    """Return the tables of several seeds, each of which is a run of its own."""
+def _run_seeds(options: Options, path: Path, held: contextlib.ExitStack) -> Run:
+    """Return the results of several seeds, each of which is a run of its own."""
     seeds = range(options.seed, options.seed + options.seeds)
     refuse_other_files(path, None if options.overwrite else seeds)
     finished = {}
     for place, seed in enumerate(seeds, start=1):
         sys.stderr.write(f"seed {seed}, {place} of {len(seeds)}\n")
         finished[seed] = _run(replace(options, seed=seed), path / f"seed-{seed}", held, first=options.seed)
+        report(path / f"seed-{seed}")
     write_results(path, together := combine(finished))
-    return summary(together)
+    return together
 
 
 def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | None = None) -> Run:
@@ -134,32 +98,10 @@ def _run(options: Options, path: Path, held: contextlib.ExitStack, first: int | 
     refuse_missing_groups(dataset, options)
     built = build_model(options.arch, len(set(dataset.train.targets.tolist())), options.weights, options.seed)
     per_step = _refuse_misfit(built.model, dataset, options)
-    folder = _taken_up(options, path, digests(dataset), held, first)
+    folder = _taken_up(options, path, readers.digests(dataset), held, first)
     print(f"{dataset}\n{built.note}\nrun folder: {path}", flush=True)
     folder.steps = _steps(folder, dataset, built, per_step)
-    run = _surgery(folder, dataset, built, _train(folder, dataset, built))
-    if first is not None:
-        report(path)
-    return run
-
-
-def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
-    """Return the steps of a run, after it was said what of them is left to do and how long that may take."""
-    settings = folder.settings
-    nothing = Trained(built.model, {}, [], studied(built.head))
-    arms = {
-        f"stage-2-{arm.slug}": (
-            arm.name,
-            settings.comparison_epochs if arm.family == "comparison" else 2.0 * settings.fine_tuning_epochs,
-        )
-        for arm in make_arms(_setting(settings, dataset, nothing, built))
-    }
-    steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
-    steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
-    trained = max(checkpoint_epochs(folder.path), default=0)
-    found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
-    steps.announce(found, 0 if trained >= settings.epochs else trained)
-    return steps
+    return _surgery(folder, dataset, built, _train(folder, dataset, built))
 
 
 def _taken_up(
@@ -178,6 +120,45 @@ def _taken_up(
     return folder
 
 
+def _steps(folder: RunFolder, dataset: Any, built: Built, per_step: float) -> Steps:
+    """Return the steps of a run, after it was said what of them is left to do and how long that may take."""
+    settings = folder.settings
+    lengths = {"comparison": float(settings.comparison_epochs)}
+    arms = {
+        f"stage-2-{arm.slug}": (arm.name, lengths.get(arm.family, 2.0 * settings.fine_tuning_epochs))
+        for arm in make_arms(_setting(settings, dataset, Trained(built.model, {}, [], studied(built.head)), built))
+    }
+    steps = steps_of(settings, arms, [split for split in ("train", "held-out") if split in dataset.splits])
+    steps.per_epoch = per_step * -(-len(dataset.train) // settings.batch_size)
+    trained = max(training.checkpoint_epochs(folder.path), default=0)
+    found = [name for name in steps.costs if folder.holds(name)] + [TRAINING] * (trained >= settings.epochs)
+    steps.announce(found, 0 if trained >= settings.epochs else trained)
+    return steps
+
+
+def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
+    _refuse_missing_checkpoints(folder.path)
+    started = time.perf_counter()
+
+    def say(report: training.EpochReport) -> None:
+        folder.steps.epoch(report, report.epoch, report.epochs, report.seconds)
+
+    model = training.train(
+        built.model,
+        readers.training_source(dataset),
+        folder.path,
+        recipe=folder.settings.recipe,
+        seed=folder.settings.seed,
+        hardware=_hardware(folder.settings),
+        progress=say,
+    )
+    folder.steps.end(TRAINING, worked=False)  # later steps are timed by one another
+    folder.note_seconds("training", time.perf_counter() - started)
+    held = training.checkpoint_epochs(folder.path)
+    checkpoints = {epoch: training.checkpoint_path(folder.path, epoch) for epoch in held}
+    return Trained(model, checkpoints, training.read_trajectory(folder.path), studied(built.head))
+
+
 def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) -> Run:
     """Return the results of every stage, written down after each."""
     settings = folder.settings
@@ -189,49 +170,24 @@ def _surgery(folder: RunFolder, dataset: Any, built: Built, trained: Trained) ->
         "2": lambda: {"stage_two": stage_two(folder, dataset, setting)},
         "fragility": lambda: {"fragility": stage_fragility(folder, dataset, trained)},
     }
-    run = Run.of(results)
-    for name, stage in stages.items():
-        if name in settings.stages:
-            results |= stage()
-            if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
-                results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
-            run = Run.of(results)
-            write_results(folder.path, run)
-    return run
-
-
-def _train(folder: RunFolder, dataset: Any, built: Built) -> Trained:
-    _refuse_missing_checkpoints(folder.path)
-    started = time.perf_counter()
-
-    def say(report: EpochReport) -> None:
-        folder.steps.epoch(report, report.epoch, report.epochs, report.seconds)
-
-    model = train(
-        built.model,
-        training_source(dataset),
-        folder.path,
-        recipe=folder.settings.recipe,
-        seed=folder.settings.seed,
-        hardware=_hardware(folder.settings),
-        progress=say,
-    )
-    folder.steps.end(TRAINING, worked=False)  # later steps are timed by one another
-    folder.note_seconds("training", time.perf_counter() - started)
-    checkpoints = {epoch: checkpoint_path(folder.path, epoch) for epoch in checkpoint_epochs(folder.path)}
-    return Trained(model, checkpoints, read_trajectory(folder.path), studied(built.head))
+    for name in settings.stages:
+        results |= stages[name]()
+        if name == "fragility" and "stage_two" in results and "mitigation" in results["fragility"]:
+            results["fragility"]["mitigation"] += beside_last_layers(results["stage_two"])
+        write_results(folder.path, Run.of(results))
+    return Run.of(results)
 
 
 def _setting(settings: Settings, dataset: Any, trained: Trained, built: Built) -> Setting:
     return Setting(
         trained=trained,
-        source=training_source(dataset),
+        source=readers.training_source(dataset),
         recipe=settings.recipe,
         seed=settings.seed,
         pretrained=built.pretrained,
         fine_tuning_epochs=settings.fine_tuning_epochs,
         comparison_epochs=settings.comparison_epochs,
-        joined=joined_source(dataset) if settings.full else None,
+        joined=readers.joined_source(dataset) if settings.full else None,
         full=settings.full,
         hardware=_hardware(settings),
         **_published(settings, built),
@@ -248,8 +204,8 @@ def _published(settings: Settings, built: Built) -> dict[str, Any]:
     }
 
 
-def _hardware(settings: Settings) -> Hardware:
-    return Hardware(settings.device, settings.bf16, settings.channels_last)
+def _hardware(settings: Settings) -> training.Hardware:
+    return training.Hardware(settings.device, settings.bf16, settings.channels_last)
 
 
 def _dataset(options: Options, verify: bool) -> Any:
@@ -260,61 +216,41 @@ def _dataset(options: Options, verify: bool) -> Any:
         dataset: Any = EMBEDDED[options.data](options.seed, counts=counts)
     else:
         chosen = {name: getattr(options, f"{name}_column") for name in COLUMNS} | {"table": options.table}
-        dataset = READERS[options.data](
+        dataset = readers.READERS[options.data](
             options.root,
             size=options.size,
-            loading=Loading(options.workers, options.pin_memory),
+            loading=readers.Loading(options.workers, options.pin_memory),
             verify=verify and not options.no_verify,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-        dataset = dataset.normalized(options.mean or IMAGENET_MEAN, options.std or IMAGENET_STD)
-        print(describe_counts(dataset))
+        dataset = dataset.normalized(options.mean or readers.IMAGENET_MEAN, options.std or readers.IMAGENET_STD)
+        print(readers.describe_counts(dataset))
     return dataset if options.held_out is None else data.hold_out(dataset, options.held_out, options.seed)
 
 
-# What is asked for
-
-
 def make_options(given: Mapping[str, Any]) -> Options:
-    """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`.
-
-    Args:
-        given: the options that stand on the command line, by the fields of `Options`.
-    """
+    """Return all options: what is given, and else what follows from the data, the preset, `--full` and `--quick`."""
     name = given.get("data", "synthetic")
-    recipe, arch = _recipe(given), given.get("arch", DEFAULTS[name].arch)
-    chosen: dict[str, Any] = {**vars(recipe), "arch": arch, "preset": "adam" if name in EMBEDDED else name}
-    chosen |= _lengths(given, recipe.epochs)
+    defaults = DEFAULTS[name]
+    recipe = defaults.recipe
+    if "preset" in given:
+        recipe = replace(training.RECIPES[given["preset"]], epochs=recipe.epochs)
+    recipe = replace(recipe, **{key: given[key] for key in ("epochs", "batch_size") if key in given})
+    chosen = {**vars(recipe), "arch": defaults.arch, "preset": "adam" if name in EMBEDDED else name}
+    chosen["comparison_epochs"] = max(1, 2 * recipe.epochs // 5)
+    if given.get("full"):
+        chosen |= {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": recipe.epochs}
+    if given.get("quick"):
+        chosen |= QUICK
     if name not in EMBEDDED and "size" not in given:
-        chosen["size"] = input_size(arch)
+        chosen["size"] = input_size(given.get("arch", defaults.arch))
     if name == "folder":
         chosen |= {"table": "metadata.csv", **{f"{column}_column": column for column in COLUMNS}}
-    return Options(**{**chosen, **given, **_ordered(given)})
-
-
-def _ordered(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The experiments and stages that are asked for, in the order of the study."""
-    every: dict[str, tuple[str, ...]] = {"experiments": EXPERIMENTS, "stages": STAGES}
-    return {
-        name: names if "all" in given[name] else tuple(each for each in names if each in given[name])
-        for name, names in every.items()
-        if name in given
-    }
-
-
-def _lengths(given: Mapping[str, Any], epochs: int) -> dict[str, Any]:
-    """The settings that say how long a run takes."""
-    lengths: dict[str, Any] = {"comparison_epochs": max(1, 2 * epochs // 5)}
-    if given.get("full"):
-        lengths = {"fine_tuning_epochs": FINE_TUNING.epochs, "comparison_epochs": epochs}
-    return lengths | (QUICK if given.get("quick") else {})
-
-
-def _recipe(given: Mapping[str, Any]) -> Recipe:
-    """The recipe of the preset, at the length that is the data set's own, or what was asked for instead."""
-    own = DEFAULTS[given.get("data", "synthetic")].recipe
-    recipe = replace(RECIPES[given["preset"]], epochs=own.epochs) if "preset" in given else own
-    return replace(recipe, **{name: given[name] for name in ("epochs", "batch_size") if name in given})
+    chosen |= given
+    for key, every in {"experiments": EXPERIMENTS, "stages": STAGES}.items():
+        if key in given:
+            chosen[key] = tuple(each for each in every if each in given[key] or "all" in given[key])
+    return Options(**chosen)
 
 
 # What is found before any work
@@ -322,10 +258,12 @@ def _recipe(given: Mapping[str, Any]) -> Recipe:
 
 def _refuse_missing_packages(settings: Settings) -> None:
     """Raise one ImportError if packages are missing that the data or the stages need, while nothing is done yet."""
-    learned = settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages)
     needed = {"scipy": "scipy", "polars": "polars", "altair": "altair", "vl_convert": "vl-convert-python"}
-    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"} | ({"sklearn": "scikit-learn"} if learned else {})
-    needed |= {} if settings.data in EMBEDDED else {"torchvision": "torchvision"}
+    needed |= {"jinja2": "Jinja2", "PIL": "Pillow"}
+    if settings.data == "digits" or not {"2", "fragility"}.isdisjoint(settings.stages):
+        needed["sklearn"] = "scikit-learn"
+    if settings.data not in EMBEDDED:
+        needed["torchvision"] = "torchvision"
     missing = []
     for module, package in needed.items():
         try:
@@ -341,8 +279,6 @@ def _refuse_missing_packages(settings: Settings) -> None:
 
 def _refuse_missing_device(device: str | None) -> None:
     """Raise a ValueError if nothing can be computed on a device."""
-    if device is None:
-        return
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # the former where torch was built without the device
@@ -358,13 +294,13 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
     """
     few = dataset.train.subset(torch.arange(min(2, len(dataset.train))))
     if settings.data not in EMBEDDED:
-        few = replace(few, loading=Loading())  # without workers, which take longer to start than two images
-    images, _, _ = next(iter(batches(few, 2)))
+        few = replace(few, loading=readers.Loading())  # without workers, which take longer to start than two images
+    images, _, _ = next(iter(readers.batches(few, 2)))
     network, many = copy.deepcopy(model).eval(), images[:1].expand(TIMED, *images.shape[1:])
     try:
         with torch.no_grad():
             network(images)
-            seconds = min(_seconds(network, many) for _ in range(3))  # the first one is slow
+            seconds = min(timeit.repeat(functools.partial(network, many), number=1, repeat=3))  # the first one is slow
     except Exception as error:  # whatever a network says to images of the wrong size: timm asserts
         size, made_for = images.shape[-1], input_size(settings.arch)
         on_disk = settings.data not in EMBEDDED and size != made_for
@@ -375,19 +311,12 @@ def _refuse_misfit(model: nn.Module, dataset: Any, settings: Settings) -> float:
     return 0.0 if settings.device else passes * seconds  # it was timed on the CPU
 
 
-def _seconds(network: nn.Module, images: torch.Tensor) -> float:
-    """How long a pass forward takes."""
-    started = time.perf_counter()
-    network(images)
-    return time.perf_counter() - started
-
-
 def _refuse_missing_checkpoints(path: Path) -> None:
     """Raise a FileNotFoundError if checkpoints were taken out of the middle of a training."""
-    held = checkpoint_epochs(path)
+    held = training.checkpoint_epochs(path)
     missing = sorted(set(range(max(held, default=0))) - set(held))
     if missing:
         raise FileNotFoundError(
             f"{path}: the checkpoints of epochs {', '.join(map(str, missing))} are missing, the first of them "
-            f"{checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
+            f"{training.checkpoint_path(path, missing[0])}: put them back, or train again with --overwrite"
         )

@@ -27,27 +27,19 @@ PAUSE: Final = 10.0
 class Steps:
     """The steps of a run, counted as they begin and end; it says nothing of a step that it does not know.
 
-    Attributes:
-        costs: of each step, by its name, in epochs of training.
-        names: what to call them.
-        per_epoch: seconds of an epoch of training, as timed before it began.
+    `costs` of each step in epochs of training, `names` to call them by, and the seconds of an epoch of training.
     """
 
     costs: Mapping[str, float] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     per_epoch: float = 0.0
-    _done: dict[str, None] = field(default_factory=dict)
+    _done: set[str] = field(default_factory=set)
     _seconds: float = 0.0
     _cost: float = 0.0
     _began: float = 0.0
 
     def announce(self, found: Sequence[str], epochs: int) -> None:
-        """Say what there is to do, how long that may take, and what of it was found in the folder.
-
-        Args:
-            found: the steps that the folder holds.
-            epochs: how many epochs of training it holds.
-        """
+        """Say what there is to do, how long that may take, and what of it the folder holds: steps and epochs."""
         left = [name for name in self.costs if name not in found]
         if found or epochs:
             said = [f"the training after epoch {epochs}"] * bool(epochs) + [_steps(len(found))] * bool(found)
@@ -60,12 +52,14 @@ class Steps:
         self._began = time.perf_counter()
         if name in self.costs:
             place = min(len(self._done) + 1, len(self.costs))
-            _say(f"[{place}/{len(self.costs)}] {self.names.get(name, name)}{in_words(self._left(), ' left')}")
+            left = sum(cost for other, cost in self.costs.items() if other not in self._done)
+            seconds = left * (self._seconds / self._cost if self._cost else self.per_epoch)
+            _say(f"[{place}/{len(self.costs)}] {self.names.get(name, name)}{in_words(seconds, ' left')}")
 
     def end(self, name: str, worked: bool = True) -> None:
         """Note that a step is done; without work if it was found done."""
         if name in self.costs and name not in self._done:
-            self._done[name] = None
+            self._done.add(name)
             if worked:
                 self._seconds += time.perf_counter() - self._began
                 self._cost += self.costs[name]
@@ -76,55 +70,37 @@ class Steps:
         rest = sum(cost for name, cost in self.costs.items() if name != TRAINING)
         _say(f"{report}{in_words((epochs - epoch + rest) * seconds, ' left')}")
 
-    def _left(self) -> float:
-        """About how many seconds the steps take that are not done."""
-        left = sum(cost for name, cost in self.costs.items() if name not in self._done)
-        return left * (self._seconds / self._cost if self._cost else self.per_epoch)
-
 
 def steps_of(settings: Settings, arms: Mapping[str, tuple[str, float]], splits: Iterable[str]) -> Steps:
     """Return the steps of a run, by the names that `RunFolder.remember` has for them.
 
-    Args:
-        settings: of the run.
-        arms: of Stage 2, by their names in files: what they are called and their epochs, each counted as often as it
-            passes the images.
-        splits: that the fragility stage looks at.
+    `arms` of Stage 2, by their names in files: what they are called, and their epochs, each counted as often as it
+    passes the images. `splits` are those that the fragility stage looks at.
     """
-    costs: dict[str, float] = {TRAINING: settings.epochs}
-    names = {TRAINING: f"training: {settings.epochs} epochs"}
+    found = {TRAINING: (f"training: {settings.epochs} epochs", float(settings.epochs))}
     if "1" in settings.stages:
         for name in settings.experiments:
             for split in ("train",) if name == "1h" else settings.splits:
-                costs[f"{name}-{split}"] = _edits(settings)[name] / 3
-                names[f"{name}-{split}"] = f"{name} on {split}"
+                found[f"{name}-{split}"] = f"{name} on {split}", _passes(settings)[name] / 3
     if "2" in settings.stages:
-        costs |= {name: cost for name, (_, cost) in arms.items()} | {"stage-2-dfr": 1.0}
-        names |= {name: f"Stage 2, {said}" for name, (said, _) in arms.items()} | {"stage-2-dfr": "Stage 2, DFR"}
+        found |= {name: (f"Stage 2, {said}", cost) for name, (said, cost) in arms.items()}
+        found["stage-2-dfr"] = "Stage 2, DFR", 1.0
     if "fragility" in settings.stages:
-        costs |= {f"fragility-{split}": 4.0 * settings.draws for split in splits}
-        costs["fragility-mitigation"] = 2.0 * settings.draws
-        names |= {f"fragility-{split}": f"fragility of the {split} images" for split in splits}
-        names["fragility-mitigation"] = "last layers retrained"
-    return Steps(costs, names)
+        found |= {f"fragility-{split}": (f"fragility of the {split} images", 4.0 * settings.draws) for split in splits}
+        found["fragility-mitigation"] = "last layers retrained", 2.0 * settings.draws
+    return Steps({name: cost for name, (_, cost) in found.items()}, {name: said for name, (said, _) in found.items()})
 
 
-def _edits(settings: Settings) -> dict[str, float]:
+def _passes(settings: Settings) -> dict[str, float]:
     """How many passes over the images each experiment takes: one for each different edit, a third of a training's."""
     draws, distances = settings.draws, sum(distance <= settings.epochs for distance in (5, 10, 20, 30, 40))
-    random = 28.0 * draws
-    controls = 6.0 * draws + 7 * settings.control_draws
     layers = {"1e": 9.0 * BY_LAYER, "1f": 2.0 * distances * BY_LAYER}
-    searches = 110.0 if settings.quick else 450.0
-    return {"1a": 7.0, "1b": 3.0, "1c": random, "1d": random, **layers, "1g": controls, "1h": searches}
+    controls = {"1c": 28.0 * draws, "1d": 28.0 * draws, "1g": 6.0 * draws + 7 * settings.control_draws}
+    return {"1a": 7.0, "1b": 3.0, "1h": 110.0 if settings.quick else 450.0, **layers, **controls}
 
 
 def in_words(seconds: float, what: str) -> str:
-    """Return about how long something takes, to stand behind other words; nothing where that is not known.
-
-    Args:
-        seconds: that it takes; 0 is not known.
-        what: follows, such as " left".
+    """Return about how long something takes, to stand behind other words; nothing for 0, which is not known.
 
     Example:
         >>> in_words(20, " left"), in_words(130, " left"), in_words(9000, " in all"), in_words(0, " left")
@@ -138,16 +114,10 @@ def in_words(seconds: float, what: str) -> str:
 
 
 class Count:
-    """Says how many of something are done: on a terminal in one line, in a file as a line every few seconds.
-
-    Args:
-        total: how many there are.
-        what: they are.
-    """
+    """Says how many of a total are done: on a terminal in one line, in a file as a line every few seconds."""
 
     def __init__(self, total: int, what: str) -> None:
-        self.total = total
-        self.what = what
+        self.total, self.what = total, what
         self._shown = time.monotonic()
 
     def at(self, done: int) -> None:

@@ -12,20 +12,16 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import polars as pl
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import neuronsurgery as ns
@@ -33,7 +29,7 @@ from neuronsurgery.atomic import locked, remove_abandoned, write_atomically
 from neuronsurgery.study.options import flag_of
 from neuronsurgery.study.progress import Steps
 from neuronsurgery.study.settings import EXPERIMENTS, STAGES, Settings
-from neuronsurgery.study.table import SCHEMA, TABLE, Run, read_csv, read_run, where, write_run
+from neuronsurgery.study.table import SCHEMA, Run, read_run, write_run
 
 ADDED_TO: Final = ("splits", "experiments", "stages")
 """Settings that may differ from those of a run that is there: what is asked for is added to what it has."""
@@ -61,38 +57,22 @@ a training starts anew, and while `run.json` is there the folder is known as a r
 LOCK: Final = ".lock"
 """The file that a run has locked while it is at work in a folder."""
 
-REPORT_PARTS: Final = {"new", "old", LOCK}
-"""What is in the folder in which a report is being made."""
 
-
-class Parts:
+class Parts(dict[str, Any]):
     """The parts of something that takes long, JSON values by name, each written down when it is done.
 
-    A part should be done in seconds: a run that is killed again and again must get past it.
-
-    Args:
-        folder: of their files; None keeps them in memory.
-        key: what they depend on; a file of another key, or one that is damaged, is as good as none.
+    A part should be done in seconds: a run that is killed again and again must get past it. Without a folder they are
+    kept in memory. A file of another `key`, what they depend on, or a damaged one is as good as none.
     """
 
     def __init__(self, folder: Path | None = None, key: str = "") -> None:
-        self._folder = folder
-        self._key = key
-        self._kept: dict[str, Any] = {}
+        super().__init__()
+        self._folder, self._key = folder, key
         for file in [] if folder is None else sorted(folder.glob("*.json")):
             with contextlib.suppress(ValueError):
-                found = _read_json(file)
+                found = read_json(file)
                 if isinstance(found, dict) and found.get("depends on") == key:
-                    self._kept |= found["parts"]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._kept
-
-    def __getitem__(self, name: str) -> Any:
-        return self._kept[name]
-
-    def __len__(self) -> int:
-        return len(self._kept)
+                    self.update(found["parts"])
 
     def keep(self, parts: Mapping[str, Any]) -> None:
         """Write down some parts in one file, and have them from now on as they will be read from it."""
@@ -100,7 +80,7 @@ class Parts:
         if self._folder is not None:
             number = sum(1 for _ in self._folder.glob("*.json"))
             _write(self._folder / f"{number:05d}.json", data.encode())
-        self._kept |= json.loads(data)["parts"]
+        self.update(json.loads(data)["parts"])
 
     def of(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return one part: as it was kept, or compute and keep it."""
@@ -112,44 +92,29 @@ class Parts:
 class RunFolder:
     """A folder that holds one run.
 
-    Attributes:
-        path: the folder.
-        settings: of the run: those asked for, and the stages, experiments and splits of earlier times.
-        data: the digests of its splits, or None.
-        steps: what is told of every step that begins and ends.
-
-    Args:
-        path: the folder; made if it is missing.
-        settings: what is asked for.
-        overwrite: delete the files of another run that is there, instead of refusing; files that no run makes stay.
-        data: a digest of each split's images, targets and groups, by its name, to be the same whenever the run is taken
-            up; None where they are not known.
-
-    Raises:
-        ValueError: if the folder holds a run of other settings, of other images or another version, or files that are
-            no run.
-        OSError: if it cannot be written to.
+    `settings` are those asked for, with the stages, experiments and splits that the run there has. `overwrite` deletes
+    the files of another run that is there, instead of refusing; files that no run makes stay. `data` has a digest of
+    each split, by name, to be the same whenever the run is taken up; None where they are not known. A ValueError
+    refuses a run of other settings, of other images or another version, and files that are no run.
     """
 
     def __init__(
         self, path: Path, settings: Settings, *, overwrite: bool = False, data: Mapping[str, str] | None = None
     ) -> None:
-        self.path = path
         said = {"schema": SCHEMA, "version": version("neuronsurgery"), "settings": _plain(settings)}
         held = path / "run.json"
-        if held.exists():
-            found = _read_run(path)
-            if overwrite:
-                _delete(path, [file for file in made_files(path) if file != held])  # which is replaced below
-            else:
-                _refuse_other(path, said, found)
-                data = _same_data(path, data, found.get("data"))
-                settings = _added(settings, found["settings"])
-        else:
+        if not held.exists():
             refuse_files(path)
-        self.settings = settings
+        elif overwrite:
+            _read_run(path)  # refuses what is of something else
+            _delete(path, [file for file in made_files(path) if file != held])  # which is replaced below
+        else:
+            found = _read_run(path)
+            _refuse_other(path, said, found)
+            data = _same_data(path, data, found.get("data"))
+            settings = _added(settings, found["settings"])
+        self.path, self.settings, self.steps = path, settings, Steps()
         self.data = None if data is None else dict(data)
-        self.steps = Steps()
         said |= {"settings": _plain(settings)} | ({} if data is None else {"data": dict(data)})
         _write(held, json.dumps(said, indent=1).encode())
 
@@ -158,13 +123,17 @@ class RunFolder:
         file = self._kept_in(name)
         if not file.exists():
             self.steps.begin(name)
-            value = compute()
-            _write(file, json.dumps(value).encode())
+            _write(file, json.dumps(compute()).encode())
             self.steps.end(name)
         self.steps.end(name, worked=False)
-        self._forget_parts(name)
+        parts = self.path / "parts" / name
+        for file_of_part in (*parts.glob("*.json"), *parts.glob(".*.json.*")):
+            file_of_part.unlink(missing_ok=True)
+        for empty in (parts, parts.parent):
+            with contextlib.suppress(OSError):  # there is none, or it has parts of something else
+                empty.rmdir()
         # Read back, so that a resumed run and an unbroken one go on with the very same values.
-        return _read_json(file)
+        return read_json(file)
 
     def holds(self, name: str) -> bool:
         """Whether `remember` need not compute it."""
@@ -176,21 +145,10 @@ class RunFolder:
     def parts(self, whole: str, depends_on: Any) -> Parts:
         """Return what an earlier time, killed on the way, had of what `remember` is computing; deleted with its end.
 
-        Args:
-            whole: what they are parts of, by the name that `remember` has for it.
-            depends_on: JSON values that are others whenever the parts are; parts of others are not looked at.
+        Parts of other JSON values that they depend on are not looked at.
         """
         key = hashlib.sha256(json.dumps([self.data, depends_on], sort_keys=True).encode()).hexdigest()
         return Parts(self.path / "parts" / whole, key)
-
-    def _forget_parts(self, whole: str) -> None:
-        folder = self.path / "parts" / whole
-        if folder.is_dir():
-            for file in (*folder.glob("*.json"), *folder.glob(".*.json.*")):
-                file.unlink(missing_ok=True)
-            for empty in (folder, folder.parent):
-                with contextlib.suppress(OSError):  # there are parts of something else
-                    empty.rmdir()
 
     def remove_abandoned(self) -> None:
         """Remove what killed processes left of the files that they were writing; a report that is being made stays."""
@@ -198,18 +156,18 @@ class RunFolder:
             remove_abandoned(self.path, pattern)
         for unfinished in self.path.glob(".report-????????"):
             with contextlib.suppress(OSError):  # the report is done meanwhile
-                if {entry.name for entry in unfinished.iterdir()} <= REPORT_PARTS:
+                if {entry.name for entry in unfinished.iterdir()} <= {"new", "old", LOCK}:
                     with locked(unfinished / LOCK) as held:
                         if held is not None:
                             shutil.rmtree(unfinished)
 
     def note_seconds(self, what: str, seconds: float) -> None:
-        """Add to `timings.json` how long something took; apart from the results, which a resumed run must repeat.
+        """Note in `timings.json` how long something took, if that is not there: once done, a thing is only read again.
 
-        What is there stays: once done, a thing is only read again.
+        Apart from the results, which a resumed run must repeat.
         """
         file = self.path / "timings.json"
-        timings = _read_json(file) if file.exists() else {}
+        timings = read_json(file) if file.exists() else {}
         timings.setdefault(what, round(seconds, 1))
         _write(file, json.dumps(timings, indent=1).encode())
 
@@ -229,9 +187,7 @@ class RunFolder:
 def at_work(path: Path) -> Iterator[None]:
     """Keep other runs out of a folder meanwhile, and make it if it is missing; reports may be made all the same.
 
-    Raises:
-        RuntimeError: if another run is at work in it; says which process that is, where it is known.
-        OSError: if it cannot be written to.
+    A RuntimeError says that another run is at work in it, and which process that is, where it is known.
     """
     file = path / LOCK
     with contextlib.ExitStack() as stack:
@@ -256,6 +212,9 @@ def _process_of(file: Path) -> str:
         return ""
 
 
+# Results
+
+
 def read_results(path: Path) -> Run:
     """Return the results of a run folder, with the seconds that its parts took.
 
@@ -265,30 +224,7 @@ def read_results(path: Path) -> Run:
     """
     run = read_run(path)
     timings = path / "timings.json"
-    return Run({**run.about, "seconds": _read_json(timings)}, run.table) if timings.exists() else run
-
-
-def refuse_missing_groups(data: Any, settings: Settings) -> None:
-    """Raise a ValueError, before any training, if a group has no images in a split that the run looks at.
-
-    Args:
-        data: the data set: group names and counts per split.
-        settings: of the run; Stage 1 looks at the splits that it is measured on, the others at all.
-    """
-    looked_at = {"train", *settings.splits} | (set() if settings.stages == ("1",) else set(data.splits))
-    empty = [
-        f"{split}: {', '.join(names)}"
-        for split in data.splits
-        if split in looked_at
-        for names in [[n for n, count in zip(data.group_names, data.splits[split].counts, strict=True) if not count]]
-        if names
-    ]
-    if empty:
-        raise ValueError(
-            f"groups without images in {'; '.join(empty)}: give the data set images of them, leave them out of its "
-            f"table, or, if they are only missing in validation or test, run --stages 1 on the splits that have them"
-            + ("; another --held-out may leave some in both parts" if settings.held_out else "")
-        )
+    return Run({**run.about, "seconds": read_json(timings)}, run.table) if timings.exists() else run
 
 
 def write_results(path: Path, run: Run) -> None:
@@ -297,22 +233,33 @@ def write_results(path: Path, run: Run) -> None:
         _write(path / name, data)
 
 
+def refuse_missing_groups(data: Any, settings: Settings) -> None:
+    """Raise a ValueError, before any training, if a group has no images in a split of a data set that a run looks at.
+
+    Stage 1 looks at the splits that it is measured on, the others at all.
+    """
+    looked_at = {"train", *settings.splits} | (set() if settings.stages == ("1",) else set(data.splits))
+    empty = []
+    for split in [split for split in data.splits if split in looked_at]:
+        counts = zip(data.group_names, data.splits[split].counts, strict=True)
+        if names := [name for name, count in counts if not count]:
+            empty.append(f"{split}: {', '.join(names)}")
+    if empty:
+        raise ValueError(
+            f"groups without images in {'; '.join(empty)}: give the data set images of them, leave them out of its "
+            f"table, or, if they are only missing in validation or test, run --stages 1 on the splits that have them"
+            + ("; another --held-out may leave some in both parts" if settings.held_out else "")
+        )
+
+
 def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any, note: str) -> dict[str, Any]:
     """Return what belongs to no stage, see `Run.of`: what was trained on what, and how well.
 
-    Args:
-        folder: the run folder.
-        data: the data set: group names, minority, counts and loaders per split.
-        model: the trained model.
-        trajectory: by epoch, loss and accuracy as met in training.
-        note: where the model's first weights came from.
+    `trajectory` is loss and accuracy as met in training, by epoch; `note` says where the first weights came from.
     """
 
-    def accuracy(split: str) -> list[float]:
-        values: list[float] = folder.remember(
-            f"accuracy-{split}", lambda: list(ns.evaluate(model, data.loaders(split)).values)
-        )
-        return values
+    def accuracy(split: str) -> Any:
+        return folder.remember(f"accuracy-{split}", lambda: list(ns.evaluate(model, data.loaders(split)).values))
 
     splits = [split for split in data.splits if len(data.splits[split])]  # an empty one has no accuracy
     return {
@@ -334,18 +281,7 @@ def describe_run(folder: RunFolder, data: Any, model: nn.Module, trajectory: Any
     }
 
 
-def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
-    """Return the settings with those of a run that is there added: what it has is kept in its results."""
-    splits, experiments, stages = (
-        (*held.get(key, ()), *asked)
-        for key, asked in zip(ADDED_TO, (settings.splits, settings.experiments, settings.stages), strict=True)
-    )
-    return replace(
-        settings,
-        splits=tuple(dict.fromkeys(splits)),
-        experiments=tuple(name for name in EXPERIMENTS if name in experiments),
-        stages=tuple(name for name in STAGES if name in stages),
-    )
+# What is in a folder
 
 
 def made_files(path: Path) -> list[Path]:
@@ -356,13 +292,7 @@ def made_files(path: Path) -> list[Path]:
 
 
 def delete_run(path: Path) -> None:
-    """Delete the run of a folder: the files that the study made, and the folders that are then empty.
-
-    Raises:
-        ValueError: if the folder holds no run of this study.
-        RuntimeError: if a run is at work in it.
-        OSError: if a file cannot be deleted.
-    """
+    """Delete the run of a folder: the files that the study made, and the folders that are then empty."""
     _read_run(path)
     with at_work(path):
         _delete(path, made_files(path))
@@ -370,12 +300,14 @@ def delete_run(path: Path) -> None:
         path.rmdir()
 
 
-def _delete(path: Path, files: list[Path]) -> None:
+def _delete(path: Path, files: Iterable[Path]) -> None:
+    """Delete files of a folder, in their order, and then the folders in it that are empty."""
+    folders = set()
     for file in files:
         file.unlink()
+        folders |= {path / parent for parent in file.relative_to(path).parents} - {path}
     for unfinished in path.glob(".report-*"):
         shutil.rmtree(unfinished)
-    folders = {parent for file in files for parent in file.parents if path in (parent, *parent.parents)}
     for folder in sorted(folders, reverse=True):  # the inner ones first
         if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
@@ -389,10 +321,15 @@ def is_begun(entry: Path) -> bool:
 def refuse_files(path: Path) -> None:
     """Raise a ValueError if a folder without a `run.json` holds anything but what a kill in its first write left."""
     names = sorted(entry.name for entry in path.iterdir() if not is_begun(entry)) if path.is_dir() else []
+    refuse_others(path, names, "no run of this study, for it has no run.json")
+
+
+def refuse_others(path: Path, names: Sequence[str], what: str) -> None:
+    """Raise a ValueError if a folder holds other files, which are named, and said to be what they are not."""
     if names:
         raise ValueError(
-            f"{path} holds files that are no run of this study, for it has no run.json "
-            f"({len(names)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}): choose another folder with --out"
+            f"{path} holds files that are {what} ({len(names)}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}): "
+            f"choose another folder with --out"
         )
 
 
@@ -402,76 +339,35 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return said
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it, and it is made again") from error
-
-
-def _read_run(path: Path) -> Mapping[str, Any]:
-    """The content of a `run.json`, of any version of this study."""
-    file = path / "run.json"
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): choose another folder with --out") from error
-    known = isinstance(found, dict) and isinstance(found.get("schema"), int)
-    if not known or not isinstance(found.get("settings"), dict) or not {"data", "seed"} <= set(found["settings"]):
-        raise ValueError(f"{path} holds a run.json that is not of this study: choose another folder with --out")
-    run: Mapping[str, Any] = found
-    return run
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file, and its folder if that is missing."""
-    with _writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, data)
-
-
-@contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """Have an OSError within say which file could not be written, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{file} could not be written ({error.strerror or error}): {next_step(error)}") from error
-
-
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_LEAVE: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
-IN_THE_WAY: Final = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-
-
-def next_step(error: OSError) -> str:
-    """Return what to do where something cannot be written, by what kept it."""
-    if error.errno in NO_ROOM:
-        return "make room there, and start again to go on"
-    if error.errno in NO_LEAVE:
-        return "give leave to write there, or choose another folder with --out"
-    if error.errno in IN_THE_WAY:
-        return "a file is where a folder should be: choose another folder with --out"
-    return "see that it can be written, and start again to go on"
+def _added(settings: Settings, held: Mapping[str, Any]) -> Settings:
+    """The settings with those of a run that is there added: what it has is kept in its results."""
+    both = {key: dict.fromkeys((*held.get(key, ()), *getattr(settings, key))) for key in ADDED_TO}
+    return replace(
+        settings,
+        splits=tuple(both["splits"]),
+        experiments=tuple(name for name in EXPERIMENTS if name in both["experiments"]),
+        stages=tuple(name for name in STAGES if name in both["stages"]),
+    )
 
 
 def _refuse_other(path: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    settings = found["settings"]
+    now, then = _in_words(expected), _in_words(found)
     differing = [
-        f"{flag_of(key, Settings)}: this run {_said(value)}, the folder {_said(settings.get(key))}"
-        for key, value in expected["settings"].items()
-        if settings.get(key) != value and key not in ADDED_TO
-    ]
-    differing += [
-        f"{key}: this run {expected[key]!r}, the folder {found.get(key)!r}"
-        for key in ("schema", "version")
-        if found.get(key) != expected[key]
+        f"{what}: this run {said}, the folder {then.get(what, 'none')}"
+        for what, said in now.items()
+        if then.get(what, "none") != said
     ]
     if differing:
         raise ValueError(
             f"{path} holds another run; {'; '.join(differing)}: choose another folder with --out, or delete that run "
             f"with --overwrite"
         )
+
+
+def _in_words(run: Mapping[str, Any]) -> dict[str, str]:
+    """What two runs in one folder must have in common, by option."""
+    said = {flag_of(key, Settings): _said(value) for key, value in run["settings"].items() if key not in ADDED_TO}
+    return said | {key: repr(run.get(key)) for key in ("schema", "version")}
 
 
 def _said(value: Any) -> str:
@@ -495,118 +391,51 @@ def _same_data(path: Path, data: Mapping[str, str] | None, held: Any) -> Mapping
     return data
 
 
-# What its files hold
-
-LINES: Final = 20
-WIDTH: Final = 120
+# Reading and writing
 
 
-def describe_file(path: Path) -> str:
-    """What a file of a run folder or of the library holds, in at most `LINES` lines.
-
-    Args:
-        path: a JSON file of a run, a checkpoint or another safetensors file, or what `ns.save_file` wrote.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or of a kind that is not known.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'results.json'}")
-    if path.is_file() and _is_of_torch(path):
-        raise ValueError(
-            f"{path} was written by torch.save, and show prints JSON and safetensors: look into it with "
-            f"torch.load(path, weights_only=True); `neuronsurgery study --weights` takes it as it is"
-        )
-    kinds = {".json": _json_lines, ".csv": _table_lines}
-    lines = kinds.get(path.suffix, _tensor_lines)(path) if path.is_file() else _tensor_lines(path)
-    shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} more"]
-    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in shown)
-
-
-def _is_of_torch(path: Path) -> bool:
-    """Whether a file begins as an archive or a pickle does, which are what torch writes."""
-    with path.open("rb") as file:
-        return file.read(4).startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"))
-
-
-def _json_lines(path: Path) -> list[str]:
-    found = _read_json(path)
-    if not isinstance(found, dict):
-        entries = enumerate(found) if isinstance(found, list) else [(0, found)]
-        title = f"{path.name}: {len(found)} records" if isinstance(found, list) else path.name
-        return [title, *(f"  {number}: {_record_text(entry)}" for number, entry in entries)]
-    settings, groups = found.get("settings"), found.get("groups")
-    if not isinstance(settings, dict):
-        return [f"{path.name}:", *_outline(found)]
-    if not isinstance(groups, list) or not isinstance(found.get("counts"), dict):
-        more = {"version": found.get("version"), "digests of the data": found.get("data")}
-        return [f"{path.name}: the settings of a run", *_packed(settings), *_outline(more)]
-    seeds = found.get("seeds", [settings.get("seed")])
-    title = f"results of {settings.get('data')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    rest = {key: value for key, value in found.items() if key not in ("groups", "schema", "seeds")}
-    return [title, f"  groups: {', '.join(map(str, groups))}", *_outline(rest)]
-
-
-def _table_lines(path: Path) -> list[str]:
-    """The accuracies of a run's table, and how many rows it has of what."""
-    if path.name != TABLE:
-        raise ValueError(f"{path} is no table of a run, which is called {TABLE}: see what it is in an editor")
-    table = read_csv(path.read_bytes())
-    lines = [f"{TABLE}: {len(table)} numbers"]
-    for (split,), rows in where(table, experiment="accuracy").group_by("split", maintain_order=True):
-        means = rows.group_by("group", maintain_order=True).agg(pl.col("value").mean())
-        said = [f"{group} {100 * value:.1f}" for group, value in means.iter_rows()]
-        lines.append(f"  {split} accuracy, %: {', '.join(said)}")
-    counted = table.group_by("stage", "experiment", maintain_order=True).len()
-    return [*lines, *(f"  {stage}, {experiment}: {count}" for stage, experiment, count in counted.iter_rows())]
-
-
-def _record_text(record: Any) -> str:
-    """A record of an experiment: the changes in points first, group by group, then what was done."""
-    if not isinstance(record, dict):
-        return json.dumps(record, ensure_ascii=False)
-    said = {key: value for key, value in record.items() if value is not None and key not in ("changes", "names")}
-    changes = [f"{100 * one['change']:+.1f}" for one in record.get("changes", ())]
-    return f"{', '.join(changes)}{'; ' * bool(changes)}{json.dumps(said, ensure_ascii=False)}"
-
-
-def _outline(found: Mapping[str, Any]) -> list[str]:
-    """One line per entry: its value where that is short, else how much there is."""
-    lines = []
-    for key, value in found.items():
-        text = json.dumps(value, ensure_ascii=False)
-        if len(text) > WIDTH - 20 and isinstance(value, dict | list):
-            names = f": {', '.join(map(str, value))}" if isinstance(value, dict) else ""
-            text = f"{len(value)} entries{names}"
-        lines.append(f"  {key}: {text}")
-    return lines
-
-
-def _packed(found: Mapping[str, Any]) -> list[str]:
-    """Entries of short values, as many to a line as fit."""
-    said = "; ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in found.items())
-    return textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _tensor_lines(path: Path) -> list[str]:
-    """What a safetensors file holds; what is none, or of the library, is left to `ns.load_file` and its errors."""
+def read_json(file: Path, step: str = "delete it, and it is made again") -> Any:
+    """Return what a file holds; a ValueError says that it is damaged, and the next step."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError):
-        return str(ns.load_file(path)).splitlines()
-    if "neuronsurgery" in header:
-        return str(ns.load_file(path)).splitlines()
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    title = f"{len(shapes)} tensors, {numbers:,} numbers"
-    if "run" in header and "epoch" in header:
-        title = f"the optimiser's state after epoch {header['epoch']}: {title}"
-        return [title, *_packed(json.loads(header["run"]))]
-    if "epoch" in header:
-        met = (
-            f"; loss {float(header['loss']):.4f}, accuracy {float(header['accuracy']):.4f}" if "loss" in header else ""
-        )
-        title = f"checkpoint after epoch {header['epoch']}{met}: {title}"
-    return [title, *(f"  {name}: {'x'.join(map(str, shape)) or 'a number'}" for name, shape in shapes.items())]
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {step}") from error
+
+
+def _read_run(path: Path) -> Mapping[str, Any]:
+    """The content of a `run.json`, of any version of this study."""
+    found = read_json(path / "run.json", "choose another folder with --out")
+    known = isinstance(found, dict) and isinstance(found.get("schema"), int)
+    if not known or not isinstance(found.get("settings"), dict) or not {"data", "seed"} <= set(found["settings"]):
+        raise ValueError(f"{path} holds a run.json that is not of this study: choose another folder with --out")
+    run: Mapping[str, Any] = found
+    return run
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file, and its folder if that is missing."""
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data)
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Have an OSError within say which file could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{file} could not be written ({error.strerror or error}): {next_step(error)}") from error
+
+
+NEXT_STEPS: Final = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room there, and start again to go on",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "give leave to write there, or choose another folder with --out",
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR): "a file is where a folder should be: choose another folder with --out",
+}
+
+
+def next_step(error: OSError) -> str:
+    """Return what to do where something cannot be written, by what kept it."""
+    known = (step for numbers, step in NEXT_STEPS.items() if error.errno in numbers)
+    return next(known, "see that it can be written, and start again to go on")

@@ -10,27 +10,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from neuronsurgery.study.run import LOCK, delete_run, is_begun
+from neuronsurgery.study.run import LOCK, delete_run, is_begun, refuse_others
 
 
 def refuse_other_files(path: Path, seeds: Sequence[int] | None = None) -> None:
     """Raise a ValueError if a folder cannot hold the runs of several seeds, because it holds something else.
 
-    Args:
-        path: the folder above `seed-0`, `seed-1` ...
-        seeds: that are asked for: runs of others would fall out of the folder's results and are refused. None: runs of
-            any seeds may be there.
+    `seeds` are those that are asked for: runs of others would fall out of its results. None: any may be there.
     """
     if (path / "run.json").exists():
         raise ValueError(f"{path} holds a run of one seed: choose another folder for several with --out")
     held = _held_seeds(path)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() and not held else []
     others = [name for name in names if name != LOCK and not _is_begun(path / name)]
-    if others:
-        raise ValueError(
-            f"{path} holds files that are no runs of this study ({len(others)}: {', '.join(others[:5])}"
-            f"{', ...' * (len(others) > 5)}): choose another folder with --out"
-        )
+    refuse_others(path, others, "no runs of this study")
     lost = [] if seeds is None else sorted(held - set(seeds))
     if lost:
         both = held.union(seeds or ())
@@ -49,8 +42,8 @@ def delete_other_seeds(path: Path, seeds: Sequence[int]) -> None:
 
 def _held_seeds(path: Path) -> set[int]:
     """The seeds whose runs a folder holds, finished or not."""
-    found = (re.fullmatch(r"seed-(\d+)", held.parent.name) for held in path.glob("seed-*/run.json"))
-    return {int(match[1]) for match in found if match}
+    names = (held.parent.name.removeprefix("seed-") for held in path.glob("seed-*/run.json"))
+    return {int(name) for name in names if name.isdecimal()}
 
 
 def _is_begun(path: Path) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import neuronsurgery as ns
 from neuronsurgery.study import data, models
-from neuronsurgery.study.audit import Audit, Loaded, audit, plan, write_audit
+from neuronsurgery.study.audit import Audit, Examples, audit, from_loader, plan, write_audit
 from neuronsurgery.study.audit.command import examples_of, network_of, run
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.settings import AuditOptions
@@ -41,10 +41,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, data.D
     return train(tiny_resnet(0), birds.train, tmp_path_factory.mktemp("audit") / "run", recipe=recipe), birds
 
 
-def loaded(birds: data.DataSet, groups: bool = True, split: str = "train") -> Loaded:
+def loaded(birds: data.DataSet, groups: bool = True, split: str = "train") -> Examples:
     part = birds.splits[split]
     batches = list(data.batches(part, 40)) if groups else [batch[:2] for batch in data.batches(part, 40)]
-    return Loaded(batches, CLASSES, birds.group_names if groups else None)
+    return from_loader(batches, CLASSES, birds.group_names if groups else None)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,9 @@ def test_an_audit_that_was_stopped_goes_on(
 ) -> None:
     """It stops before the search, and after it; what is there is not done again."""
     model, birds = trained
-    from neuronsurgery.study.audit import auditing
+    from neuronsurgery.study.audit import auditing, planning
 
-    monkeypatch.setattr(auditing, "SECONDS", 0.0)  # every batch a part of its own
+    monkeypatch.setattr(planning, "SECONDS", 0.0)  # every batch a part of its own
     real = ns.find_critical
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def test_an_audit_that_was_stopped_goes_on(
     with pytest.raises(KeyboardInterrupt):
         audit(model, loaded(birds), batch=40, out=tmp_path)
     assert len(list((tmp_path / "parts").glob("*.json"))) == 1 + -(-len(birds.train) // 40)  # and the plan
-    monkeypatch.setattr(auditing, "measure", stopped)
+    monkeypatch.setattr(auditing, "make_plan", stopped)
     monkeypatch.setattr(ns, "find_critical", real)
     once = audit(model, loaded(birds), batch=40, out=tmp_path)
     assert once.table == found.table
@@ -246,7 +246,7 @@ def test_the_command_writes_a_page_a_table_and_the_edits(
 ) -> None:
     part = {"split_column": "part", "split": "test", "group_column": "g"}
     options = given(files, out=tmp_path / "audit", anyway=True, batch_size=60, budget=math.inf, **part)
-    assert run(options) == 0
+    run(options)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("The network is right on")
     assert printed[-1] == str(tmp_path / "audit" / "report.html")
@@ -280,16 +280,12 @@ def test_in_a_browser_nothing_is_cut_off(
 
 
 def test_a_plan_does_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(given(files, out=tmp_path / "audit", anyway=True, plan=True, batch_size=60)) == 0
+    run(given(files, out=tmp_path / "audit", anyway=True, plan=True, batch_size=60))
     assert capsys.readouterr().out.startswith("about ")
     assert not (tmp_path / "audit").exists()
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no network": (
-        {"weights": None, "arch": None},
-        "an audit needs a trained network: --weights FILE",
-    ),
     "weights alone": ({"arch": None}, "is no folder of transformers: say with --arch"),
     "no such file": ({"weights": Path("gone.pt")}, "gone.pt"),
     "another network": ({"arch": "resnet18"}, "has no head of resnet18"),
@@ -402,7 +398,7 @@ def test_a_folder_of_transformers_and_a_table_of_texts(
     inputs, targets = next(iter(examples.batches(torch.arange(4), 4)))
     assert inputs["input_ids"].shape == (4, 16)
     assert targets.tolist() == [0, 1, 0, 1]
-    assert run(options) == 0
+    run(options)
     assert "The network is right on" in capsys.readouterr().out
     assert "<p>" in (tmp_path / "audit" / "report.html").read_text()
     with pytest.raises(ValueError, match="this network reads texts: pass --table FILE and --text-column NAME"):
@@ -456,7 +452,7 @@ def test_the_planted_minority_of_a_resnet_is_on_top(tmp_path: Path, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(nn.Module, "train", lambda self, mode=True: pytest.fail("a training step") if mode else self)
             options = given(tmp_path, weights=tmp_path / "epoch15.pt", arch="resnet18", root=tmp_path, out=out, **more)
-            assert run(dataclasses.replace(options, table=tmp_path / "m.csv", budget=600.0)) == 0
+            run(dataclasses.replace(options, table=tmp_path / "m.csv", budget=600.0))
         with (out / "fragile.csv").open() as file:
             found[name] = {}
             for row in csv.DictReader(file):

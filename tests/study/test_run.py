@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from neuronsurgery.study import data, run
+from neuronsurgery.study import data, run, show
 from neuronsurgery.study.network import small_resnet
 from neuronsurgery.study.run import (
     RunFolder,
     Settings,
     delete_run,
-    describe_file,
     describe_run,
     read_results,
     refuse_missing_groups,
 )
 from neuronsurgery.study.seeds import delete_other_seeds, refuse_other_files
+from neuronsurgery.study.show import describe_file
 from neuronsurgery.study.training import RECIPES, Recipe
 from study.forking import Forked
 
@@ -269,7 +269,7 @@ def test_a_long_file_is_shown_in_twenty_lines(tmp_path: Path) -> None:
     file.write_text(json.dumps({f"part {number}": [number] * 200 for number in range(40)}))
     lines = describe_file(file).splitlines()
     assert lines[:2] == ["timings.json:", "  part 0: 200 entries"]
-    assert (len(lines), lines[-1]) == (run.LINES, "... and 22 more")
+    assert (len(lines), lines[-1]) == (show.LINES, "... and 22 more")
     with pytest.raises(ValueError, match=r"is a folder: name a file in it, such as .*results\.json"):
         describe_file(tmp_path)
     file.write_text("{")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
+import polars as pl
 import torch
 from torch import Tensor
 
 import neuronsurgery as ns
 from neuronsurgery.study.audit.examples import Examples
 from neuronsurgery.study.audit.results import Row, row_of
+from neuronsurgery.study.table import share
 
 FEWEST: Final = 20
 """A group of fewer examples is not searched: ten are left on each half."""
@@ -21,30 +22,31 @@ FEWEST: Final = 20
 
 @dataclass(frozen=True, eq=False)
 class Fragile:
-    """Who stands out within each class, and the groups that follow."""
+    """Who stands out within each class, and the groups that follow.
+
+    `table` has a row for each example, by class and the most fragile first: its `place`, `path`, number (`target`) and
+    name of the `class`, number (`cell`) and name of the `group`, whether the network is `right`, `score`, `flag`. The
+    groups are those given, or else class x fragile. `by` says in words what the scores are.
+    """
 
     examples: Examples
-    places: Tensor
-    base: Tensor
-    scores: Tensor
-    flags: Tensor
+    table: pl.DataFrame
     by: str
     caveats: tuple[str, ...]
 
     @classmethod
     def of(cls, examples: Examples, places: Tensor, base: Tensor, other: Tensor | None, by: str) -> Fragile:
         """Return it, from the margins of the network as it is, and others that rank the examples, if there are any."""
-        targets = examples.targets[places]
-        scores = -(base if other is None else other)
+        targets, scores = examples.targets[places], -(base if other is None else other)
         flags, few = torch.zeros(len(places), dtype=torch.bool), []
-        for target in sorted(set(targets.tolist())):
+        for target in torch.unique(targets).tolist():
             own = (targets == target).nonzero().flatten()
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # of constant scores: nobody stands out
                     flags[own] = ns.infer_groups(scores[own], targets[own]).fragile
             except ValueError:
-                few.append(name_of(examples.class_names, target))
+                few.append(_name_of(examples.class_names, target))
         caveats = [f"In {', '.join(few)} fewer than three stand out, or are left: none is flagged."] if few else []
         if other is None:
             caveats.append(f"The network has no residual branches to cut: {by} say who is fragile, which is weaker.")
@@ -53,108 +55,74 @@ class Fragile:
                 "A cut of the last branches found the rare groups of a small residual network, and none of a "
                 "ResNet-18's: the weights of an early epoch rank more safely (--early)."
             )
-        return cls(examples, places, base, scores, flags, by, tuple(caveats))
+        columns = {"place": places, "target": targets, "right": base > 0, "score": scores, "flag": flags.long()}
+        columns["cell"] = 2 * targets + flags if examples.groups is None else examples.groups[places]
+        rows = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
+        table = rows.sort("target", "score", descending=[False, True], maintain_order=True)
+        return cls(examples, _named(table, examples), by, tuple(caveats))
 
-    @functools.cached_property
-    def targets(self) -> Tensor:
-        """The class of each."""
-        return self.examples.targets[self.places]
+    def _parts(self, kind: str) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Yield the name and the rows of each of the "classes", or of the "groups"."""
+        number, name = {"classes": ("target", "class"), "groups": ("cell", "group")}[kind]
+        for rows in self.table.sort(number, maintain_order=True).partition_by(number, maintain_order=True):
+            yield rows[name][0], rows
 
-    @functools.cached_property
-    def classes(self) -> dict[str, Tensor]:
-        """By class which of the examples are of it, bool (N,)."""
-        present = sorted(set(self.targets.tolist()))
-        return {name_of(self.examples.class_names, target): self.targets == target for target in present}
-
-    @functools.cached_property
-    def cells(self) -> dict[str, Tensor]:
-        """By group, given or else class x fragile, which of the examples are in it, bool (N,)."""
-        if self.examples.groups is not None:
-            own = self.examples.groups[self.places]
-            return {name: own == group for group, name in enumerate(self.examples.group_names) if (own == group).any()}
-        cells = {}
-        for name, own in self.classes.items():
-            for fragile, said in ((False, "others"), (True, "fragile")):
-                cells[f"{name}, {said}"] = own & (self.flags == fragile)
-        return {name: cell for name, cell in cells.items() if cell.any()}
-
-    def worst(self) -> tuple[str | None, Any]:
-        """Return the group to search for and the places by group; or None and why there is none."""
-        right = self.base > 0
+    def worst(self) -> str | None:
+        """Return the group to search for; None where none has enough examples."""
+        counts = {name: (len(rows), int(rows["right"].sum())) for name, rows in self._parts("groups")}
         asked = {
-            name: float(right[cell].double().mean())
-            for name, cell in self.cells.items()
-            if cell.sum() >= FEWEST and right[cell].sum() >= FEWEST / 2
+            name: (right / count, count)
+            for name, (count, right) in counts.items()
+            if count >= FEWEST and right >= FEWEST / 2
+            if name.endswith(", fragile") or self.examples.groups is not None
         }
-        inferred = self.examples.groups is None
-        asked = {name: share for name, share in asked.items() if not inferred or name.endswith(", fragile")}
-        if not asked or len(self.cells) < 2:
-            kind = "fragile group" if inferred else "group"
-            return None, f"No critical set was sought: no {kind} has {FEWEST} examples, {FEWEST // 2} of them right"
-        sizes = {name: int(cell.sum()) for name, cell in self.cells.items()}
-        name = min(asked, key=lambda name: (asked[name], sizes[name]))
-        return name, {own: self.places[cell] for own, cell in self.cells.items() if cell.sum() >= 2}
+        return min(asked, key=lambda name: asked[name]) if asked and len(counts) > 1 else None
 
-    def worst_sentence(self) -> str:
-        """Return the part with the lowest accuracy, of the given groups or else of the classes, in words."""
-        rows = [row for row in self.accuracies() if row["n"] >= 1]
-        kind = "groups" if self.examples.groups is not None else "classes"
-        row = min((row for row in rows if row["experiment"] == kind), key=lambda row: row["value"])
+    def places(self) -> dict[str, Tensor]:
+        """Return the places of the examples of each group that has at least two, ascending."""
+        parts = {name: torch.tensor(rows["place"].sort().to_list()) for name, rows in self._parts("groups")}
+        return {name: places for name, places in parts.items() if len(places) > 1}
+
+    def sentences(self) -> tuple[str, str]:
+        """Return how right the network is, with its worst group or else class, and how many stand out, in words."""
+        kind = "classes" if self.examples.groups is None else "groups"
+        row = min(self._rows("accuracy", "accuracy", "right", kind), key=lambda row: row["value"])
         low, value, high = (100 * row[name] for name in ("low", "value", "high"))
-        return f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}]"
-
-    def sentence(self) -> str:
-        """Return how many stand out, in words."""
-        counts = {name: (int(self.flags[own].sum()), int(own.sum())) for name, own in self.classes.items()}
-        parts = [f"{flagged} of {count} {name}" for name, (flagged, count) in counts.items()]
-        return f"Fragile are {', '.join(parts)}, by {self.by}."
-
-    def accuracies(self) -> list[Row]:
-        """Return a row for each class and each group."""
-        return [
-            row_of("accuracy", kind, name, "accuracy", _share(self.base[cell] > 0), n=int(cell.sum()))
-            for kind, cells in (("classes", self.classes), ("groups", self.cells))
-            for name, cell in cells.items()
-        ]
-
-    def flagged(self) -> list[Row]:
-        """Return a row for each class and each given group: the share that is flagged."""
-        rows = [("classes", name, cell) for name, cell in self.classes.items()]
-        if self.examples.groups is not None:
-            rows += [("groups", name, cell) for name, cell in self.cells.items()]
-        return [
-            row_of("fragile", kind, name, "flagged", _share(self.flags[cell]), n=int(cell.sum()))
-            for kind, name, cell in rows
-        ]
-
-    def ranked(self) -> tuple[int, ...]:
-        """Return the examples' places, by class, most fragile first."""
-        order = sorted(range(len(self.places)), key=lambda at: (int(self.targets[at]), -float(self.scores[at])))
-        return tuple(int(self.places[at]) for at in order)
-
-    def records(self) -> tuple[Row, ...]:
-        """Return a row for each example, by class, most fragile first."""
-        at = {int(place): number for number, place in enumerate(self.places)}
-        return tuple(
-            {
-                "path": self.examples.names[place],
-                "class": name_of(self.examples.class_names, int(self.targets[at[place]])),
-                "score": float(self.scores[at[place]]),
-                "flag": int(self.flags[at[place]]),
-            }
-            for place in self.ranked()
+        count, every, right = len(self.table), len(self.examples.targets), self.table["right"].sum()
+        part = "" if count == every else f", a random part of {every}"
+        flagged = [f"{rows['flag'].sum()} of {len(rows)} {name}" for name, rows in self._parts("classes")]
+        return (
+            f"The network is right on {100 * right / count:.1f} % of {count} examples{part}; worst: "
+            f"{row['group']}, {value:.1f} % of {row['n']} [{low:.1f}, {high:.1f}].",
+            f"Fragile are {', '.join(flagged)}, by {self.by}.",
         )
 
+    def rows(self) -> list[Row]:
+        """Return the accuracy of each class and group, and the share flagged, but not of groups inferred by that."""
+        flagged = ["classes"] if self.examples.groups is None else ["classes", "groups"]
+        accuracies = self._rows("accuracy", "accuracy", "right", "classes", "groups")
+        return [*accuracies, *self._rows("fragile", "flagged", "flag", *flagged)]
 
-def _share(right: Tensor) -> tuple[float, float, float]:
-    """Return a share with Wilson's 95 % interval."""
-    from scipy import stats
+    def _rows(self, stage: str, measure: str, column: str, *kinds: str) -> Iterator[Row]:
+        for kind in kinds:
+            for name, rows in self._parts(kind):
+                share_of_all = share(int(rows[column].sum()) / len(rows), len(rows))
+                yield row_of(stage, kind, name, measure, n=len(rows), **share_of_all)
 
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return float(right.double().mean()), float(interval.low), float(interval.high)
+
+def _named(table: pl.DataFrame, examples: Examples) -> pl.DataFrame:
+    """The same rows with names."""
+    paths = [examples.names[place] for place in table["place"]]
+    classes = [_name_of(examples.class_names, target) for target in table["target"]]
+    if examples.groups is None:
+        kinds = ["fragile" if flag else "others" for flag in table["flag"]]
+        groups = [f"{name}, {kind}" for name, kind in zip(classes, kinds, strict=True)]
+    else:
+        groups = [examples.group_names[cell] for cell in table["cell"]]
+    return table.with_columns(pl.Series("path", paths), pl.Series("class", classes), pl.Series("group", groups))
 
 
-def name_of(names: Sequence[str], target: int) -> str:
+def _name_of(names: Sequence[str], target: int) -> str:
     """Return what a class is called; "class 3" where it has only its number."""
     name = names[target] if target < len(names) else str(target)
     return f"class {name}" if name.isdigit() else name

@@ -1,4 +1,4 @@
-"""What an audit gives back: its answers, its rows, and the plan that came before."""
+"""What an audit gives back: its answers and its rows."""
 
 from __future__ import annotations
 
@@ -45,44 +45,11 @@ class Audit:
         return "\n".join(["Audit", *(f"  {answer}" for answer in self.answers)])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an audit will do and how long it takes; prints as that.
-
-    Attributes:
-        scored: how many examples are cut to see who is fragile.
-        searched: how many examples a set is searched and judged on, half each.
-        seconds: by step.
-        batch: examples in a batch.
-    """
-
-    scored: int
-    searched: int
-    seconds: Mapping[str, float]
-    batch: int
-
-    @property
-    def total(self) -> float:
-        """Seconds for all steps together."""
-        return sum(self.seconds.values())
-
-    def __str__(self) -> str:
-        lines = [f"  {name}: about {spoken(seconds)}" for name, seconds in self.seconds.items()]
-        return "\n".join([f"about {spoken(self.total)} in batches of {self.batch}:", *lines])
-
-
 def row_of(
-    stage: str, experiment: str, group: str, measure: str, numbers: tuple[float, float, float], **more: Any
+    stage: str, experiment: str, group: str, measure: str, value: float, low: float, high: float, **more: Any
 ) -> Row:
-    """Return a row of the table; numbers are the value and its lower and upper limit, NaN where there is none."""
-    value, low, high = (None if math.isnan(number) else number for number in numbers)
-    known = {"stage": stage, "experiment": experiment, "group": group, "measure": measure}
-    row = {**known, "value": value, "low": low, "high": high, **more}
+    """Return a row of the table; the value and its lower and upper limit are NaN where there is none."""
+    numbers = {"value": value, "low": low, "high": high}
+    row = {"stage": stage, "experiment": experiment, "group": group, "measure": measure, **more}
+    row |= {name: None if math.isnan(number) else number for name, number in numbers.items()}
     return {column: row.get(column) for column in COLUMNS}
-
-
-def spoken(seconds: float) -> str:
-    """Return a time in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
