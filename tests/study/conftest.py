@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +33,12 @@ def one_by_one() -> Iterator[None]:
     The results are the same bits, which the tests of sweeps hold to. In forks, and in the commands that users run, the
     study shares forward passes.
     """
+
+    def alone(forward: CheckedForward, args: Any, kwargs: Any, edits: Any, batches: int = 1) -> Iterator[Any]:
+        return forward.one_by_one(args, kwargs, edits)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckedForward, "run", CheckedForward.one_by_one)
+        patch.setattr(CheckedForward, "run", alone)
         yield
 
 
