@@ -126,6 +126,7 @@ def write_files(model: nn.Module, folder: Path, data: Data) -> Data:
 def capture_seconds(model: nn.Module, data: Data) -> float:
     """Return the time that the first batch takes more than the second: capture and check."""
     forward = CheckedForward(make_runner(survey(model)))
+    forward.capture_now()
     times = []
     for _ in range(2):
         started = time.perf_counter()
@@ -139,6 +140,7 @@ def suffix_share(model: nn.Module, edits: dict[str, ns.Edit], data: Data) -> flo
     """Return the floor: the time of all suffixes over that of as many whole forwards, one operator timed at a time."""
     runner = make_runner(survey(model))
     forward = CheckedForward(runner)
+    forward.capture_now()
     images = data[0][0]
     for _ in forward.run((images,), {}, {"base": {}}):
         pass
@@ -159,18 +161,19 @@ def suffix_share(model: nn.Module, edits: dict[str, ns.Edit], data: Data) -> flo
                 runs.append(time.perf_counter() - started)
             seconds[node.name] = min(runs)
     whole = sum(seconds.values())
-    return sum(sum(seconds[node.name] for node in graph.tainted([name])) for name in edits) / (len(edits) * whole)
+    suffixes = (sum(seconds[graph.nodes[slot].name] for slot in graph.tainted([name])) for name in edits)
+    return sum(suffixes) / (len(edits) * whole)
 
 
 def medians(ways: dict[str, Callable[[], dict[str, Tensor]]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each way, measured in turn; every round compares the answers."""
+    """Return the median processor seconds of each way, measured in turn; every round compares the answers."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         answers = {}
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             answers[name] = way()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.process_time() - started)
         first = next(iter(answers.values()))
         for name, answer in answers.items():
             for label, values in answer.items():
@@ -284,6 +287,7 @@ def suffix_seconds(model: nn.Module, names: list[str], images: Tensor) -> list[f
     runner = make_runner(survey(model))
     weights = {name: parameter.detach() for name, parameter in runner.model.named_parameters()}
     forward = CheckedForward(runner)
+    forward.capture_now()
 
     def replay(edits: dict[str, dict[str, Tensor]]) -> float:
         return min(timed(lambda: list(forward.run((images,), {}, edits))) for _ in range(5))
