@@ -198,6 +198,8 @@ def _parts(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, tuple | frozenset | MutableSequence | MutableSet):
         return list(value)
+    if type(value).__module__.startswith("neuronsurgery."):  # ours know how to be copied, and each view has hundreds
+        return []
     return [*(own_attributes(value) or {}).values(), _compiled(value)]
 
 
