@@ -224,7 +224,7 @@ def neurons(repeats: int, device: str) -> None:
         layout = ns.find_layout(resnet18, where=layer)
         per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1, device), repeats)
     small = small_resnet().eval().to(device)
-    for batch in (64, 250):
+    for batch in (4, 16, 64, 250):
         data = make_data(32, batch, 4, device)
         per_edit(f"small_resnet, batch {batch}, all", small, ns.find_layout(small), data, repeats)
 

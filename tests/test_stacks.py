@@ -132,6 +132,20 @@ def test_examples_that_depend_on_each_other_are_run_alone(exact: bool, widths: C
     assert swept.reasons == ()
 
 
+class OfTheBatchInside(Wide):
+    """One of its operators looks at the whole batch; its logits do not show it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + 0 * logits.abs().cumsum(0)
+
+
+def test_logits_that_agree_are_not_enough(widths: Counter[int]) -> None:
+    model = built(OfTheBatchInside)
+    assert_equal_one_by_one(model, zeroing(model, most=8), data_of(*images(4, 4, 4)))
+    assert alone(widths)
+
+
 class OfTwo(Wide):
     """Its head takes batches of one size only."""
 
