@@ -24,6 +24,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often so many edits were run as one, wherever the bits allow it: the clock has no say."""
     monkeypatch.setattr(trust, "WORTH", 0.0)  # a capture for whatever there is to run
     monkeypatch.setattr(stacks, "_is_quicker", lambda stacked, alone: True)
+    monkeypatch.setattr(stacks, "WORTH", 0)
     found: Counter[int] = Counter()
     logits = Stacks.logits
 
@@ -165,6 +166,15 @@ def test_what_takes_longer_is_run_alone(widths: Counter[int], monkeypatch: pytes
     model = built(Wide)
     assert_equal_one_by_one(model, zeroing(model, most=8), data_of(*images(4, 4, 4)))
     assert set(widths) == {0}
+
+
+def test_a_few_stacks_are_not_worth_a_look(widths: Counter[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "WORTH", 4)
+    model = built(Wide)
+    assert_equal_one_by_one(model, zeroing(model, most=8), data_of(*images(4, 4, 4)))  # one stack of 8 a batch
+    assert not widths
+    assert_equal_one_by_one(model, zeroing(model, most=8), data_of(*images(4, 4, 4, 4)))
+    assert not alone(widths)
 
 
 def test_what_does_not_fit_the_memory_is_run_alone(widths: Counter[int], monkeypatch: pytest.MonkeyPatch) -> None:

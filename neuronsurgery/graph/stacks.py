@@ -26,6 +26,12 @@ MOST = {"cpu": 128}
 
 MOST_ELSEWHERE = 256
 
+WORTH = 16
+"""Stacks of one tail that are to come where it is worth while to look at it, which takes as long as some of them."""
+
+GAIN = 0.75
+"""Of the time that edits take alone, a stack may take so much."""
+
 ENOUGH = 4096
 """Numbers on which an operator is to give the same bits: sums in another order agree in every second or third."""
 
@@ -99,10 +105,12 @@ class Stacks:
 
     Attributes:
         rounded: whether some that were taken do.
+        batches: how many like the next one are left to run, itself among them, as far as anybody knows.
     """
 
     def __init__(self, *, exact: bool = True) -> None:
         self.rounded = False
+        self.batches = 1
         self._exact = exact
         # By tail and number of edits, whether it was right and quicker; by number, the sizes of stacked batches.
         self._known: dict[tuple[Tail, int], bool] = {}
@@ -114,6 +122,8 @@ class Stacks:
         if tail is None or not tensors or not len(tensors[0]):
             return 1
         width = min(MOST.get(tensors[0].device.type, MOST_ELSEWHERE) // len(tensors[0]), edits)
+        if width > 1 and (tail, width) not in self._known and edits // width * self.batches < WORTH:
+            return 1
         return width if width > 1 and self._known.get((tail, width), True) else 1
 
     def logits(self, graph: Graph, tail: Tail, runs: Sequence[list[Any]], inputs: Inputs) -> list[Tensor]:
@@ -275,7 +285,7 @@ def _seconds(call: Callable[[], Sequence[Tensor]]) -> float:
 
 
 def _is_quicker(stacked: float, alone: float) -> bool:
-    return stacked < alone
+    return stacked < GAIN * alone
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

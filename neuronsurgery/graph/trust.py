@@ -118,15 +118,15 @@ class CheckedForward:
         if unknown:
             raise KeyError(f"not parameters of the model: {', '.join(unknown)}")
         if self._is_worth_it():
-            return self._shared(args, kwargs, edits)
-        return self._until_worth_it(args, kwargs, edits, (batches - 1) * len(edits))
+            return self._shared(args, kwargs, edits, batches)
+        return self._until_worth_it(args, kwargs, edits, batches)
 
     def _is_worth_it(self) -> bool:
         """Return whether there is a graph, or was a try at one, or enough time was spent without."""
         return bool(self._newest or self.fallbacks) or self._spent >= WORTH
 
     def _shared(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]], batches: int
     ) -> Iterator[tuple[Label, Tensor]]:
         inputs = Inputs.of(args, kwargs)
         graph = self._graph(inputs)
@@ -137,17 +137,18 @@ class CheckedForward:
             self._schedules[graph] = wanted, schedule(graph, edits)
         fills = self._fills.setdefault(inputs.signature, Fills())
         stacks = self._stacks.setdefault(inputs.signature, Stacks(exact=self._exact))
+        stacks.batches = batches
         return self._schedules[graph][1].run(args, kwargs, edits, fills, stacks)
 
     def _until_worth_it(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]], later: int
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], edits: Mapping[Label, Mapping[str, Tensor]], batches: int
     ) -> Iterator[tuple[Label, Tensor]]:
         """Yield what `one_by_one` gives for as long as a capture takes, and then the rest by a graph.
 
         So no sweep takes more than twice as long as the better of the two ways, whatever the model and the data. Where
-        the edits of this batch and the `later` ones would take twice as long, it does not wait.
+        the edits of the batches that are left would take twice as long, it does not wait.
         """
-        left = list(edits)
+        left, later = list(edits), (batches - 1) * len(edits)
         while left and not self._is_worth_it():
             started, label = time.perf_counter(), left.pop(0)
             # What the caller does with the logits is a part of it: there a device comes to the end of its work.
@@ -161,7 +162,7 @@ class CheckedForward:
                 self.capture_now()
         if left:
             self.reasons.discard(NOT_WORTH)
-            yield from self._shared(args, kwargs, {label: edits[label] for label in left})
+            yield from self._shared(args, kwargs, {label: edits[label] for label in left}, batches)
 
     def share_nothing(self, reason: str) -> None:
         """Note why forward passes are not shared, and warn of it once."""
