@@ -197,10 +197,8 @@ def with_opacus(model: nn.Module, data: Data) -> Tensor:
     names, own = {layer.parameter for layer in layout}, copy.deepcopy(model)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name in names)
-    for name in names:
-        own.get_submodule(
-            name.rpartition(".")[0]
-        ).train()  # it records in this mode alone, which changes no linear layer
+    for name in names:  # it records in training mode alone, in which linear layers and convolutions are the same
+        own.get_submodule(name.rpartition(".")[0]).train()
     wrapped = GradSampleModule(own, strict=False, loss_reduction="sum")
     scored = [dict(own.named_parameters())[layer.parameter] for layer in layout]
     sums = [torch.zeros(len(groups), *parameter.shape, device=parameter.device) for parameter in scored]

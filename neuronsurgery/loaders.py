@@ -95,6 +95,11 @@ def _total(loader: Loader) -> str:
         return ""
 
 
+def expected_batches(loaders: Loaders) -> int:
+    """Return about how many batches there are, as far as the loaders say; 0 of those that do not."""
+    return sum(map(operator.length_hint, loaders.values() if isinstance(loaders, Mapping) else [loaders]))
+
+
 def named_loaders(loaders: Loaders) -> Loaders:
     """Return a mapping of loaders with its keys as groups, those of numpy and torch made Python's; others as they are.
 
@@ -281,9 +286,8 @@ class Mixed:
     device: torch.device | None = None
 
     def __length_hint__(self) -> int:
-        """About how many batches there are, as far as the loaders say."""
-        loaders = self.loaders
-        return sum(map(operator.length_hint, loaders.values() if isinstance(loaders, Mapping) else [loaders]))
+        """About how many batches there are."""
+        return expected_batches(self.loaders)
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: dict[Any, Examples] = {}

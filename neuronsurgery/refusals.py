@@ -6,7 +6,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -125,14 +125,18 @@ def _is_still(child: nn.Module | None, before: nn.Module | None) -> bool:
     return child is before or unwrap(child) is before
 
 
-def refuse_writing(module: nn.Module, shared: Mapping[str, Tensor], plain: Callable[[nn.Module], nn.Module]) -> None:
+SharedWeights: TypeAlias = "Mapping[str, weakref.ref[Tensor]]"
+"""The weights that a view shares with its model, by name."""
+
+
+def refuse_writing(module: nn.Module, shared: SharedWeights, plain: Callable[[nn.Module], nn.Module]) -> None:
     """Put refusals in the place of the methods of a view's module that would write into the shared weights.
 
     Methods that may do so, and a forward that does, run under a guard, which stops them where they do.
 
     Args:
         module: of the view.
-        shared: the weights, by name.
+        shared: the weights, by name; one mapping for all modules of the view.
         plain: what gives a plain copy of a view's module, which is to be written to files in its place.
     """
     guarded = {"apply", *doubtful(module), *(["forward"] if written_by_forward(module) else [])}
@@ -188,10 +192,10 @@ def _changes_nothing(module: nn.Module, conversion: Callable[[Tensor], Tensor]) 
 class _Guarded(_Refusal):
     """Stands for a method that may write into the shared weights: it is stopped where it does."""
 
-    def __init__(self, module: nn.Module, method: str, message: str, shared: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, method: str, message: str, shared: SharedWeights) -> None:
         super().__init__(module, method, "")
         self.message = message
-        self.shared = {name: weakref.ref(tensor) for name, tensor in shared.items()}
+        self.shared = shared
 
     @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ what it returns, one pure function of the model's tensors, so they agree bit for
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -142,7 +143,7 @@ again, or use bake for an independent copy
                 ways[attribute] = ways[attribute].then(tensor_plan)
             continue
         _parametrize(uses, EditedRows(tensor_plan, origin), tensor.parametrized)
-    shared = {name: tensor.parameter for name, tensor in surveyed.tensors.items()}
+    shared = {name: weakref.ref(tensor.parameter) for name, tensor in surveyed.tensors.items()}
     for module in copied.model.modules():
         refuse_writing(module, shared, functools.partial(bake, compose()))
         share_class(module)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import length_hint
 from typing import NamedTuple, TypeAlias, overload
 
 import torch
@@ -24,7 +23,7 @@ from neuronsurgery.errors import checked_function, inline, warn
 from neuronsurgery.evaluation import Tally, member_indices, named_directions, named_metrics
 from neuronsurgery.forward import decoder_inputs_given, default_predict, extract_logits
 from neuronsurgery.graph.trust import CheckedForward
-from neuronsurgery.loaders import iterate_groups, named_loaders
+from neuronsurgery.loaders import expected_batches, iterate_groups, named_loaders
 from neuronsurgery.losses import accuracy, example_values, refuse_unshifted_metrics
 from neuronsurgery.outcomes import Outcomes, Sweep
 from neuronsurgery.plans import Edited, plan
@@ -240,7 +239,7 @@ def _run(
     shares = any(edited.values()) and not runner.is_spread
     if runner.is_spread and any(edited.values()):
         forward.share_nothing("its weights are spread over processes")
-    expected = sum(map(length_hint, loaders.values() if isinstance(loaders, Mapping) else [loaders]))
+    expected = expected_batches(loaders)
     members: list[Group] = []
     indices: list[int] = []
     label = "sweep" if progress else None

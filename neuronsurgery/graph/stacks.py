@@ -19,12 +19,11 @@ from torch.utils import _pytree as pytree
 
 from neuronsurgery.graph.inputs import Inputs, batch_dims
 from neuronsurgery.graph.replay import Graph, Instruction, execute
+from neuronsurgery.loaders import CACHED
 from neuronsurgery.precision import same_bits
 
-MOST = {"cpu": 128}
-"""Examples in a stack: with more, a CPU's caches hold no more of what lies between the layers."""
-
 MOST_ELSEWHERE = 256
+"""Examples in a stack on another device than a CPU, whose memory it must not fill; on a CPU they are `CACHED`."""
 
 WORTH = 16
 """Stacks of one tail that are to come where it is worth while to look at it, which takes as long as some of them."""
@@ -121,7 +120,8 @@ class Stacks:
         tensors = [tensor for tensor in inputs.tensors if tensor.dim() > 0]
         if tail is None or not tensors or not len(tensors[0]):
             return 1
-        width = min(MOST.get(tensors[0].device.type, MOST_ELSEWHERE) // len(tensors[0]), edits)
+        most = CACHED if tensors[0].device.type == "cpu" else MOST_ELSEWHERE
+        width = min(most // len(tensors[0]), edits)
         if width > 1 and (tail, width) not in self._known and edits // width * self.batches < WORTH:
             return 1
         return width if width > 1 and self._known.get((tail, width), True) else 1
