@@ -137,10 +137,10 @@ def find_critical(
     An edit is scored by J = D p(own) - weight * max(0, max over the others of D p): p = sigmoid(-m) is the error
     probability of an example of margin m, D the mean of a group after the edit minus before. Ties are broken by the
     rise of log(1 + exp(-m)). Every neuron is screened by its predicted J (see `group_effects`, `error_probability`; one
-    backward pass). The best `pool` of them are tried alone, and the better half of these go into a beam search with
-    exact sweeps that share one capture: about 120 edits for k = 3. The pool, its half and the beam take in turn the
-    best of those within `cap` and the best of all. Of all sets that it looked at, it returns the one whose group loses
-    most among those that take no more than `cap` from any other group.
+    backward pass), and the best `pool` of them go into a beam search with exact sweeps that share one capture, about
+    200 edits for k = 3. The pool and the beam take in turn the best of those within `cap` and the best of all. Of all
+    sets that it looked at, it returns the one whose group loses most among those that take no more than `cap` from any
+    other group.
 
     Its numbers are of the examples that it chose by, and say little: `judge` the result on others (see `halves`).
 
@@ -158,7 +158,7 @@ def find_critical(
         where: which layers, see `find_layout`.
         extra: layers to add, see `find_layout`.
         screen: "effects", or "mask": half of the pool by the predicted J, half by `learned_mask`.
-        pool: so many candidates (a neuron and a kind of edit) are tried alone; half of them go into sets.
+        pool: so many candidates (a neuron and a kind of edit) go into the search.
         width: of the beam: so many sets of one size are extended.
         weight: what the loss of the worst other group counts.
         cap: the share of its examples that any other group may lose.

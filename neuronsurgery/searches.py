@@ -193,8 +193,8 @@ class Search:
                 return
             yield {label: self._made.edit(chosen) for label, chosen in self._asked.items()}
             ranked = self._ranked(self._asked.values())
-            if size == 1:  # what does little alone is seldom what a set lacks
-                candidates = [next(iter(chosen)) for chosen in ranked[: -(-self._pool // 2)]]
+            if size == 1:
+                candidates = [next(iter(chosen)) for chosen in ranked[: self._pool]]
             beam = ranked[: self._width]
             self.path.append(self._step(beam[0]))
 

@@ -96,7 +96,7 @@ def _passes(settings: Settings) -> dict[str, float]:
     draws, distances = settings.draws, sum(distance <= settings.epochs for distance in (5, 10, 20, 30, 40))
     layers = {"1e": 9.0 * BY_LAYER, "1f": 2.0 * distances * BY_LAYER}
     controls = {"1c": 28.0 * draws, "1d": 28.0 * draws, "1g": 6.0 * draws + 7 * settings.control_draws}
-    return {"1a": 7.0, "1b": 3.0, "1h": 75.0 if settings.quick else 300.0, **layers, **controls}
+    return {"1a": 7.0, "1b": 3.0, "1h": 110.0 if settings.quick else 450.0, **layers, **controls}
 
 
 def in_words(seconds: float, what: str) -> str:

@@ -20,7 +20,7 @@ FIRST: Final = 200
 SECONDS: Final = 10.0
 """About how long the examples of one part take, which are written down together."""
 
-EDITS: Final = 116
+EDITS: Final = 190
 """What a search for three neurons tries, about."""
 
 DRAWS: Final = 100
