@@ -112,7 +112,7 @@ def find_critical(
     loaders: Loaders,
     group: Group,
     *,
-    against: Iterable[Group] | None = None,
+    against: Group | Iterable[Group] | None = None,
     k: int = 3,
     edits: Sequence[Kind] = ("zero", "mean"),
     layout: Layout | None = None,
@@ -198,7 +198,7 @@ def find_critical(
     named = named_loaders(loaders)
     options = _Options(metric, predict, unpack, progress, process_group)
     counts, searched = counted_examples(named, unpack, process_group)
-    others = checked_groups(group, against, counts)
+    group, others = checked_groups(group, against, counts)
     spread = "mean" not in kinds and screen != "mask"
     surveyed, runner, layout = prepared(model, layout, where, extra, spread=spread, process_group=process_group)
     means = find_means(surveyed, runner, layout.layers, named, *options[1:]) if "mean" in kinds else None

@@ -135,7 +135,7 @@ def judge(
     loaders: Loaders,
     group: Group,
     *,
-    against: Iterable[Group] | None = None,
+    against: Group | Iterable[Group] | None = None,
     metric: Metric = accuracy,
     larger_is_better: bool | None = None,
     predict: Predict | None = None,
@@ -202,7 +202,8 @@ def judge(
     if direction is None:
         raise ValueError("whether larger values of this metric are better is not known: pass larger_is_better=")
     counts, keys = counted_examples(named, unpack, process_group)
-    spared = checked_groups(group, against if against is not None or found is None else found.against, counts)
+    wanted = against if against is not None or found is None else found.against
+    group, spared = checked_groups(group, wanted, counts)
     _refuse_searched(found, keys)
     _warn_of_few(counts, (group, *spared))
     drawn = _drawn(found, made, draws, seed)

@@ -13,12 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from neuronsurgery.batches import Batch, Examples, Unpack, by_key, group_members, inseparable
+from neuronsurgery.batches import Batch, Examples, Unpack, by_key, group_members, group_names, inseparable
 from neuronsurgery.digests import digest, rows_of_bytes
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import checked_function, inline, nearest
 from neuronsurgery.loaders import iterate, iterate_groups, named_loaders
 from neuronsurgery.losses import margin
+from neuronsurgery.pools import spared_names
 from neuronsurgery.sweeps import sweep
 from neuronsurgery.types import Group, Loader, Loaders, Metric, Predict
 
@@ -222,12 +223,20 @@ class Matched:
     _unpack: Unpack | None
 
     def __iter__(self) -> Iterator[Batch]:
+        count = 0
         for groups, batch in iterate_groups(self._loaders, unpack=self._unpack):
-            names = [
-                self.name if group == self._by and key in self._chosen else group
+            own = [
+                group == self._by and key in self._chosen
                 for group, key in zip(groups, example_keys(batch), strict=True)
             ]
+            count += sum(own)
+            names = [self.name if chosen else group for group, chosen in zip(groups, own, strict=True)]
             yield dataclasses.replace(batch, groups=tuple(names))
+        if count != self.count:
+            raise ValueError(
+                f"a pass over the loader gives other examples than those that were matched ({count} of {self.count} "
+                f"come again): give a loader whose examples stay the same (no augmentation, no padding to the batch)"
+            )
 
     def __repr__(self) -> str:
         left = f", {self.unmatched} unmatched" if self.unmatched else ""
@@ -254,7 +263,7 @@ def matched(
 
     Args:
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example; to
-            be iterated again.
+            be iterated again, with the same examples each time, in any order.
         group: the group to match.
         by: the group that the matched examples are taken out of.
         model: any module; not changed.
@@ -269,7 +278,8 @@ def matched(
 
     Raises:
         KeyError: if there is no such group; lists those there are.
-        ValueError: if the two are one, or no example of `by` is near enough.
+        ValueError: if the two are one, no example of `by` is near enough, or batches cannot be taken apart; and, as
+            the loader is iterated, if a pass gives other examples.
 
     Example:
         >>> import torch
@@ -280,15 +290,16 @@ def matched(
         >>> control.name, control.count + control.unmatched
         ('many like few', 2)
     """
+    group, by = group_names([group, by])
     if group == by:
         raise ValueError(f"group {group!r} cannot be matched by its own examples: give another one as by=")
     seed, unpack = checked_seed(seed), by_key(unpack, group_key)
     named = named_loaders(loaders)
-    measured = sweep(model, {}, named, metric=metric, predict=predict, unpack=unpack)
+    keys: list[str] = []  # of the examples in the order of this one pass: the next may have another one
+    measured = sweep(model, {}, _noting(named, unpack, keys), metric=metric, predict=predict)
     for name in (group, by):
         if name not in measured.baseline:
             raise KeyError(f"no group {name!r}{nearest(str(name), map(str, measured.baseline))}")
-    keys = [key for _, batch in iterate_groups(named, unpack=unpack) for key in example_keys(batch)]
     values, members = measured.values().numpy(), group_members(measured.members)
     own, others = ({keys[at]: float(values[at]) for at in members[name]} for name in (group, by))
     order = np.argsort(random_bits(f"matched\0{seed}", len(own)), kind="stable")
@@ -311,6 +322,19 @@ def matched(
         by,
         unpack,
     )
+
+
+def _noting(loaders: Loaders, unpack: Unpack | None, keys: list[str]) -> Loaders:
+    """Return loaders for one pass, which adds to `keys` what tells each example apart as it comes."""
+
+    def noted(loader: Loader, grouped: bool) -> Iterator[Batch]:
+        for batch in iterate(loader, unpack=unpack, grouped=grouped):
+            keys.extend(example_keys(batch))
+            yield batch
+
+    if isinstance(loaders, Mapping):
+        return {group: noted(loader, False) for group, loader in loaders.items()}
+    return noted(loaders, True)
 
 
 def _nearest(wanted: Iterable[float], others: Mapping[str, float]) -> dict[str, float]:
@@ -338,15 +362,18 @@ def groups_of(loaders: Loaders, unpack: Unpack | None) -> tuple[dict[Group, int]
     return counts, frozenset(keys)
 
 
-def checked_groups(group: Group, against: Iterable[Group] | None, known: Iterable[Group]) -> tuple[Group, ...]:
-    """Return the groups to spare: those that are named, or all but one.
+def checked_groups(
+    group: Group, against: Group | Iterable[Group] | None, known: Iterable[Group]
+) -> tuple[Group, tuple[Group, ...]]:
+    """Return the group, and those to spare: those that are named, or all others. Numbers of torch are made Python's.
 
     Raises:
         KeyError: if a group is unknown; lists those there are.
         ValueError: if there is none to spare, or the group itself is among them.
     """
-    every = list(known)
-    others = tuple(name for name in every if name != group) if against is None else tuple(against)
+    every, (group,) = list(known), group_names([group])
+    named = spared_names(against)
+    others = tuple(name for name in every if name != group) if named is None else named
     unknown = [name for name in (group, *others) if name not in every]
     if unknown:
         raise KeyError(f"no group {', '.join(map(repr, unknown))}; there are {inline(map(repr, every), 10)}")
@@ -355,4 +382,4 @@ def checked_groups(group: Group, against: Iterable[Group] | None, known: Iterabl
             f"against= names the groups to spare, one or more, without {group!r}; there are "
             f"{inline(map(repr, every), 10)}"
         )
-    return others
+    return group, others

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from snapshot import assert_unchanged, snapshot
@@ -138,6 +139,22 @@ def test_whom_to_spare() -> None:
     free = ns.find_critical(model, examples(), "rare", against=["left"], layout=layout, edits="zero")
     assert SHARED not in {neuron.index for neuron in spared.neurons}
     assert [neuron.index for neuron in free.neurons] == [SHARED]
+
+
+def test_groups_may_be_numbers_of_numpy_and_torch() -> None:
+    x, y = (torch.cat([batch[i] for batch in examples()]) for i in (0, 1))
+    names = [name for batch in examples() for name in batch[2]]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    data = [(x, y, torch.tensor([numbers[name] for name in names]))]
+    rare, left = numbers["rare"], numbers["left"]
+    options = {"k": 1, "where": "0.*"}
+    expected = ns.find_critical(planted(), data, rare, against=[left], **options)
+    for number in (np.int64, torch.tensor):
+        for against in ([number(left)], number(left)):
+            found = ns.find_critical(planted(), data, number(rare), against=against, **options)
+            assert (found.group, found.against, found.edit) == (rare, (left,), expected.edit)
+            verdict = ns.judge(found.edit, planted(), data, number(rare), against=against, draws=0)
+            assert (verdict.group, verdict.against) == (rare, (left,))
 
 
 def test_mappings_and_batches_make_no_difference() -> None:
