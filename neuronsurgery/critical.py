@@ -23,7 +23,7 @@ from neuronsurgery.errors import checked_function, counted, inline, listed
 from neuronsurgery.first_order import mean_effects, terms_of
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import Mixed, named_loaders
-from neuronsurgery.losses import margin
+from neuronsurgery.losses import is_larger_better, margin
 from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
@@ -178,7 +178,8 @@ def find_critical(
     Raises:
         KeyError: if there is no such group; lists those there are.
         TypeError: if an edit is none of these kinds.
-        ValueError: if there is no other group, or an argument is out of range (lists all).
+        ValueError: if there is no other group, the metric is a loss, no neuron can be edited so, or an argument is out
+            of range (lists all).
 
     Example:
         >>> import neuronsurgery as ns
@@ -192,6 +193,8 @@ def find_critical(
         Mean ablation and signed effects: Molchanov et al., 2019. The question: You et al., "The Silent Majority", 2025.
     """
     kinds, unpack = _checked(edits, objective, screen), by_key(unpack, group_key)
+    if is_larger_better(metric) is False:
+        raise ValueError("metric= is positive where an example is right, which no loss is: pass margin, or your own")
     _refuse_unfit(k=k, pool=pool, width=width, weight=weight, cap=cap)
     if screen == "mask" and process_group is not None:
         raise ValueError("a mask is learned by one process: pass screen='effects' with process_group=")
@@ -205,6 +208,9 @@ def find_critical(
     made = Kinds(kinds, layout, means)
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)
     candidates = list(made.candidates())
+    if not candidates:
+        reasons = "" if means is None else unheld_layers(means.reasons)
+        raise ValueError(f"no neuron can be edited as edits= says, {reasons}: add 'zero', or other layers with where=")
     if screened:
         own, worst = _predicted(surveyed, runner, made, candidates, named, group, others, options)
         order = np.argsort(-own + weight * np.maximum(worst, 0), kind="stable")

@@ -156,7 +156,7 @@ OTHER = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Half:
     """One half of a loader: see `halves`."""
 
@@ -167,6 +167,9 @@ class _Half:
     key: Key | None
     unpack: Unpack | None
     grouped: bool
+
+    def __repr__(self) -> str:
+        return f"half of a {type(self.loader).__name__}: {self.count} examples"
 
     def __length_hint__(self) -> int:
         """About how many batches there are: as many as of the whole, if each has some of this half."""

@@ -200,6 +200,15 @@ def test_what_cannot_be_held_is_said() -> None:
     assert set(found.path[0].kinds) == {"zero"}
 
 
+@pytest.mark.parametrize("objective", [None, lambda before, after, groups: float((before - after).mean())])
+def test_where_nothing_can_be_held_nothing_is_left_to_try(objective: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(
+        ValueError, match=r"no neuron can be edited as edits= says, not held .*: 0.weight \(it has no bias"
+    ):
+        ns.find_critical(model, examples(), "rare", where="0.*", edits="mean", objective=objective)
+
+
 def test_the_screen_predicts_what_the_sweep_finds() -> None:
     """A pool of two is enough where first order is right about the best: one within the cap, and the best of all."""
     assert find(pool=2, k=1).edit == find(k=1).edit
@@ -227,6 +236,7 @@ def test_it_is_a_value() -> None:
         ({"cap": -1, "weight": float("nan")}, ValueError, "weight: expected a finite number of at least 0, given nan"),
         ({"objective": 3}, TypeError, "objective= is a function"),
         ({"metric": ns.accuracy}, ValueError, "accuracy has no gradient"),
+        ({"metric": ns.cross_entropy}, ValueError, "metric= is positive where an example is right, which no loss is"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], said: str) -> None:

@@ -46,6 +46,10 @@ def test_the_order_and_the_batches_make_no_difference(order: list[int], size: in
     assert set(contents(first)) == set(contents(ns.halves(stream(torch.arange(N)))[0]))
 
 
+def test_a_half_says_what_it_is() -> None:
+    assert repr(ns.halves(stream(torch.arange(N)))[0]) == "half of a list: 31 examples"
+
+
 def test_another_seed_is_another_split() -> None:
     assert set(contents(ns.halves(stream(torch.arange(N)), seed=1)[0])) != set(
         contents(ns.halves(stream(torch.arange(N)))[0])
