@@ -20,7 +20,7 @@ from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
 from neuronsurgery.effects import error_probability, prepared
 from neuronsurgery.errors import checked_function, counted, inline, listed
-from neuronsurgery.first_order import mean_effects, terms_of
+from neuronsurgery.first_order import mean_effects
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import Mixed, named_loaders
 from neuronsurgery.losses import is_larger_better, margin
@@ -32,6 +32,7 @@ from neuronsurgery.splits import checked_groups, groups_of
 from neuronsurgery.surveys import Survey
 from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.switches import restoring
+from neuronsurgery.terms import terms_of
 from neuronsurgery.types import Group, Loaders, Metric, Predict, Where
 
 

@@ -46,7 +46,8 @@ def example_keys(batch: Batch, key: Key | None = None) -> list[str]:
         names = list(key(batch))
         if len(names) != len(batch):
             raise ValueError(f"key= gave {len(names)} names for a batch of {len(batch)} examples: give one for each")
-        return [digest(str(name.item() if isinstance(name, Tensor) else name)) for name in names]
+        # A row as a list, since numpy and torch show long ones in part and round.
+        return [digest(str(name.tolist() if isinstance(name, Tensor | np.ndarray) else name)) for name in names]
     leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
     rows = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(batch)]
     if not rows:
@@ -262,7 +263,8 @@ def matched(
 
     It is the control for `find_critical`: if a set is found for these too, and does as much to them, the group is
     nothing special. Each example of `group`, in an order drawn by the seed, takes the example of `by` of the nearest
-    margin that is left, unless that is farther than 0.5. Copies of an example count as one and go together.
+    margin that is left, unless that is farther than 0.5. Copies of an example count as one and go together; those of
+    an example of `group` are none of `by`.
 
     Args:
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example; to
@@ -305,6 +307,7 @@ def matched(
             raise KeyError(f"no group {name!r}{nearest(str(name), map(str, measured.baseline))}")
     values, members = measured.values().numpy(), group_members(measured.members)
     own, others = ({keys[at]: float(values[at]) for at in members[name]} for name in (group, by))
+    others = {key: value for key, value in others.items() if key not in own}  # no example is a control of itself
     order = np.argsort(random_bits(f"matched\0{seed}", len(own)), kind="stable")
     gaps = _nearest([list(own.values())[at] for at in order], others)
     if not gaps:

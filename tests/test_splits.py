@@ -209,6 +209,21 @@ def test_groups_may_be_numbers_of_numpy_and_torch() -> None:
         assert control.name == expected.name
 
 
+def test_no_example_is_a_control_of_itself() -> None:
+    data = labelled({"few": [1.0, 3.0], "many": [1.0, 1.2, 3.0, 3.3, 5.0]})
+    assert margins_of(ns.matched(data, "few", "many", line())) == pytest.approx([1.2, 3.3])
+    with pytest.raises(ValueError, match="no example of 'many' has a margin within"):
+        ns.matched(data | {"many": data["few"]}, "few", "many", line())
+
+
+@pytest.mark.parametrize("form", [Tensor.numpy, Tensor.clone, Tensor.tolist])
+def test_a_key_may_be_a_row_of_numbers(form: Any) -> None:
+    long = [(torch.arange(8)[:, None] * 1e-9 + torch.ones(2000, dtype=torch.float64), torch.zeros(8).long())]
+    expected = set(contents(ns.halves(long, key=lambda batch: [str(row.tolist()) for row in batch.args[0]])[0]))
+    assert len(expected) == 4
+    assert set(contents(ns.halves(long, key=lambda batch: form(batch.args[0]))[0])) == expected
+
+
 def test_what_cannot_be_matched() -> None:
     data = labelled({"few": [1.0], "many": [7.0]})
     with pytest.raises(ValueError, match=r"no example of 'many' has a margin within 0\.5 of one of 'few'"):
