@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from neuronsurgery.copies import Runner
+from neuronsurgery.errors import inline, warn
 from neuronsurgery.switches import without_cudnn
 
 
@@ -73,3 +74,20 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
     if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
         return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
     return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
+
+
+def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
+    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
+    if held:
+        partly = inline(f"{name} (by {where})" for name, where in held.items())
+        warn(
+            f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
+            f"in no score: use the registered parameter, or leave these layers out with where="
+        )
+    missed = [name for name in scored if name not in reached]
+    if missed:
+        warn(
+            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
+            f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
+            f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
+        )
