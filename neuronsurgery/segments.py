@@ -52,10 +52,6 @@ class _Linear:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def reads_examples(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether the input may have the examples as its first dimension."""
-        return x.dim() > 1
-
     def of_input(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient to the input."""
         return gradient @ weight
@@ -63,10 +59,6 @@ class _Linear:
     def of_weight(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient to the weight."""
         return gradient.flatten(0, -2).T @ x.flatten(0, -2)
-
-    def of_bias(self, gradient: Tensor) -> Tensor:
-        """Return the gradient to the bias."""
-        return gradient.flatten(0, -2).sum(0)
 
 
 @dataclass(frozen=True)
@@ -83,17 +75,11 @@ class _Convolution:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self._options)
 
-    def reads_examples(self, x: Tensor, weight: Tensor) -> bool:
-        return x.dim() == weight.dim()
-
     def of_input(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(gradient, x, weight, [True, False, False])[0]
 
     def of_weight(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return self._backward(gradient, x, weight, [False, True, False])[1]
-
-    def of_bias(self, gradient: Tensor) -> Tensor:
-        return gradient.transpose(0, 1).flatten(1).sum(1)
 
     @property
     def _options(self) -> tuple[Any, ...]:
@@ -184,7 +170,7 @@ class _Segmented(torch.autograd.Function):
         operator: _Operator = ctx.operator
         ctx.collect(lambda part: operator.of_weight(gradient[part], x[part], weight))
         of_input = operator.of_input(gradient, x, weight) if ctx.needs_input_grad[0] else None
-        return of_input, None, operator.of_bias(gradient) if ctx.needs_input_grad[2] else None, None, None
+        return of_input, None, None, None, None
 
 
 # Who reads the weights
@@ -219,7 +205,7 @@ class _Reading(TorchFunctionMode):
         if not torch.is_grad_enabled() or not any(True for _ in self._leaves_among((*args, *kwargs.values()))):
             return func(*args, **kwargs)
         read = _READERS[func](*args, **kwargs) if func in _READERS else None
-        if read is None or not self._fits(*read):
+        if read is None or not self._fits(*read[1:]):
             result = func(*args, **kwargs)
             if _is_differentiable(result):  # the shape or the dtype of a weight may be read by anybody
                 self._refuse()
@@ -240,13 +226,13 @@ class _Reading(TorchFunctionMode):
             elif isinstance(value, tuple | list):
                 yield from self._leaves_among(value)
 
-    def _fits(self, operator: _Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _fits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
             list(self._leaves_among((x, weight, bias))) == [self._names.get(id(weight))]
             and self._names[id(weight)] not in self.read
+            and (bias is None or not bias.requires_grad)
             and type(x) is Tensor
             and x.layout == torch.strided
-            and operator.reads_examples(x, weight)
             and x.size(0) == self._examples
             and not torch.is_autocast_enabled(x.device.type)
         )
@@ -353,9 +339,9 @@ class Segments:
 
     def _alone(self, batch: Batch) -> _Found:
         """Return the norms of one group, computed as those of any other batch."""
-        with self._graph(), _Reading(self._leaves, len(batch), None) as reading:
-            logits, losses = self._forward(batch)
-            # Within the mode: what checkpointing runs again in the backward pass is seen to be read twice.
+        with self._graph():
+            with _Reading(self._leaves, len(batch), None) as reading:
+                logits, losses = self._forward(batch)
             gradients = differentiated(losses, logits, list(self._leaves.values()), retain=False)
         named = dict(zip(self._leaves, gradients, strict=True))
         reading.refuse_others(named)
@@ -417,7 +403,7 @@ class _Collector:
         Raises:
             _Unfit: if these are not the gradients of the losses.
         """
-        if not self._backward or name in self.reached:  # a backward pass of the model's own
+        if not self._backward:  # a backward pass of the model's own
             raise _Unfit
         self.reached.add(name)
         layer, start = self._spans[name]
