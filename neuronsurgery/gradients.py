@@ -176,13 +176,20 @@ def _gradients(
     return found
 
 
-def _looked_at(objective: _Objective, batch: Batch, groups: Iterable[Group], seen: _Seen) -> tuple[Tensor, Tensor]:
+def _looked_at(
+    objective: _Objective,
+    batch: Batch,
+    groups: Iterable[Group],
+    seen: _Seen,
+    within: contextlib.AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the logits and losses of a batch, of which what is wrong with them is known.
 
     Raises:
         ValueError: if a loss is bad, or examples that were regrouped depend on each other.
     """
-    logits, losses = _forward(objective, batch)
+    with within or contextlib.nullcontext():
+        logits, losses = _forward(objective, batch)
     refuse_bad_losses(losses, f"group {', '.join(map(repr, groups))}")
     if not seen.outputs:
         seen.outputs, seen.probabilities = True, objective.loss is None and are_probabilities(logits.detach())
@@ -353,8 +360,9 @@ def _mixed_sums(
     may_share = process_group is None and _may_share(objective)
     batches = iterate(loader, unpack=unpack, progress="gradients" if progress else None)
 
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        return _looked_at(objective, move(batch, objective.runner.device), ordered_groups(batch.groups or ()), seen)
+    def forward(batch: Batch, within: contextlib.AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+        groups, batch = ordered_groups(batch.groups or ()), move(batch, objective.runner.device)
+        return _looked_at(objective, batch, groups, seen, within)
 
     graph = functools.partial(_graph, objective)
     segments = Segments(objective.leaves, objective.layout, forward, graph)

@@ -32,8 +32,8 @@ from neuronsurgery.loaders import Regrouped
 from neuronsurgery.scores import norms
 from neuronsurgery.types import Group
 
-Forward: TypeAlias = Callable[[Batch], tuple[Tensor, Tensor]]
-"""A batch -> its logits and losses."""
+Forward: TypeAlias = Callable[[Batch, contextlib.AbstractContextManager[Any]], tuple[Tensor, Tensor]]
+"""A batch and a context in which the model and its loss are to run -> logits and losses."""
 
 Collect: TypeAlias = Callable[[str, Callable[[slice], Tensor]], None]
 """Takes the name of a weight and what gives the weight's gradient for some of the examples."""
@@ -202,7 +202,7 @@ class _Reading(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or not any(True for _ in self._leaves_among((*args, *kwargs.values()))):
+        if not torch.is_grad_enabled() or not self._has_leaf((*args, *kwargs.values())):
             return func(*args, **kwargs)
         read = _READERS[func](*args, **kwargs) if func in _READERS else None
         if read is None or not self._fits(*read[1:]):
@@ -218,17 +218,14 @@ class _Reading(TorchFunctionMode):
         collect = self._collect
         return _Segmented.apply(x, weight, bias, operator, lambda of: collect(name, of))
 
-    def _leaves_among(self, values: Sequence[Any]) -> Iterator[str]:
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self._names:
-                    yield self._names[id(value)]
-            elif isinstance(value, tuple | list):
-                yield from self._leaves_among(value)
+    def _has_leaf(self, values: Sequence[Any]) -> bool:
+        return any(
+            self._has_leaf(value) if isinstance(value, tuple | list) else id(value) in self._names for value in values
+        )
 
     def _fits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
-            list(self._leaves_among((x, weight, bias))) == [self._names.get(id(weight))]
+            id(weight) in self._names
             and self._names[id(weight)] not in self.read
             and (bias is None or not bias.requires_grad)
             and type(x) is Tensor
@@ -277,7 +274,7 @@ class Segments:
     Args:
         leaves: the scored weights by the names of the layers; only these get a gradient.
         layout: the scored layers.
-        forward: runs the model on a batch, and its loss.
+        forward: runs the model on a batch, its loss, and what else is looked at.
         graph: a context around each forward pass and its backward pass.
 
     Attributes:
@@ -340,8 +337,8 @@ class Segments:
     def _alone(self, batch: Batch) -> _Found:
         """Return the norms of one group, computed as those of any other batch."""
         with self._graph():
-            with _Reading(self._leaves, len(batch), None) as reading:
-                logits, losses = self._forward(batch)
+            reading = _Reading(self._leaves, len(batch), None)
+            logits, losses = self._forward(batch, reading)
             gradients = differentiated(losses, logits, list(self._leaves.values()), retain=False)
         named = dict(zip(self._leaves, gradients, strict=True))
         reading.refuse_others(named)
@@ -352,8 +349,8 @@ class Segments:
         collector = _Collector(self._layout, list(map(len, batches)))
         leaves = list(self._leaves.values())
         with self._graph():
-            with _Reading(self._leaves, len(joint), collector) as reading:
-                logits, losses = self._forward(joint)
+            reading = _Reading(self._leaves, len(joint), collector)
+            logits, losses = self._forward(joint, reading)
             if is_float16(logits, leaves):  # of which gradients are scaled
                 raise _Unfit
             gradients = collector.backward(losses, leaves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed 3d": (lambda: network(nn.ConvTranspose3d(2, 3, 2), features=81), (2, 2, 2, 2)),
     "frozen front": (lambda: network(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Tanh(), features=16), (3, 4, 4)),
     "read without a gradient, too": (
-        lambda: Read(lambda m, x: m(x).tanh() + without_gradient(m, x), nn.Linear(4, 4), 4), (4,)
+        lambda: Read(lambda m, x: without_gradient(m, x) + m(x).tanh(), nn.Linear(4, 4), 4), (4,)
     ),
 }  # fmt: skip
 """Models, and the shape of an example, of which groups share batches."""
@@ -417,6 +418,15 @@ def test_what_cannot_share_a_batch_runs_alone(name: str, outcomes: Outcomes, mon
     assert outcomes.found == [False], "it is tried once"
     assert bool(together) == (name in LATE)
     assert_close(found, ns.group_grad_norms(model, by_group(data), **options))
+
+
+def test_what_is_tried_warns_of_nothing(outcomes: Outcomes) -> None:
+    """The model can be run on some of the examples, only not as it is tried here."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ns.group_grad_norms(ALONE["a force"][0](), grouped(4))
+    assert outcomes.found == [False]
+    assert caught == []
 
 
 def test_embeddings(outcomes: Outcomes) -> None:
