@@ -214,7 +214,7 @@ def find_critical(
         candidates = best[:pool]
     allowed = cap if objective is None else None
     search = Search(made, group, others, objective or selective(group, others, weight), k, allowed, pool, width)
-    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict}
+    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict, "shuffled": True}
     parts = search.parts(candidates)
     for swept in sweep_in_parts(
         model, parts, Mixed(named, unpack, runner.device), process_group=process_group, **settings

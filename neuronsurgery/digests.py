@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def digest(*pieces: str | bytes | Tensor) -> str:
+def digest(*pieces: str | bytes | memoryview | Tensor) -> str:
     """Return the SHA-256 of some pieces in their order, as hexadecimal digits.
 
     Of a tensor its bytes count, in the order of its entries and wherever they lie. Its shape and dtype do not: say them
@@ -18,6 +18,12 @@ def digest(*pieces: str | bytes | Tensor) -> str:
     for piece in pieces:
         said.update(_bytes(piece) if isinstance(piece, Tensor) else piece.encode() if isinstance(piece, str) else piece)
     return said.hexdigest()
+
+
+def rows_of_bytes(tensor: Tensor) -> list[memoryview]:
+    """Return for each row of a tensor what `digest` takes of it; all at once, which is faster."""
+    rows = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
+    return [row.data for row in rows.view(torch.uint8).numpy()]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -144,9 +145,10 @@ def in_turn(first: Sequence[T], second: Sequence[T]) -> list[T]:
 
 def selective(group: Group, others: Sequence[Group], weight: float) -> Objective:
     """Return the objective J of `find_critical`, ties broken."""
+    members_of = functools.lru_cache(maxsize=1)(group_members)  # asked of the same examples for every set
 
     def objective(before: Tensor, after: Tensor, groups: Sequence[Group]) -> float:
-        members = group_members(groups)
+        members = members_of(groups)
         rise = error_probability(after) - error_probability(before)
         own = members[group]
         worst = max(float(rise[members[name]].mean()) for name in others)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from neuronsurgery.batches import Batch, Examples, Unpack, by_key, group_members, inseparable
-from neuronsurgery.digests import digest
+from neuronsurgery.digests import digest, rows_of_bytes
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import checked_function, inline, nearest
 from neuronsurgery.loaders import iterate, iterate_groups, named_loaders
@@ -47,18 +47,15 @@ def example_keys(batch: Batch, key: Key | None = None) -> list[str]:
             raise ValueError(f"key= gave {len(names)} names for a batch of {len(batch)} examples: give one for each")
         return [digest(str(name.item() if isinstance(name, Tensor) else name)) for name in names]
     leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
-    rows = [leaf.detach().cpu().contiguous() for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    rows = [leaf for leaf in rows if len(leaf) == len(batch)]
+    rows = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(batch)]
     if not rows:
         raise ValueError(
             "no input of a batch has one entry per example, so that examples cannot be told apart: pass key=, a "
             "function batch -> one name per example"
         )
     kinds = [f"{leaf.dtype}{tuple(leaf.shape[1:])}" for leaf in rows]
-    return [
-        digest(*(piece for kind, leaf in zip(kinds, rows, strict=True) for piece in (kind, leaf[at])))
-        for at in range(len(batch))
-    ]
+    own = zip(*map(rows_of_bytes, rows), strict=True)
+    return [digest(*(piece for pair in zip(kinds, pieces, strict=True) for piece in pair)) for pieces in own]
 
 
 # Halves

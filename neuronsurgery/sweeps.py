@@ -344,6 +344,7 @@ def sweep_in_parts(
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     process_group: dist.ProcessGroup | None = None,
+    shuffled: bool = False,
 ) -> Iterator[Sweep]:
     """Yield the sweep of each of several mappings of edits in turn, as by `sweep`, with one capture of the model.
 
@@ -359,6 +360,8 @@ def sweep_in_parts(
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
         process_group: gather over its ranks, which are to make the same parts.
+        shuffled: whether the order of the examples may be another one in each pass: then the unedited model is run in
+            each part.
 
     Raises:
         ValueError: if an edit does not fit the model, a group has no examples, or the metric is not one value per
@@ -380,6 +383,7 @@ def sweep_in_parts(
     forward: CheckedForward | None = None
     base = _Tally(metrics)
     for edits in parts:
+        base = _Tally(metrics) if shuffled else base
         tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
         forward, shares = _part(model, edits, tallies, loaders, predict, unpack, process_group, forward)
         yield _gathered("", direction, edits, tallies, shares, order, process_group)
@@ -404,6 +408,7 @@ def _part(
             forward = CheckedForward(runner, predict or default_predict)
         else:
             forward.start_again()
+        if tallies[BASELINE].outcomes[""]:
             del edited[BASELINE]
         with torch.no_grad(), without_mha_fastpath():
             seen = _run(runner, edited, tallies, loaders, unpack, False, forward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -62,13 +62,38 @@ def test_it_finds_the_planted_unit_and_says_so() -> None:
     assert "0.weight[4] zero: -100.0 points, +0.0 elsewhere, where searched" in repr(found)
 
 
-def test_its_numbers_are_those_of_a_sweep() -> None:
-    found = find()
-    swept = ns.sweep(planted(), {str(i): step.edit for i, step in enumerate(found.path)}, examples())
+def numbers_are_those_of_a_sweep(found: ns.Critical, data: Any) -> None:
+    swept = ns.sweep(planted(), {str(i): step.edit for i, step in enumerate(found.path)}, data)
     for i, step in enumerate(found.path):
         change = swept.change(str(i))
         assert step.own == pytest.approx(change["rare"])
         assert step.worst_other == pytest.approx(min(change["left"], change["right"]))
+
+
+def test_its_numbers_are_those_of_a_sweep() -> None:
+    numbers_are_those_of_a_sweep(find(), examples())
+
+
+class Shuffled:
+    """A loader that gives its examples in another order each time; the model has some of them wrong."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        x, y = (torch.cat([batch[i] for batch in examples()]) for i in (0, 1))
+        groups = [name for batch in examples() for name in batch[2]]
+        y[:8] = 1 - y[:8]
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.passes)).tolist()
+        yield x[order], y[order], [groups[at] for at in order]
+
+
+def test_a_loader_may_shuffle() -> None:
+    loader = Shuffled()
+    found = ns.find_critical(planted(), loader, "rare", layout=HIDDEN, edits="zero", cap=1.0)
+    assert loader.passes > 3
+    numbers_are_those_of_a_sweep(found, Shuffled())
 
 
 def test_nothing_of_the_caller_changes() -> None:

@@ -81,6 +81,23 @@ def wrapped(*ranks: int) -> Any:
     return ns.group_grad_norms(DistributedDataParallel(model()) if distributed else model(), share(*ranks), **WORLD)
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+def page_step(rank: int) -> tuple[ns.Scores, list[Tensor]]:
+    """What the block of the page on several processes leaves: the scores, and the gradients of the model's weights."""
+    after = PAGE.read_text().partition("## Several processes")[2]
+    network, (x, y, _) = model(), share(rank)[0]
+    names = {"ns": ns, "dist": dist, "cross_entropy": nn.functional.cross_entropy, "x": x, "y": y}
+    names |= {"my_share": share(rank), "ddp_model": DistributedDataParallel(network), "twin": twin_of(network)}
+    exec(after.split("```python\n")[1].split("```")[0], names)
+    return names["scores"], [parameter.grad for parameter in network.parameters()]
+
+
+def twin_of(network: nn.Module) -> nn.Module:
+    return ns.apply(ns.zero_out(ns.topk(ns.magnitudes(network), 1)), network)
+
+
 def sweeps(model: nn.Module, data: Any, **world: Any) -> dict[str, ns.Sweep]:
     layout = ns.find_layout(model)
     edits = {name: ns.zero_out(ns.select(layout, {name: ...})) for name in layout.names}
@@ -246,6 +263,7 @@ def work(rank: int, folder: str) -> None:
         alone: list[Outcome] = [ns.group_grad_norms(model(), share(0)), ns.evaluate(model(), share(0))]
     WORLD["process_group"] = dist.group.WORLD
     results: dict[str, Outcome] = {name: run(rank) for name, run in AGREE.items()}
+    results["the page"] = page_step(rank)
     for name, (run, _) in FAIL.items():
         try:
             results[name] = run(rank)
@@ -330,6 +348,18 @@ def test_without_a_process_group_a_rank_is_alone(results: list[dict[str, Outcome
     scores, metrics = results[0]["alone"]
     assert scores.counts == metrics.counts == (4, 6)
     torch.testing.assert_close(scores.values, ns.group_grad_norms(model(), share(0)).values, rtol=1e-5, atol=1e-6)
+
+
+def test_the_step_of_the_page_averages_the_gradients_of_model_and_twin(results: list[dict[str, Outcome]]) -> None:
+    network = model()
+    for rank in range(RANKS):
+        x, y, _ = share(rank)[0]
+        for of in (network, twin_of(network)):
+            (nn.functional.cross_entropy(of(x), y) / RANKS).backward()
+    right = [parameter.grad for parameter in network.parameters()]
+    for scores, gradients in (result["the page"] for result in results):
+        assert scores.counts == AGREE["scores of mixed batches"](0, 1).counts
+        torch.testing.assert_close(gradients, right)
 
 
 @pytest.mark.parametrize("name", FAIL)
