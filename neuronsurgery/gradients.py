@@ -230,13 +230,15 @@ def group_grad_norms(
     """Return each group's gradient norm of every neuron, ||v(i, j)||_2, v(i, j) = d/dz_i of the mean loss over group j.
 
     Each example costs one forward and one backward pass, whatever the number of groups: mixed batches are regrouped on
-    the fly, examples being joined only with others of the same shapes. The model runs in evaluation mode on a copy that
-    shares its weights; nothing of it changes, and only the scored parameters get a gradient, frozen ones too. It works
-    inside `no_grad` and under the caller's autocast (a bfloat16 backward pass is itself good to about 2 %). Sums are in
-    float32 or wider.
+    the fly, examples being joined only with others of the same shapes. Small groups share batches where each scored
+    weight is read once, by a linear layer or a convolution; one of them runs twice to see that. The model runs in
+    evaluation mode on a copy that shares its weights; nothing of it changes, and only the scored parameters get a
+    gradient, frozen ones too. It works inside `no_grad` and under the caller's autocast (a bfloat16 backward pass is
+    itself good to about 2 %). Sums are in float32 or wider.
 
-    Memory: one copy of the scored gradients for a mapping of loaders; for a mixed stream one per group (a warning
-    above 4 GB names the way out: a mapping of loaders), and up to one batch of waiting examples per group.
+    Memory: one copy of the scored gradients for a mapping of loaders; for a mixed stream one per group that fills a
+    batch (a warning above 4 GB names the way out: a mapping of loaders), and up to one batch of waiting examples per
+    group.
 
     Args:
         model: any module.
