@@ -265,7 +265,7 @@ def regrouped_to_the_last(batches: Iterable[Batch], *, joint: bool = False) -> I
             yield _alone(oldest[0], waiting.pop(oldest).examples().batch(), False)
     last = dict(waiting.keys())
     for keys in _shared(waiting, counts, full) if joint else ():
-        yield _joined({group: waiting.pop((group, shape)).examples() for group, shape in keys})
+        yield _joined({group: waiting.pop((group, shape)) for group, shape in keys})
     for group, shape in list(waiting):
         yield _alone(group, waiting.pop((group, shape)).examples().batch(), shape == last[group])
 
@@ -274,12 +274,12 @@ def _alone(group: Group, batch: Batch, last: bool) -> Regrouped:
     return {group: batch}, batch, last
 
 
-def _joined(parts: Mapping[Group, Examples]) -> Regrouped:
+def _joined(waiting: Mapping[Group, _Waiting]) -> Regrouped:
     """Return the examples of several groups as views of one batch."""
-    together = join(list(parts.values()))
-    stops = list(itertools.accumulate(map(len, parts.values())))
-    ranges = itertools.starmap(range, zip([0, *stops], stops, strict=False))
-    own = {group: together.take(part).batch() for group, part in zip(parts, ranges, strict=True)}
+    together = join([part for one in waiting.values() for part in one.parts])
+    stops = itertools.accumulate(one.count for one in waiting.values())
+    ranges = [range(stop - one.count, stop) for one, stop in zip(waiting.values(), stops, strict=True)]
+    own = {group: together.take(part).batch() for group, part in zip(waiting, ranges, strict=True)}
     return own, together.batch(), True
 
 
@@ -301,11 +301,13 @@ def _shared(
         if len(keys) < FEWEST:
             continue
         share: list[tuple[Group, Any]] = []
-        for key in keys:
-            if sum(waiting[other].count for other in (*share, key)) > full:
+        free = full
+        for key, count in [(key, waiting[key].count) for key in keys]:
+            if count > free:
                 yield share
-                share = []
+                share, free = [], full
             share.append(key)
+            free -= count
         yield share
 
 
