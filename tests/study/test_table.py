@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from neuronsurgery.study.claims import judge
 from neuronsurgery.study.queries import (
     auc_interval,
     control_p_values,
@@ -341,28 +342,28 @@ def test_seeds_that_inferred_no_groups_are_named_with_the_reason(order: tuple[in
 # What is printed
 
 
-def test_seeds_without_stage_one_print_what_there_is() -> None:
-    printed = summary(in_order((0, 1), [with_chosen(arm("CnC, chosen", "comparison", 0.5)), with_chosen()]))
-    assert "| claim |" not in printed and "Last layer" not in printed
-    lines = printed.splitlines()
-    start = next(place for place, line in enumerate(lines) if line.startswith("Stage 2  Worst group"))
-    assert lines[start + 1].split("  ")[-1] == "worst group"
-    rows = {line[2:].split("  ")[0]: line for line in lines[start + 2 :]}
-    assert rows["pruned by gradient"].count("60.0 [60.0, 60.0]") == 3
-    assert rows["CnC, chosen"].split()[-3:] == ["-", "-", "-"]
-    assert "Means over 2 seeds [Student's 95 % interval]" in lines[-1]
+def test_accuracies_and_answers_are_printed(whole: dict[str, Any]) -> None:
+    run = Run.of(whole)
+    lines = summary(run).splitlines()
+    cells = (f"{100 * value:.1f}" for value in whole["accuracy"]["test"])
+    assert re.fullmatch(r"test +" + r" +".join(map(re.escape, cells)), lines[1 + list(whole["accuracy"]).index("test")])
+    asked = [claim for claim in judge(run) if claim["question"] and claim["group"] == run.minority[0]]
+    start = lines.index(f"{run.minority[0]}, the rarest group in training") + 1
+    assert len(asked) == 4
+    for line, claim in zip(lines[start:], asked, strict=False):
+        number, ends = f"{claim['mean']:.1f} {claim['unit']}", f"[{claim['low']:.1f}, {claim['high']:.1f}]"
+        assert re.fullmatch(rf"{re.escape(claim['question'])} +one seed only +{number} +{re.escape(ends)}", line)
+    assert lines[-1] == "report.html shows what these rest on; every number is in table.csv."
 
 
-def test_claims_and_retraining_of_seeds_are_printed() -> None:
+def test_of_seeds_means_are_printed_with_their_intervals() -> None:
     runs = [MadeUp(draws=1).results(["1a"]) | {"fragility": fragility()} for _ in range(2)]
     printed = summary(seeds_of(runs))
-    assert "| 1a | zeroing the top-1 to 3 by the group's gradient changes it more" in printed
-    assert "inferred by knockout  60.0 [60.0, 60.0]" in printed
-    assert re.search(r"\n  AFR +-", printed)
+    assert printed.startswith("accuracy, %, mean of 2 seeds [95 % interval]")
+    mean = 100 * runs[0]["accuracy"]["train"][0]
+    assert re.search(rf"\ntrain +{mean:.1f} \[{mean:.1f}, {mean:.1f}\]", printed)
+    assert re.search(r"hit it more than any other group\? +(holds|does not hold) ", printed)
 
 
-def test_a_run_prints_what_it_has(whole: dict[str, Any]) -> None:
-    printed = summary(Run.of(whole))
-    for title in ("Empirical risk minimisation", "1a  Zero the top", "1g  Zero random", "Stage 2  Worst", "Last layer"):
-        assert f"{title}" in printed
-    assert "One image is 0.057, 1.1, 3.6, 0.19 points in these groups. Every number is in table.csv." in printed
+def test_nobody_rare_means_no_answers(whole: dict[str, Any]) -> None:
+    assert "rarest" not in summary(Run.of({**whole, "minority": []}))
