@@ -34,7 +34,7 @@ def over_draws(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row per intervention, group and seed of a table of changes, the draws of each taken together.
 
     "value" is the mean, "low" and "high" are the lowest and the highest draw (of a single draw, its interval), "p" is
-    the median. New are "draws", and "seen": in how many draws the interval excludes 0 on the side where more of them do.
+    the median. New are "draws", and "seen": in how many of them the interval excludes 0, on the side where more do.
     """
     value, low, high, alone = pl.col("value"), pl.col("low"), pl.col("high"), pl.len() == 1
     return table.group_by("seed", *(name for name in KEYS if name != "draw"), maintain_order=True).agg(
