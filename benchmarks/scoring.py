@@ -142,7 +142,7 @@ def pass_per_group(model: nn.Module, data: Data) -> Tensor:
 
 
 def regrouped_passes(model: nn.Module, data: Data) -> None:
-    """The floor once batches are of one group each: as `plain_pass`, on the batches that the library runs."""
+    """The floor where batches are of one group each: as `plain_pass`, on those of groups that cannot share one."""
     plain_pass(model, [(b.args[0], b.targets, b.targets) for _, b in regrouped(iterate(data))])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from neuronsurgery.copies import Runner
+from neuronsurgery.errors import inline, warn
 from neuronsurgery.switches import without_cudnn
 
 
@@ -111,3 +112,20 @@ def goes_past(run: Callable[[], Tensor], tensors: Iterable[Tensor], wanted: Iter
         for tensor in others:
             tensor.requires_grad_(False)
     return value.requires_grad and read.tensors.isdisjoint(map(id, wanted))
+
+
+def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
+    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
+    if held:
+        partly = inline(f"{name} (by {where})" for name, where in held.items())
+        warn(
+            f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
+            f"in no score: use the registered parameter, or leave these layers out with where="
+        )
+    missed = [name for name in scored if name not in reached]
+    if missed:
+        warn(
+            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
+            f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
+            f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
+        )

@@ -20,12 +20,11 @@ from torch.func import functional_call
 from neuronsurgery.batches import Batch, Unpack, by_key, group_names
 from neuronsurgery.checks import is_finite, is_integer, refuse, unfit
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns, warn_of_unreached
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed
 from neuronsurgery.errors import checked, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
-from neuronsurgery.gradients import warn_of_unreached
 from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import line_end, named_loaders, pause_between_lines
