@@ -364,9 +364,7 @@ class _Search:
                 continue
             mean = by_module.get((hold.place.module, hold.place.side))
             if hold.needs_mean and mean is None:
-                reasons[layer] = (
-                    "its module is never called: no example comes to it, or a fused operator reads its weight"
-                )
+                reasons[layer] = "it is never called: no example comes to it, or a fused operator reads its weight"
                 continue
             holders[layer], places[layer] = self._holder(layer, hold, mean), hold.place
         return Means(holders, reasons, places)

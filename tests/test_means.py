@@ -178,7 +178,7 @@ def test_a_layer_within_a_fused_operator_is_not_seen() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(12, 2)).eval()
     data = [(torch.randn(4, 3, 4), torch.zeros(4, dtype=torch.int64))]
     neurons = ns.select(ns.find_layout(model), {"0.self_attn.out_proj.weight": 1})
-    with pytest.raises(ValueError, match="its module is never called: no example comes to it, or a fused operator"):
+    with pytest.raises(ValueError, match="it is never called: no example comes to it, or a fused operator"):
         ns.mean_out(neurons, model, data)
 
 
