@@ -117,13 +117,14 @@ class _Pass:
         self._heard: list[Term] | None = None  # known after the first batch
         self._written: list[Term] = []
         self._compared: set[Place] = set()  # where what is heard was compared with gradients
+        self._examples = 0  # on how many examples
         names = surveyed.first_names({layer.parameter for term in terms for layer in term.reads})
         self._names = {layer: names[layer.parameter] for term in terms for layer in term.reads}
 
     def add(self, groups: Sequence[Group], batch: Batch) -> None:
         """Add the effects on the examples of a batch."""
-        if self._heard is None:
-            self._listen_once(batch)
+        if self._examples < min(2, len(batch)):  # one example shows nothing of how several are told apart
+            self._compare(batch)
         members = group_members(groups)
         for group, indices in members.items():
             self.counts[group] = self.counts.get(group, 0) + len(indices)
@@ -292,7 +293,7 @@ class _Pass:
 
     # What is heard
 
-    def _listen_once(self, batch: Batch) -> None:
+    def _compare(self, batch: Batch) -> None:
         """Find out, on a few examples, of which terms the effects are heard at the outputs; written are the others."""
         few = batch if inseparable(batch) else Examples.of(batch).take(range(min(FEW, len(batch)))).batch()
         placed = [term for term in self._terms if term.place is not None]
@@ -320,7 +321,7 @@ class _Pass:
         layers = [layer for term in placed for layer in term.reads]
         # Where nothing is placed there is nothing to hear, and nothing else that needs a gradient.
         self._within(() if placed else [layer for term in self._terms for layer in term.reads], listen)
-        count = min(FEW, len(few))
+        count = self._examples = min(FEW, len(few))
         expected = self._within(layers, self._each, placed, few, count) if placed else []
         right = set()
         for term, effects in zip(placed, expected, strict=True):

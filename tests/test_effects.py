@@ -293,6 +293,40 @@ def test_experts_that_see_a_part_of_the_examples(where: Any, size: int, transfor
     assert_effects(found, right)
 
 
+class Turned(nn.Module):
+    """The layer sees the examples of a batch in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.flip(0)).flip(0).tanh())
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 * x.mean(0)
+
+
+def test_a_first_batch_of_one_example_shows_nothing_of_the_others() -> None:
+    torch.manual_seed(0)
+    model, x, y = Turned().double(), torch.randn(9, 3).double(), torch.arange(9) % 2
+    groups = torch.tensor([0, *[0] * 4, *[1] * 4])
+    whole, parts = (
+        ns.group_effects(model, [(x[part], y[part], groups[part]) for part in torch.arange(9).split(sizes)])
+        for sizes in ([9], [1, 8])
+    )
+    assert torch.allclose(whole.values, parts.values, atol=1e-6)
+
+
+def test_a_first_batch_of_one_example_hides_no_dependence() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Centred(), nn.Linear(4, 2))
+    data = [(torch.randn(size, 3), torch.zeros(size).long()) for size in (1, 8)]
+    with pytest.raises(ValueError, match="the model or the loss looks at the whole batch"):
+        ns.group_effects(model, data)
+
+
 @pytest.mark.parametrize(
     "layer", [nn.Linear(3, 3), nn.LSTM(3, 3, batch_first=True), nn.MultiheadAttention(3, 1, batch_first=True)]
 )
