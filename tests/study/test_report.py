@@ -475,8 +475,9 @@ function beyond() {  // text that ends outside of its chart or of the page
   const found = [];
   for (const text of document.querySelectorAll(".chart svg text")) {
     const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
-    if (box.width && (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1))
-      found.push(text.textContent);
+    const [wide, high] = [box.left < frame.left - 1 || box.right > frame.right + 1,
+                          box.top < frame.top - 1 || box.bottom > frame.bottom + 1];
+    if (box.width && (wide || high)) found.push(text.textContent);
   }
   if (document.documentElement.scrollWidth > window.innerWidth + 1) found.push("the page is wider than the window");
   return found;

@@ -54,7 +54,8 @@ class Look:
 
     def encoded(self, *, shape: bool = True) -> dict[str, Any]:
         """Return colour, marker and opacity: a click on the legend takes the others back."""
-        columns = alt.ExprRef("width < 400 ? 1 : 2")
+        # Of the page: the width of the chart follows from its labels too late for the room that the legend gets.
+        columns = alt.ExprRef("containerSize()[0] < 600 ? 1 : 2")
         legend = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
         shown, places = legend if len(self.names) > 1 else None, range(len(self.names))
         colours: dict[str, Any] = {"range": [self.colours[place % len(self.colours)] for place in places]}
