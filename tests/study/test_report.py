@@ -169,9 +169,9 @@ def test_two_seeds_are_warned_of(several: tuple[Run, Path]) -> None:
 def test_what_was_impossible_and_what_labels_are_needed_is_said(whole: tuple[Run, Path]) -> None:
     page = (whole[1] / "report.html").read_text()
     said = text_of(page)
-    assert "Could not be trained: CnC: no image <is> an anchor." in said
+    assert "Could not be trained: CnC (no image <is> an anchor)." in said
     assert "worst group: group labels of validation images" in said
-    assert "Impossible: AFR: it did not <converge>." in said
+    assert "Impossible: AFR (it did not <converge>)." in said
     rows = figures_of(whole[0])["arms"].rows
     assert {row["labels"] for row in rows if row["selector"] == "Group DRO"} == {"class, group"}
     assert "no image &lt;is&gt; an anchor" in page and "<is>" not in page
