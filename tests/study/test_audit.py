@@ -103,7 +103,7 @@ def test_the_set_is_judged_on_the_other_half(trained: tuple[nn.Module, data.Data
     worst = min(row["value"] for name, row in changes.items() if name != net["group"])
     assert net["value"] == pytest.approx(worst - changes[net["group"]]["value"])
     assert sum(row["n"] for row in changes.values()) == pytest.approx(len(trained[1].train) / 2, abs=4)
-    assert "not searched" in found.answers[-1] or "no set was found" in found.answers[-1]
+    assert "not searched" in found.answers[-1] or "No set was found" in found.answers[-1]
     assert all(name in found.answers[-1] for name in net["names"].split(";"))
     assert repr(found).startswith("Audit\n  The network is right on")
 
@@ -161,7 +161,7 @@ def test_two_audits_in_one_folder_are_not_mixed_up(
     model, birds = trained
     splits = ("train", "validation", "train")
     edits = [audit(model, loaded(birds, split=split), batch=40, anyway=True, out=tmp_path).edits for split in splits]
-    assert edits[1]["critical"] != edits[0]["critical"]
+    assert edits[1].get("critical") != edits[0]["critical"]
     assert edits[0] == edits[2] == found.edits
     write_audit(found, loaded(birds), tmp_path)
     write_audit(dataclasses.replace(found, edits={"knockout": found.edits["knockout"]}), loaded(birds), tmp_path)
@@ -181,7 +181,7 @@ def test_a_budget_takes_a_part_and_says_so(trained: tuple[nn.Module, data.DataSe
     assert whole.scored == len(birds.train)
     assert str(whole).startswith("about ")
     little = plan(model, loaded(birds), batch=40, budget=1e-3)
-    assert little.searched < whole.searched
+    assert (little.scored, little.searched) == (200, 4 * 20) and whole.searched == len(birds.train)
     found = audit(model, loaded(birds), batch=40, budget=1e-3)
     assert f"a random part of {len(birds.train)}" in found.answers[0] or little.scored == len(birds.train)
 

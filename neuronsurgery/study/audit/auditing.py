@@ -231,7 +231,8 @@ class _Auditing:
             raise ValueError(
                 f"audit: on {len(places)} examples the network is right on {100 * mean:.0f} % of a class on the mean, "
                 f"no better than chance ({100 / len(recall):.0f} %): was it trained with another normalisation "
-                f"(--mean, --std), another size (--size) or another order of the classes? --anyway goes on all the same"
+                f"(--mean, --std), another size (--size) or another order of the classes? --anyway (anyway=True) goes "
+                f"on all the same"
             )
 
     def _logits(self, batch: tuple[Any, Tensor]) -> Tensor:
@@ -300,8 +301,8 @@ class _Auditing:
             warned = sorted({str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)})
             ns.save_file(critical.edit, file)
             kept.keep({key: _plain(critical, verdict, warned)})
-        edit = ns.load_file(file)
-        assert isinstance(edit, ns.Edit)
+        edit = ns.load_file(file) if kept[key]["rows"][0]["k"] else None
+        assert edit is None or isinstance(edit, ns.Edit)
         worse = f" Worse, but with too few examples: {'; '.join(smaller)}." if smaller else ""
         return {**kept[key], "said": kept[key]["said"] + worse}, edit
 
@@ -330,4 +331,5 @@ def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) ->
     ]
     rows.append(row(str(verdict.group), "net", verdict.net, *verdict.net_interval, p=verdict.p_value))
     which = f": {', '.join(map(str, critical.neurons))}" if critical.neurons else ""
-    return {"said": f"{verdict.sentence}{which}.", "rows": rows, "caveats": [*verdict.caveats, *warned]}
+    said = f"{verdict.sentence[0].upper()}{verdict.sentence[1:]}{which}."
+    return {"said": said, "rows": rows, "caveats": [*verdict.caveats, *warned]}
