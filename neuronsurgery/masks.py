@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from neuronsurgery.losses import (
     margin,
     refuse_bad_losses,
 )
-from neuronsurgery.pools import Pool, Unit, joined, read_pools
+from neuronsurgery.pools import Pool, Unit, joined, read_pools, spared_names
 from neuronsurgery.precision import wide_dtype, widened
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
@@ -351,7 +350,7 @@ def learned_mask(
     numbers = _Numbers(steps, penalty, learning_rate, protect, batch_size, checked_seed(seed))
     loaders, unpack = named_loaders(loaders), by_key(unpack, group_key)
     (group,) = group_names([group])
-    spared = None if against is None else group_names([against] if _is_name(against) else against)
+    spared = spared_names(against)
     masked = _masked(model, layout, where, predict)
     own, others = read_pools(
         loaders,
@@ -364,10 +363,6 @@ def learned_mask(
     )
     gates = _learned(masked, metric, own, others, numbers, progress)
     return Scores((1.0 - gates).float().cpu()[None], (group,), (len(own),), masked.layout, "learned mask")
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, int | str | np.integer)
 
 
 def _learned(

@@ -30,7 +30,7 @@ ORDER = [
     *("edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
     *("training", "lora"),
     *("evaluation", "graph", "experts", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
-    *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
+    *("outputs", "normed", "means", "terms", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "folders", "study"),
 ]
