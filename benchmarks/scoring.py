@@ -80,7 +80,8 @@ JOBS = {
         resnet18, 64, 32, 2, peers=(*PEERS_OF_BATCHES, "one backward pass per group", "vmap(grad), chunks of 16")
     ),
     "DeiT-tiny 112x112, 2 batches of 64": Job(deit_tiny, 112, 64, 2, peers=PEERS_OF_BATCHES),
-    "BERT of 4 layers, 64 tokens, 4 batches of 64": Job(bert, -64, 64, 4),
+    "DeiT-tiny 112x112, 8 batches of 64": Job(deit_tiny, 112, 64, 8),
+    "BERT of 4 layers, 64 tokens, 8 batches of 64": Job(bert, -64, 64, 8),
     "the study's network 32x32, 8 batches of 250": Job(small_resnet, 32, 250, 8, peers=("one pass per group",)),
     "the same, 100 groups": Job(small_resnet, 32, 250, 8, groups=100),
     "the same, 1000 groups": Job(small_resnet, 32, 250, 8, groups=1000),

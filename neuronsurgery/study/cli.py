@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fail(f"no command: {PROGRAM} {'|'.join(COMMANDS)}, or {PROGRAM} --help")
     name = words[0]
     if name not in COMMANDS:
-        step = near(name, COMMANDS) or f": the commands are {', '.join(COMMANDS)}"
+        step = near(name, (*COMMANDS, "--help", "--version")) or f": the commands are {', '.join(COMMANDS)}"
         fail(f"there is no command {name!r}{step}")
     options, run = COMMANDS[name]
     title, _, text = (inspect.getdoc(run) or "").partition("\n\n")

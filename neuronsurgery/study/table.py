@@ -181,6 +181,10 @@ def read_run(folder: Path) -> Run:
         what = "is a file, not a run folder" if folder.exists() else "is not there"
         raise FileNotFoundError(f"{folder} {what}: name the folder of a run, as given to `neuronsurgery study --out`")
     missing = [name for name in (RESULTS, TABLE) if not (folder / name).exists()]
+    if missing and (folder / "fragile.csv").exists():
+        raise FileNotFoundError(
+            f"{folder} is the folder of an audit: the same `neuronsurgery audit` makes its page again"
+        )
     if missing:
         raise FileNotFoundError(
             f"{folder} has no {' and no '.join(missing)}: run `neuronsurgery study --out {folder}` to its end first"

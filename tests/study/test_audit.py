@@ -22,6 +22,7 @@ import neuronsurgery as ns
 from neuronsurgery.study import data, models
 from neuronsurgery.study.audit import Audit, Examples, audit, from_loader, plan, write_audit
 from neuronsurgery.study.audit.command import examples_of, network_of, run
+from neuronsurgery.study.audit.fragile import Fragile
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.settings import AuditOptions
 from neuronsurgery.study.table import read_csv
@@ -102,7 +103,8 @@ def test_the_set_is_judged_on_the_other_half(trained: tuple[nn.Module, data.Data
     worst = min(row["value"] for name, row in changes.items() if name != net["group"])
     assert net["value"] == pytest.approx(worst - changes[net["group"]]["value"])
     assert sum(row["n"] for row in changes.values()) == pytest.approx(len(trained[1].train) / 2, abs=4)
-    assert "not searched" in found.answers[-1] or "no set was found" in found.answers[-1]
+    assert "not searched" in found.answers[-1] or "No set was found" in found.answers[-1]
+    assert all(name in found.answers[-1] for name in net["names"].split(";"))
     assert repr(found).startswith("Audit\n  The network is right on")
 
 
@@ -153,13 +155,33 @@ def test_an_audit_that_was_stopped_goes_on(
     assert (again.table, again.edits) == (found.table, found.edits)
 
 
+def test_two_audits_in_one_folder_are_not_mixed_up(
+    trained: tuple[nn.Module, data.DataSet], found: Audit, tmp_path: Path
+) -> None:
+    model, birds = trained
+    splits = ("train", "validation", "train")
+    edits = [audit(model, loaded(birds, split=split), batch=40, anyway=True, out=tmp_path).edits for split in splits]
+    assert edits[1].get("critical") != edits[0]["critical"]
+    assert edits[0] == edits[2] == found.edits
+    write_audit(found, loaded(birds), tmp_path)
+    write_audit(dataclasses.replace(found, edits={"knockout": found.edits["knockout"]}), loaded(birds), tmp_path)
+    assert [file.name for file in (tmp_path / "edits").iterdir()] == ["knockout.safetensors"]
+
+
+def test_a_group_that_is_worse_but_too_small_to_search_is_named() -> None:
+    groups = torch.tensor([0] * 12 + [1] * 40 + [2] * 40)
+    examples = Examples([""] * 92, torch.tensor([0, 1] * 46), groups, CLASSES, ["few", "half", "all"], iter, str)
+    margins = torch.cat([-torch.ones(12), torch.tensor([-1.0, 1.0] * 20), torch.ones(40)])
+    assert Fragile.of(examples, torch.arange(92), margins, None, "").worst() == ("half", ["few"])
+
+
 def test_a_budget_takes_a_part_and_says_so(trained: tuple[nn.Module, data.DataSet]) -> None:
     model, birds = trained
     whole = plan(model, loaded(birds), batch=40)
     assert whole.scored == len(birds.train)
     assert str(whole).startswith("about ")
     little = plan(model, loaded(birds), batch=40, budget=1e-3)
-    assert little.searched < whole.searched
+    assert (little.scored, little.searched) == (200, 4 * 20) and whole.searched == len(birds.train)
     found = audit(model, loaded(birds), batch=40, budget=1e-3)
     assert f"a random part of {len(birds.train)}" in found.answers[0] or little.scored == len(birds.train)
 
@@ -301,6 +323,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no module": ({"arch": None, "model": "no_such_module:make"}, "no_such_module cannot be imported"),
     "no name in it": ({"arch": None, "model": "json:make"}, "json has no 'make'"),
     "no network in it": ({"arch": None, "model": "json:JSONDecoder"}, "expected a torch module, found a JSONDecoder"),
+    "a function that fails": ({"arch": None, "model": "json:loads"}, "json:loads: loads() failed (TypeError: "),
     "texts for images": ({"text_column": "word"}, "--text-column is for networks that read texts"),
     "folders without classes": ({"table": None}, "has no two subfolders with images"),
     "chance": ({}, "no better than chance"),
@@ -313,6 +336,13 @@ def test_wrong_usage(files: Path, tmp_path: Path, wrong: dict[str, Any], said: s
         run(given(files, out=tmp_path / "audit", batch_size=60, **wrong))
     assert said in str(raised.value)
     assert not (tmp_path / "audit" / "report.html").exists()
+
+
+def test_the_folder_of_a_run_is_left_alone(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"is the folder of a run, results.json is in it: choose another one"):
+        run(given(files, out=tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_missing_and_broken_images_are_all_listed(files: Path, tmp_path: Path) -> None:

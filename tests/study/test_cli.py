@@ -368,6 +368,7 @@ WRONG_HERE = {
     "report nowhere": "nowhere is not there: name the folder of a run, as given to `neuronsurgery study --out`",
     "report file": "file is a file, not a run folder: name the folder of a run",
     "report folder": "folder has no results.json and no table.csv: run `neuronsurgery study --out folder` to its end",
+    "report audit": "audit is the folder of an audit: the same `neuronsurgery audit` makes its page again",
     "show nowhere.safetensors": "no file at",
     "show folder": "folder is a folder: name a file in it, such as folder/results.json",
     "show model.pt": "model.pt was written by torch.save, and show prints JSON and safetensors: look into it with "
@@ -383,6 +384,8 @@ def test_what_does_not_go_here_is_one_line_with_the_next_step(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "fragile.csv").touch()
     torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pt")
     before = sorted(tmp_path.rglob("*"))
     assert main(command.split()) == 1

@@ -376,7 +376,7 @@ def test_everything_wrong_comes_in_one_error(birds: Path) -> None:
         "  images in an unknown split, known are 0, train, training, 1, val, valid, validation, 2, test (2): "
         f"{bird_row(2)} ('holdout'), {bird_row(3)} ('3')",
         f"  images missing in {birds} (1): {bird_row(5)}",
-        "Put this right and run again; nothing was trained",
+        "Put this right and run again; nothing was done",
     ]
 
 

@@ -169,9 +169,9 @@ def test_two_seeds_are_warned_of(several: tuple[Run, Path]) -> None:
 def test_what_was_impossible_and_what_labels_are_needed_is_said(whole: tuple[Run, Path]) -> None:
     page = (whole[1] / "report.html").read_text()
     said = text_of(page)
-    assert "Could not be trained: CnC: no image <is> an anchor." in said
+    assert "Could not be trained: CnC (no image <is> an anchor)." in said
     assert "worst group: group labels of validation images" in said
-    assert "Impossible: AFR: it did not <converge>." in said
+    assert "Impossible: AFR (it did not <converge>)." in said
     rows = figures_of(whole[0])["arms"].rows
     assert {row["labels"] for row in rows if row["selector"] == "Group DRO"} == {"class, group"}
     assert "no image &lt;is&gt; an anchor" in page and "<is>" not in page
@@ -475,8 +475,9 @@ function beyond() {  // text that ends outside of its chart or of the page
   const found = [];
   for (const text of document.querySelectorAll(".chart svg text")) {
     const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
-    if (box.width && (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1))
-      found.push(text.textContent);
+    const [wide, high] = [box.left < frame.left - 1 || box.right > frame.right + 1,
+                          box.top < frame.top - 1 || box.bottom > frame.bottom + 1];
+    if (box.width && (wide || high)) found.push(text.textContent);
   }
   if (document.documentElement.scrollWidth > window.innerWidth + 1) found.push("the page is wider than the window");
   return found;

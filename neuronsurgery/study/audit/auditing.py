@@ -131,7 +131,7 @@ class _Auditing:
 
     def run(self, folder: Path, note: str) -> Audit:
         """Return what is found, step by step, each part written to the folder when it is done."""
-        kept = Parts(folder / "parts", self._key())
+        kept = Parts(folder / "parts", key := self._key())
         if "plan" in kept:
             self._tell(f"{len(kept)} parts are there from before, the first of them the plan")
         else:
@@ -141,15 +141,15 @@ class _Auditing:
         self._tell(str(plan))
         places = self._order[: plan.scored].sort().values
         found = Fragile.of(self.examples, places, *self._margins(places, plan, kept), self._ranked_by)
-        critical, edit = self._critical(found, plan, kept, folder / "edits" / "critical.safetensors")
-        known = {"critical": edit, "knockout": self.edit}
+        # By the key: of an audit with other settings in the same folder the cut is another.
+        critical, edit = self._critical(found, plan, kept, folder / "parts" / f"{key}.safetensors")
+        known = {"critical": edit, "knockout": self.edit if self.early is None else None}
         return Audit(
-            answers=(*found.sentences(), f"{critical['said'].removesuffix('.')}."),
+            answers=(*found.sentences(), critical["said"]),
             table=(*found.rows(), *critical["rows"]),
             fragile=tuple(found.table.select("path", "class", "score", "flag").to_dicts()),
             places=tuple(found.table["place"]),
             edits={name: value for name, value in known.items() if value is not None},
-            verdict=critical["verdict"],
             caveats=(*found.caveats, *critical["caveats"]),
             note=(note, *self._notes(plan)),
         )
@@ -164,7 +164,7 @@ class _Auditing:
         groups = f"{len(self.examples.group_names)} groups" if self.examples.group_names else "no groups given"
         return [
             f"{len(self.examples.targets)} examples, {len(self.examples.class_names)} classes, {groups}",
-            *(line.strip() for line in str(plan).splitlines()),
+            f"planned: {'; '.join(map(str.strip, str(plan).splitlines())).replace(':;', ':')}",
             f"neuronsurgery {version('neuronsurgery')}, torch {torch.__version__}, seed {self.seed}",
         ]
 
@@ -222,7 +222,7 @@ class _Auditing:
         if len(names) not in (0, classes) and not all(name.isdigit() for name in names):
             raise ValueError(
                 f"audit: the network has {classes} classes and the examples name {len(names)} ({first_of(names, 10)}): "
-                f"give whole numbers as labels, the network's own"
+                f"call the labels, or the subfolders, by the network's own numbers, 0 to {classes - 1}"
             )
         right, own = logits.argmax(1) == targets[places], targets[places]
         recall = [float(right[own == target].double().mean()) for target in torch.unique(own).tolist()]
@@ -231,7 +231,8 @@ class _Auditing:
             raise ValueError(
                 f"audit: on {len(places)} examples the network is right on {100 * mean:.0f} % of a class on the mean, "
                 f"no better than chance ({100 / len(recall):.0f} %): was it trained with another normalisation "
-                f"(--mean, --std), another size (--size) or another order of the classes? --anyway goes on all the same"
+                f"(--mean, --std), another size (--size) or another order of the classes? --anyway (anyway=True) goes "
+                f"on all the same"
             )
 
     def _logits(self, batch: tuple[Any, Tensor]) -> Tensor:
@@ -282,27 +283,28 @@ class _Auditing:
 
     def _critical(self, found: Fragile, plan: Plan, kept: Parts, file: Path) -> tuple[Row, ns.Edit | None]:
         """Return what a search and a judgement of the worst group came to, and the cut; or why there is none."""
-        name = found.worst()
+        name, smaller = found.worst()
         if name is None:
             kind = "fragile group" if self.examples.groups is None else "group"
-            said = f"No critical set was sought: no {kind} has {FEWEST} examples, {FEWEST // 2} of them right"
-            return {"said": said, "verdict": "", "rows": [], "caveats": []}, None
+            said = f"No critical set was sought: no {kind} has {FEWEST} examples, {FEWEST // 2} of them right."
+            return {"said": said, "rows": [], "caveats": []}, None
         key = f"critical set of {name}, {plan.searched}"
+        how = {"seed": self.seed, "progress": self.progress, **self._how}
         if key not in kept or not file.exists():
             search, rest = ns.halves(self._loaders(found.places(), plan), seed=self.seed)
             self._tell(f"a search for {name}")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                critical = ns.find_critical(self.model, search, name, k=self.k, seed=self.seed, **self._how)
+                critical = ns.find_critical(self.model, search, name, k=self.k, **how)
                 self._tell(f"a judgement of {len(critical.neurons)} neurons")
-                verdict = ns.judge(critical, self.model, rest, name, draws=DRAWS, seed=self.seed, **self._how)
+                verdict = ns.judge(critical, self.model, rest, name, draws=DRAWS, **how)
             warned = sorted({str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)})
-            file.parent.mkdir(exist_ok=True)
             ns.save_file(critical.edit, file)
             kept.keep({key: _plain(critical, verdict, warned)})
-        edit = ns.load_file(file)
-        assert isinstance(edit, ns.Edit)
-        return kept[key], edit
+        edit = ns.load_file(file) if kept[key]["rows"][0]["k"] else None
+        assert edit is None or isinstance(edit, ns.Edit)
+        worse = f" Worse, but with too few examples: {'; '.join(smaller)}." if smaller else ""
+        return {**kept[key], "said": kept[key]["said"] + worse}, edit
 
     def _loaders(self, groups: Mapping[str, Tensor], plan: Plan) -> dict[str, Iterable[Any]]:
         """Return batches of each group, at most `plan.searched` examples: all of small groups, parts of large ones."""
@@ -328,4 +330,6 @@ def _plain(critical: ns.Critical, verdict: ns.Verdict, warned: Sequence[str]) ->
         for each in verdict.to_records()
     ]
     rows.append(row(str(verdict.group), "net", verdict.net, *verdict.net_interval, p=verdict.p_value))
-    return {"said": verdict.sentence, "verdict": repr(verdict), "rows": rows, "caveats": [*verdict.caveats, *warned]}
+    which = f": {', '.join(map(str, critical.neurons))}" if critical.neurons else ""
+    said = f"{verdict.sentence[0].upper()}{verdict.sentence[1:]}{which}."
+    return {"said": said, "rows": rows, "caveats": [*verdict.caveats, *warned]}

@@ -15,10 +15,14 @@ from neuronsurgery.study.models import input_size
 from neuronsurgery.study.readers import Framing, Loading
 from neuronsurgery.study.readers.layouts import middle
 from neuronsurgery.study.settings import AuditOptions
+from neuronsurgery.study.table import RESULTS
 
 
 def run(options: AuditOptions) -> None:
     """Print the plan, or make the report and print its answers; what does not fit is an error before any long work."""
+    for name in (RESULTS, "run.json"):
+        if (options.out / name).exists():
+            raise FileExistsError(f"--out {options.out} is the folder of a run, {name} is in it: choose another one")
     network = network_of(options)
     examples = examples_of(options, network)
     how: dict[str, Any] = {"budget": options.budget, "batch": options.batch_size, "anyway": options.anyway}

@@ -67,16 +67,19 @@ class Fragile:
         for rows in self.table.sort(number, maintain_order=True).partition_by(number, maintain_order=True):
             yield rows[name][0], rows
 
-    def worst(self) -> str | None:
-        """Return the group to search for; None where none has enough examples."""
-        counts = {name: (len(rows), int(rows["right"].sum())) for name, rows in self._parts("groups")}
-        asked = {
-            name: (right / count, count)
-            for name, (count, right) in counts.items()
-            if count >= FEWEST and right >= FEWEST / 2
-            if name.endswith(", fragile") or self.examples.groups is not None
-        }
-        return min(asked, key=lambda name: asked[name]) if asked and len(counts) > 1 else None
+    def worst(self) -> tuple[str | None, list[str]]:
+        """Return the group to search for, None where none has enough examples, and those that are worse but too small.
+
+        Of inferred groups the fragile ones are meant.
+        """
+        groups = {name: rows["right"] for name, rows in self._parts("groups")}
+        asked = [name for name in groups if name.endswith(", fragile") or self.examples.groups is not None]
+        asked.sort(key=lambda name: (groups[name].mean(), len(groups[name])))
+        enough = [len(groups[name]) >= FEWEST and groups[name].sum() >= FEWEST / 2 for name in asked]
+        if len(groups) < 2 or True not in enough:
+            return None, []
+        place = enough.index(True)
+        return asked[place], asked[:place]
 
     def places(self) -> dict[str, Tensor]:
         """Return the places of the examples of each group that has at least two, ascending."""

@@ -58,8 +58,8 @@ def from_arch(arch: str, weights: Path) -> Network:
     built = build_model(arch, classes[0], weights) if classes else None
     if built is None or "head included" not in built.note:
         raise ValueError(
-            f"{weights} has no head of {arch} ({', '.join(sorted(heads))}): pass the weights of the whole trained "
-            f"network"
+            f"{weights} has no head of {arch} for two classes or more ({', '.join(sorted(heads))}): pass the weights "
+            f"of the whole trained network, or the network itself with --model"
         )
     return Network(built.model.eval(), built.note)
 
@@ -71,12 +71,20 @@ def from_function(name: str, weights: Path | None) -> Network:
     try:
         made = pkgutil.resolve_name(name)
     except ImportError as error:
-        raise ImportError(f"--model {name}: {module} cannot be imported ({error}): start where it can be") from error
+        raise ImportError(
+            f"--model {name}: {module} cannot be imported ({error}): start in the folder that it is in"
+        ) from error
     except AttributeError as error:
         raise ValueError(f"--model {name}: {module} has no {function!r}") from error
     finally:
         sys.path.remove(os.getcwd())
-    model = made if isinstance(made, nn.Module) else made()
+    try:
+        model = made if isinstance(made, nn.Module) else made()
+    except Exception as error:  # whatever a function of the caller's raises
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--model {name}: {function}() failed ({said}): name a function that makes the network without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {name}: expected a torch module, found a {type(model).__name__}")
     if weights is not None:

@@ -16,6 +16,9 @@ from neuronsurgery.study.pages import Figure, Look, exports, render
 from neuronsurgery.study.pages.charts import interval, points
 from neuronsurgery.study.table import COLUMNS, csv_of
 
+KEPT: Final = ("edits/critical.safetensors", "edits/knockout.safetensors", "figures/critical.svg")
+"""What not every audit has, beside its page and tables."""
+
 SHOWN: Final = 12
 """Fragile examples of each class on the page."""
 
@@ -36,12 +39,15 @@ def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
     folder = Path(folder)
     for name in ("edits", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in KEPT:  # of an audit before this one
+        (folder / name).unlink(missing_ok=True)
     for name, edit in audit.edits.items():
         ns.save_file(edit, folder / "edits" / f"{name}.safetensors")
     figures = figures_of(audit)
     files = {"table.csv": csv_of(pl.DataFrame(audit.table, schema=dict(COLUMNS)))}
-    files |= {"fragile.csv": csv_of(pl.DataFrame(audit.fragile))} if audit.fragile else {}
-    files |= {**exports(figures), "report.html": html_of(audit, examples, figures).encode()}
+    files |= {"fragile.csv": csv_of(pl.DataFrame(audit.fragile)), **exports(figures)}
+    page = render("audit.html", audit=audit, figures=figures, sheets=_sheets(audit, examples), points=points)
+    files |= {"report.html": page.encode()}
     for name, data in files.items():
         write_atomically(folder / name, data)
     return folder / "report.html"
@@ -49,17 +55,16 @@ def write_audit(audit: Audit, examples: Examples, folder: Path | str) -> Path:
 
 def figures_of(audit: Audit) -> dict[str, Figure]:
     """Return the accuracy of every class and group, and what the set that was found does to whom."""
-    figures = {}
     accuracies = [row for row in audit.table if row["stage"] == "accuracy"]
     flagged = {(row["experiment"], row["group"]): row["value"] for row in audit.table if row["stage"] == "fragile"}
     columns = {"interval": "95 % interval", "n": "examples"}
-    if accuracies:
-        kinds = [(row["experiment"], row["group"]) for row in accuracies]
-        rows = [
-            {**_row(row), "kind": kind[0], "fragile": points(flagged.get(kind))}
-            for kind, row in zip(kinds, accuracies, strict=True)
-        ]
-        figures["accuracy"] = Figure(
+    kinds = [(row["experiment"], row["group"]) for row in accuracies]
+    rows = [
+        {**_row(row), "kind": kind[0], "fragile": points(flagged.get(kind))}
+        for kind, row in zip(kinds, accuracies, strict=True)
+    ]
+    figures = {
+        "accuracy": Figure(
             rows,
             Look(list(dict.fromkeys(kind for kind, _ in kinds)), field="kind"),
             axis="accuracy, %",
@@ -69,6 +74,7 @@ def figures_of(audit: Audit) -> dict[str, Figure]:
             line=None,
             aside=False,
         )
+    }
     changes = [row for row in audit.table if row["stage"] == "critical" and row["measure"] != "net"]
     if changes and changes[0]["k"]:
         figures["critical"] = Figure(
@@ -85,16 +91,6 @@ def figures_of(audit: Audit) -> dict[str, Figure]:
 def _row(row: Row) -> dict[str, Any]:
     numbers = {name: points(row[name]) for name in ("value", "low", "high")}
     return {"name": row["group"], **numbers, "values": [], "interval": interval(row), "n": row["n"]}
-
-
-def html_of(audit: Audit, examples: Examples, figures: Mapping[str, Figure]) -> str:
-    """Return the page."""
-    return render(
-        "audit.html",
-        audit=audit,
-        figures=figures,
-        sheets=_sheets(audit, examples),
-    )
 
 
 def _sheets(audit: Audit, examples: Examples) -> Mapping[str, list[dict[str, Any]]]:

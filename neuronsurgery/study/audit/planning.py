@@ -13,6 +13,7 @@ from torch import nn
 
 import neuronsurgery as ns
 from neuronsurgery.study.audit.examples import Examples, picked
+from neuronsurgery.study.audit.fragile import FEWEST
 
 FIRST: Final = 200
 """Examples that are looked at before anything long begins; so many are always cut."""
@@ -98,10 +99,11 @@ def make_plan(
 
     left, scored = until - time.perf_counter(), count
     while scored > FIRST and of_fragile(scored) > left / 2:
-        scored = int(scored * 0.9)
+        scored = max(FIRST, int(scored * 0.9))
     searched = scored
-    while searched > 0 and of_fragile(scored) + of_critical(searched) > left:
-        searched = int(searched * 0.95)
+    least = min(scored, FEWEST * (len(examples.group_names) or 2 * len(examples.class_names)))
+    while searched > least and of_fragile(scored) + of_critical(searched) > left:
+        searched = max(least, int(searched * 0.95))
     steps = {
         f"accuracy, and who is fragile, on {scored} of {count} examples": of_fragile(scored),
         f"a critical set, searched and judged on at most {searched} examples": of_critical(searched),

@@ -26,8 +26,7 @@ class Audit:
         fragile: one row per example that was scored: `path`, `class`, `score` (higher is more fragile), `flag` (1 where
             it stands out within its class), most fragile first within each class.
         places: of the examples of `fragile` among all.
-        edits: by name: "knockout", the cut that says who is fragile, and "critical", the set that was found.
-        verdict: the judgement of that set as it prints, or why there is none.
+        edits: by name: "critical", the set that was found, and "knockout", the cut that says who is fragile, if any.
         caveats: what these numbers do not say.
         note: the network, the examples and the time that were used, one line each.
     """
@@ -37,7 +36,6 @@ class Audit:
     fragile: tuple[Row, ...]
     places: tuple[int, ...]
     edits: Mapping[str, ns.Edit]
-    verdict: str
     caveats: tuple[str, ...]
     note: tuple[str, ...]
 

@@ -25,6 +25,9 @@ GREY: Final = "#6b7680"
 BAND: Final = 13
 """Pixels of one mark, where several stand in one row."""
 
+WHOLE: Final = "datum.value % 1 ? '' : datum.label"
+"""Labels of whole numbers alone: of two epochs Vega also marks the middle."""
+
 FONT: Final = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 
@@ -54,7 +57,8 @@ class Look:
 
     def encoded(self, *, shape: bool = True) -> dict[str, Any]:
         """Return colour, marker and opacity: a click on the legend takes the others back."""
-        columns = alt.ExprRef("width < 400 ? 1 : 2")
+        # Of the page: the width of the chart follows from its labels too late for the room that the legend gets.
+        columns = alt.ExprRef("containerSize()[0] < 600 ? 1 : 2")
         legend = alt.Legend(title=None, orient="top", columns=columns, labelLimit=260, symbolOpacity=1)
         shown, places = legend if len(self.names) > 1 else None, range(len(self.names))
         colours: dict[str, Any] = {"range": [self.colours[place % len(self.colours)] for place in places]}
@@ -205,7 +209,7 @@ def _lines(figure: Figure) -> tuple[int, list[Any]]:
     lines = alt.Chart().mark_line(point=alt.OverlayMarkDef(size=36, filled=True))
     return 320, [
         lines.encode(
-            x=alt.X(f"{figure.by}:Q", title=figure.heading, axis=alt.Axis(tickMinStep=1, format="d")),
+            x=alt.X(f"{figure.by}:Q", title=figure.heading, axis=alt.Axis(tickMinStep=1, labelExpr=WHOLE)),
             y=alt.Y("value:Q", title=figure.axis, scale=alt.Scale(zero=False)),
             tooltip=figure.tooltip,
             **figure.look.encoded(shape=False),

@@ -26,7 +26,7 @@ def raise_for(source: Path, problems: Problems) -> None:
         return
     lines = [f"  {what} ({len(names)}): {first_of(names)}" for what, names in found.items()]
     raise ValueError(
-        f"{source} cannot be used:\n" + "\n".join(lines) + "\nPut this right and run again; nothing was trained"
+        f"{source} cannot be used:\n" + "\n".join(lines) + "\nPut this right and run again; nothing was done"
     )
 
 
@@ -110,7 +110,7 @@ def _read_rows(path: Path) -> Rows:
     except csv.Error as error:
         raise ValueError(
             f"{path}: the row that begins in line {begun} cannot be read ({error}): close the quotation mark that is "
-            f"open there, or double it where it belongs to the text, and run again; nothing was trained"
+            f"open there, or double it where it belongs to the text, and run again; nothing was done"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _place_columns(path: Path, columns: Sequence[str], aliases: Mapping[str, Seq
         wrong.append(f"columns missing ({len(missing)}): expected {', '.join(missing)}, found {found}")
     if wrong:
         raise ValueError(
-            f"{path}: {'; '.join(wrong)}: name the columns as expected, each of them otherwise, or, of a folder of "
-            f"your own, say what they are called (--data folder with --label-column and so on, or image_folder)"
+            f"{path}: {'; '.join(wrong)}: name the columns as expected, each of them otherwise, or say what they are "
+            f"called (--path-column, --label-column and so on; not of Waterbirds and CelebA)"
         )
     return {key: columns.index(name) for key, name in chosen.items() if name is not None}
