@@ -6,11 +6,16 @@ from neuronsurgery.study.pages import Figure, Look, exports
 
 GROUPS = ("landbird on land", "landbird on water", "waterbird on land", "waterbird on water")
 CUTS = {
-    "3 neurons of the largest gradient": [(-69, None, None), (-55, None, None), (11, None, None), (0, None, None)],
-    "3 neurons searched for, judged on other images": [
-        (0, -0.32, 0.32),
-        (4.35, -3.91, 12.25),
-        (-42.86, -66.87, -8.13),
+    "3 neurons of the largest gradient": [
+        (-21.8, None, None),
+        (-72.8, None, None),
+        (14.3, None, None),
+        (0.2, None, None),
+    ],
+    "2 neurons searched for, judged on other images": [
+        (-0.34, -0.84, 0.16),
+        (-26.09, -38.54, -11.46),
+        (28.57, -2.39, 52.39),
         (0, -1.04, 1.04),
     ],
 }
