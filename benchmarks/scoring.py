@@ -80,7 +80,8 @@ JOBS = {
         resnet18, 64, 32, 2, peers=(*PEERS_OF_BATCHES, "one backward pass per group", "vmap(grad), chunks of 16")
     ),
     "DeiT-tiny 112x112, 2 batches of 64": Job(deit_tiny, 112, 64, 2, peers=PEERS_OF_BATCHES),
-    "BERT of 4 layers, 64 tokens, 4 batches of 64": Job(bert, -64, 64, 4),
+    "DeiT-tiny 112x112, 8 batches of 64": Job(deit_tiny, 112, 64, 8),
+    "BERT of 4 layers, 64 tokens, 8 batches of 64": Job(bert, -64, 64, 8),
     "the study's network 32x32, 8 batches of 250": Job(small_resnet, 32, 250, 8, peers=("one pass per group",)),
     "the same, 100 groups": Job(small_resnet, 32, 250, 8, groups=100),
     "the same, 1000 groups": Job(small_resnet, 32, 250, 8, groups=1000),
@@ -142,7 +143,7 @@ def pass_per_group(model: nn.Module, data: Data) -> Tensor:
 
 
 def regrouped_passes(model: nn.Module, data: Data) -> None:
-    """The floor once batches are of one group each: as `plain_pass`, on the batches that the library runs."""
+    """The floor where batches are of one group each: as `plain_pass`, on those of groups that cannot share one."""
     plain_pass(model, [(b.args[0], b.targets, b.targets) for _, b in regrouped(iterate(data))])
 
 

@@ -58,6 +58,7 @@ def contrast(scores: Scores, of: Group, against: Group) -> Scores:
 
     Raises:
         KeyError: if there is no such group.
+        ValueError: if a score is negative, as those of `group_effects` may be.
 
     Example:
         >>> from neuronsurgery import magnitudes
@@ -66,6 +67,11 @@ def contrast(scores: Scores, of: Group, against: Group) -> Scores:
         0.0
     """
     a, b = (checked(scores, Scores, SCORES)[group].values.double() for group in (of, against))
+    if bool((torch.cat([a, b]) < 0).any()):
+        raise ValueError(
+            f"a contrast is a ratio of scores of at least 0, and some of these ({scores.criterion}) are negative: "
+            f"compare signed scores by their difference"
+        )
     eps = 1e-12 * torch.maximum(a.max(), b.max())
     if eps == 0:
         eps = torch.ones((), dtype=torch.float64, device="cpu")  # all scores are zero: no contrast anywhere

@@ -20,10 +20,10 @@ from neuronsurgery.distributed import exchange
 from neuronsurgery.edits import Edit, compose
 from neuronsurgery.effects import error_probability, prepared
 from neuronsurgery.errors import checked_function, counted, inline, listed
-from neuronsurgery.first_order import mean_effects, terms_of
+from neuronsurgery.first_order import mean_effects
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import Mixed, named_loaders
-from neuronsurgery.losses import margin
+from neuronsurgery.losses import is_larger_better, margin
 from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
@@ -32,6 +32,7 @@ from neuronsurgery.splits import checked_groups, groups_of
 from neuronsurgery.surveys import Survey
 from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.switches import restoring
+from neuronsurgery.terms import terms_of
 from neuronsurgery.types import Group, Loaders, Metric, Predict, Where
 
 
@@ -112,7 +113,7 @@ def find_critical(
     loaders: Loaders,
     group: Group,
     *,
-    against: Iterable[Group] | None = None,
+    against: Group | Iterable[Group] | None = None,
     k: int = 3,
     edits: Sequence[Kind] = ("zero", "mean"),
     layout: Layout | None = None,
@@ -178,7 +179,8 @@ def find_critical(
     Raises:
         KeyError: if there is no such group; lists those there are.
         TypeError: if an edit is none of these kinds.
-        ValueError: if there is no other group, or an argument is out of range (lists all).
+        ValueError: if there is no other group, the metric is a loss, no neuron can be edited so, or an argument is out
+            of range (lists all).
 
     Example:
         >>> import neuronsurgery as ns
@@ -192,19 +194,24 @@ def find_critical(
         Mean ablation and signed effects: Molchanov et al., 2019. The question: You et al., "The Silent Majority", 2025.
     """
     kinds, unpack = _checked(edits, objective, screen), by_key(unpack, group_key)
+    if is_larger_better(metric) is False:
+        raise ValueError("metric= is positive where an example is right, which no loss is: pass margin, or your own")
     _refuse_unfit(k=k, pool=pool, width=width, weight=weight, cap=cap)
     if screen == "mask" and process_group is not None:
         raise ValueError("a mask is learned by one process: pass screen='effects' with process_group=")
     named = named_loaders(loaders)
     options = _Options(metric, predict, unpack, progress, process_group)
     counts, searched = counted_examples(named, unpack, process_group)
-    others = checked_groups(group, against, counts)
+    group, others = checked_groups(group, against, counts)
     spread = "mean" not in kinds and screen != "mask"
     surveyed, runner, layout = prepared(model, layout, where, extra, spread=spread, process_group=process_group)
     means = find_means(surveyed, runner, layout.layers, named, *options[1:]) if "mean" in kinds else None
     made = Kinds(kinds, layout, means)
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)
     candidates = list(made.candidates())
+    if not candidates:
+        reasons = "" if means is None else unheld_layers(means.reasons)
+        raise ValueError(f"no neuron can be edited as edits= says, {reasons}: add 'zero', or other layers with where=")
     if screened:
         own, worst = _predicted(surveyed, runner, made, candidates, named, group, others, options)
         order = np.argsort(-own + weight * np.maximum(worst, 0), kind="stable")

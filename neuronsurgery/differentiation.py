@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from neuronsurgery.copies import Runner
+from neuronsurgery.errors import inline, warn
 from neuronsurgery.switches import without_cudnn
 
 
@@ -73,3 +76,56 @@ def _scaled_gradients(losses: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tens
     if not all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients):
         return torch.autograd.grad(losses.mean(), leaves, allow_unused=True, retain_graph=True)
     return [None if gradient is None else gradient.float() / multiple for gradient in gradients]
+
+
+class _Read(TorchFunctionMode):
+    """Notes which tensors are given to functions of torch, by their identities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+    @override
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.tensors.update(map(id, pytree.tree_leaves((args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+def goes_past(run: Callable[[], Tensor], tensors: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    """Return whether what a function computes owes something to some tensors, and it reads none of those wanted.
+
+    Args:
+        run: what to compute; runs once.
+        tensors: all that it could read, leaves of autograd.
+        wanted: some of them.
+    """
+    read = _Read()
+    others = [tensor for tensor in tensors if tensor.is_floating_point() and not tensor.requires_grad]
+    try:
+        for tensor in others:
+            tensor.requires_grad_()
+        with read:
+            value = run()
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(False)
+    return value.requires_grad and read.tensors.isdisjoint(map(id, wanted))
+
+
+def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
+    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
+    if held:
+        partly = inline(f"{name} (by {where})" for name, where in held.items())
+        warn(
+            f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
+            f"in no score: use the registered parameter, or leave these layers out with where="
+        )
+    missed = [name for name in scored if name not in reached]
+    if missed:
+        warn(
+            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
+            f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
+            f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
+        )

@@ -20,13 +20,14 @@ from neuronsurgery.batches import Unpack, by_key
 from neuronsurgery.copies import Runner, checkpointing_asleep, make_runner
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.errors import warn
-from neuronsurgery.first_order import Transform, mean_effects, terms_of
+from neuronsurgery.first_order import Transform, mean_effects
 from neuronsurgery.layouts import Layout
 from neuronsurgery.losses import margin
 from neuronsurgery.means import find_means
 from neuronsurgery.scores import Scores
 from neuronsurgery.surveys import Survey, survey
 from neuronsurgery.switches import restoring
+from neuronsurgery.terms import terms_of
 from neuronsurgery.types import Loaders, Metric, Predict, Where
 from neuronsurgery.wrappers import is_checkpointed
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Examples, Unpack, group_members, inseparable, ordered_groups
 from neuronsurgery.copies import Runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns, goes_past
 from neuronsurgery.distributed import exchange
 from neuronsurgery.errors import EXHAUSTED, checked, checked_function
 from neuronsurgery.evaluation import METRIC
@@ -26,14 +25,12 @@ from neuronsurgery.forward import extract_logits, isolated_forward
 from neuronsurgery.gathering import Gathered
 from neuronsurgery.independence import HALF, dependence
 from neuronsurgery.layers import Layer
-from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import iterate_groups, named_loaders
 from neuronsurgery.losses import refuse_unshifted_metrics
-from neuronsurgery.means import Holder, Means, zeroed
-from neuronsurgery.outputs import Listener, Place, place_of
-from neuronsurgery.spread import whole
+from neuronsurgery.outputs import Listener, Place
 from neuronsurgery.surveys import Survey
 from neuronsurgery.switches import KERNELS, without_mha_fastpath
+from neuronsurgery.terms import Term
 from neuronsurgery.types import Group, Loaders, Metric, Predict
 
 FEW = 4
@@ -44,70 +41,6 @@ TOLERANCE = 1e-3
 
 Transform = Callable[[Tensor], Tensor]
 """The metric of each example, float64 -> what its effect is to be measured in."""
-
-
-# What is asked
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """What is asked of one layer: the effects of one kind of edit of its neurons.
-
-    Attributes:
-        layer: whose neurons.
-        start: where its effects stand among those of all terms.
-        place: where they are seen in a forward pass; None where they are not.
-        held: what the channels become there, on the device; None is 0.
-        holder: of mean ablation; None for zeroing.
-    """
-
-    layer: Layer
-    start: int
-    place: Place | None
-    held: Tensor | None
-    holder: Holder | None
-
-    @property
-    def span(self) -> slice:
-        """Where its effects stand among those of all terms."""
-        return slice(self.start, self.start + self.layer.count)
-
-    @property
-    def reads(self) -> tuple[Layer, ...]:
-        """The layers whose weights the edit sets."""
-        return (self.layer,) if self.holder is None else self.holder.reads
-
-    def written(self, weights: Mapping[Layer, Tensor], gradients: Mapping[Layer, Tensor | None]) -> Tensor:
-        """Return the effects, float64, shape (count,), from gradients to the weights."""
-        if self.holder is not None:
-            return self.holder.written(weights, gradients)
-        gradient = gradients[self.layer]
-        return zeroed(self.layer, whole(weights[self.layer]), None if gradient is None else whole(gradient))
-
-    def heard(self, values: Tensor, gradients: Tensor) -> Tensor:
-        """Return the effects on each example, shape (n, count), of channels, both of shape (n, positions, channels)."""
-        assert self.place is not None
-        change = -values if self.held is None else self.held.to(values.dtype) - values
-        return self.place.per_unit((gradients * change).sum(1))
-
-
-def terms_of(
-    surveyed: Survey, runner: Runner, layout: Layout, edit: str, means: Means | None, start: int = 0
-) -> list[Term]:
-    """Return what to ask of each layer that can be edited so; the effects begin at `start` and follow the layout."""
-    terms = []
-    for layer, at in layout.starts.items():
-        if edit == "zero":
-            # Of what is spread over processes outputs may be, too.
-            place = None if runner.is_spread else place_of(layer, surveyed, runner)
-            # A norm's own shift and a bias stay where the row is zeroed.
-            bias = None if place is None or place.side == "input" else place.module._parameters.get("bias")
-            terms.append(Term(layer, start + at, place, None if bias is None else bias.detach(), None))
-        elif means is not None and layer in means.holders:
-            holder = means.holders[layer]
-            held = holder.held.to(runner.device or "cpu")
-            terms.append(Term(layer, start + at, means.places[layer], held, holder))
-    return terms
 
 
 # One pass over the data
@@ -183,19 +116,22 @@ class _Pass:
         self._terms = list(terms)
         self._heard: list[Term] | None = None  # known after the first batch
         self._written: list[Term] = []
+        self._compared: set[Place] = set()  # where what is heard was compared with gradients
+        self._examples = 0  # on how many examples
         names = surveyed.first_names({layer.parameter for term in terms for layer in term.reads})
         self._names = {layer: names[layer.parameter] for term in terms for layer in term.reads}
 
     def add(self, groups: Sequence[Group], batch: Batch) -> None:
         """Add the effects on the examples of a batch."""
-        if self._heard is None:
-            self._listen_once(batch)
+        if self._examples < min(2, len(batch)):  # one example shows nothing of how several are told apart
+            self._compare(batch)
         members = group_members(groups)
         for group, indices in members.items():
             self.counts[group] = self.counts.get(group, 0) + len(indices)
             if group not in self.sums:
                 self.sums[group] = torch.zeros(self._size, dtype=torch.float64, device=batch.targets.device)
-        self._within((), self._add, batch, members)
+        while not self._within((), self._add, batch, members):
+            pass  # once more, with fewer layers that are heard
 
     # How a batch runs
 
@@ -227,15 +163,18 @@ class _Pass:
             )
         return logits, values
 
-    def _add(self, batch: Batch, members: Mapping[Group, Sequence[int]]) -> None:
+    def _add(self, batch: Batch, members: Mapping[Group, Sequence[int]]) -> bool:
+        """Return whether the effects were added: not if the batch comes to some layers otherwise than those heard."""
         collected = _Collected(self._heard or (), self._deliver(members))
         rest = [] if self._apart else self._written
         for layer in (layer for term in rest for layer in term.reads):
             self._tensors[self._names[layer]].requires_grad_()
         with collected.listener.listening(len(batch)):
             _, values = self._values(batch)
+            if self._strayed(collected.listener.whole):
+                return False
             if self._heard or rest:  # else gradients are taken of one example at a time, below
-                self._refuse_flat(values)
+                self._refuse_flat(values, batch, [*(self._heard or ()), *rest])
             collected.values = values.detach().double()
             together: Sequence[Tensor] = ()
             if self._heard or len(members) == 1:  # else there is nothing to be had of all groups at once
@@ -249,14 +188,34 @@ class _Pass:
                     self.sums[group][term.span] += effects
         if self._apart and self._written:
             self._add_one_by_one(batch, collected.values, members)
+        return True
 
-    def _refuse_flat(self, values: Tensor) -> None:
-        if not values.requires_grad:
+    def _strayed(self, calls: Mapping[Place, bool]) -> bool:
+        """Return whether some layers are called as they were not where they were compared: these are written from now.
+
+        An expert is given a part of the examples, or none of the first few.
+
+        Args:
+            calls: of the modules that were called, whether always with whole examples.
+        """
+        heard = self._heard or []
+        astray = {place for place, whole in calls.items() if not whole or place not in self._compared}
+        self._heard = [term for term in heard if term.place not in astray]
+        self._written += [term for term in heard if term not in self._heard]
+        return len(self._heard) < len(heard)
+
+    def _refuse_flat(self, values: Tensor, batch: Batch, terms: Sequence[Term]) -> None:
+        if not values.requires_grad and not self._goes_past(batch, terms):
             name = getattr(self._metric, "__name__", type(self._metric).__name__)
             raise ValueError(
                 f"{name} has no gradient, or something cuts it off (no_grad or detach in the forward or in predict=): "
                 f"pass a metric that changes with the logits, such as margin"
             )
+
+    def _goes_past(self, batch: Batch, terms: Sequence[Term]) -> bool:
+        """Return whether a batch reads no layer of some terms (it goes past an expert), but is not cut off."""
+        wanted = [self._tensors[self._names[layer]] for term in terms for layer in term.reads]
+        return not self._runner.is_spread and goes_past(lambda: self._values(batch)[1], self._tensors.values(), wanted)
 
     def _deliver(self, members: Mapping[Group, Sequence[int]]) -> Callable[[Term, Tensor, Tensor], None]:
         def deliver(term: Term, values: Tensor, effects: Tensor) -> None:
@@ -286,7 +245,9 @@ class _Pass:
         """Return the gradients to the weights that terms read."""
         layers = list({layer: None for term in terms for layer in term.reads})
         leaves = [*(self._tensors[self._names[layer]] for layer in layers), *roots]
-        found = torch.autograd.grad(of, leaves, allow_unused=True, retain_graph=retain) if leaves else ()
+        if not leaves or not of.requires_grad:  # of examples that go past all of these layers
+            return dict.fromkeys(layers)
+        found = torch.autograd.grad(of, leaves, allow_unused=True, retain_graph=retain)
         return dict(zip(layers, found, strict=False))
 
     def _add_one_by_one(self, batch: Batch, values: Tensor, members: Mapping[Group, Sequence[int]]) -> None:
@@ -301,33 +262,38 @@ class _Pass:
     def _each(self, terms: Sequence[Term], batch: Batch, count: int) -> list[Tensor]:
         """Return by term the effects on the first examples of a batch, float64, shape (count, neurons)."""
         rows: list[list[Tensor]] = [[] for _ in terms]
-        for at, one in self._apart_values(batch, count):
-            self._refuse_flat(one)
+        for at, one in self._apart_values(terms, batch, count):
             last = at == count - 1
             effects = self._effects(terms, one, (), retain=not last)
             for row, own in zip(rows, effects, strict=True):
                 row.append(own)
         return [torch.stack(row) for row in rows]
 
-    def _apart_values(self, batch: Batch, count: int) -> Iterator[tuple[int, Tensor]]:
+    def _apart_values(self, terms: Sequence[Term], batch: Batch, count: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the metric of each of the first examples of a batch, two of them run at a time.
 
         Not one: in a batch of one some of torch's operators take other paths, and one of these has wrong gradients.
         """
         if inseparable(batch):
-            yield from enumerate(self._values(batch)[1][:count])
+            yield from enumerate(self._sloped_values(terms, batch)[:count])
             return
         examples = Examples.of(batch)
         for at in range(0, count, 2):
             second = at + 1 if at + 1 < len(batch) else max(at - 1, 0)
-            values = self._values(examples.take([at, second]).batch())[1]
+            values = self._sloped_values(terms, examples.take([at, second]).batch())
             yield at, values[0]
             if at + 1 < count:
                 yield at + 1, values[1]
 
+    def _sloped_values(self, terms: Sequence[Term], batch: Batch) -> Tensor:
+        """Return the metric of each example, which has a gradient."""
+        _, values = self._values(batch)
+        self._refuse_flat(values, batch, terms)
+        return values
+
     # What is heard
 
-    def _listen_once(self, batch: Batch) -> None:
+    def _compare(self, batch: Batch) -> None:
         """Find out, on a few examples, of which terms the effects are heard at the outputs; written are the others."""
         few = batch if inseparable(batch) else Examples.of(batch).take(range(min(FEW, len(batch)))).batch()
         placed = [term for term in self._terms if term.place is not None]
@@ -347,14 +313,15 @@ class _Pass:
                 half = (logits, *self._runner.parameters.values())
                 rough = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in half)
                 if collected.listener.roots or not placed:  # an attention does not call its own projection
-                    self._refuse_flat(values)
+                    self._refuse_flat(values, few, placed or self._terms)
                 self._effects((), values.sum(), collected.listener.roots, retain=False)
                 collected.finish()
+                self._compared = {place for place, whole in collected.listener.whole.items() if whole}
 
         layers = [layer for term in placed for layer in term.reads]
         # Where nothing is placed there is nothing to hear, and nothing else that needs a gradient.
         self._within(() if placed else [layer for term in self._terms for layer in term.reads], listen)
-        count = min(FEW, len(few))
+        count = self._examples = min(FEW, len(few))
         expected = self._within(layers, self._each, placed, few, count) if placed else []
         right = set()
         for term, effects in zip(placed, expected, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,7 +19,13 @@ from torch.func import functional_call
 
 from neuronsurgery.batches import Batch, Unpack, by_key, group_members, move, ordered_groups
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns, differentiated, is_float16
+from neuronsurgery.differentiation import (
+    Within,
+    differentiable,
+    differentiable_rnns,
+    differentiated,
+    warn_of_unreached,
+)
 from neuronsurgery.digests import digest
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.distributed import agreed, exchange
@@ -29,16 +35,13 @@ from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import iterate, iterate_groups, named_loaders, regrouped_to_the_last
 from neuronsurgery.losses import are_probabilities, example_losses, refuse_bad_losses, refuse_unshifted_loss
-from neuronsurgery.precision import wide_dtype
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
+from neuronsurgery.segments import Segments
 from neuronsurgery.spread import is_spread, local
-from neuronsurgery.sums import GroupSum
+from neuronsurgery.sums import GroupSum, added_up, warn_of_memory
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
 from neuronsurgery.switches import KERNELS, restoring
 from neuronsurgery.types import Group, Loader, Loaders, Loss, Predict, Where
-
-MEMORY_WARNING = 4e9
-"""Bytes of sums of gradients above which a mixed stream warns."""
 
 Members: TypeAlias = Mapping[Group, Sequence[int] | None]
 """The positions of each group's examples in a batch; None for all."""
@@ -139,11 +142,8 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
     batch = move(batch, objective.runner.device)
     if objective.runner.service is not None:
         seen.data = digest(seen.data, *map(repr, groups), batch.targets)
-    with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
-        try:
-            found = _gradients(objective, batch, groups, seen)
-        finally:
-            objective.runner.attributes.restore()  # the graph of what was kept is gone
+    with _graph(objective):
+        found = _gradients(objective, batch, groups, seen)
     for group, (count, gradients) in found.items():
         sums[group].add(count, gradients)
         seen.reached.update(n for n, gradient in zip(objective.leaves, gradients, strict=True) if gradient is not None)
@@ -152,42 +152,54 @@ def _add(sums: Mapping[Group, GroupSum], objective: _Objective, batch: Batch, gr
         seen.reached.update(name for at, name in enumerate(objective.leaves) if objective.served.get(at) in reached)
 
 
+@contextlib.contextmanager
+def _graph(objective: _Objective) -> Iterator[None]:
+    """Surround a forward pass and its backward passes."""
+    with torch.enable_grad(), differentiable_rnns(objective.runner), KERNELS.steady():
+        try:
+            yield
+        finally:
+            objective.runner.attributes.restore()  # the graph of what was kept is gone
+
+
 def _gradients(
     objective: _Objective, batch: Batch, groups: Members, seen: _Seen
 ) -> dict[Group, tuple[int, Sequence[Tensor | None]]]:
     """Return for each group its number of examples and the gradients of their mean loss."""
-    logits, losses = _forward(objective, batch)
+    logits, losses = _looked_at(objective, batch, groups, seen)
+    leaves = list(objective.leaves.values())
+    found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
+    for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
+        own = losses if members is None else losses[list(members)]
+        with added_up(objective.runner.service, group, len(own), logits, leaves):
+            found[group] = len(own), differentiated(own, logits, leaves, retain=left > 0)
+    return found
+
+
+def _looked_at(
+    objective: _Objective,
+    batch: Batch,
+    groups: Iterable[Group],
+    seen: _Seen,
+    within: contextlib.AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the logits and losses of a batch, of which what is wrong with them is known.
+
+    Raises:
+        ValueError: if a loss is bad, or examples that were regrouped depend on each other.
+    """
+    with within or contextlib.nullcontext():
+        logits, losses = _forward(objective, batch)
     refuse_bad_losses(losses, f"group {', '.join(map(repr, groups))}")
     if not seen.outputs:
         seen.outputs, seen.probabilities = True, objective.loss is None and are_probabilities(logits.detach())
-    if None in groups.values() and seen.regrouped and len(batch) > 1:
-        seen.regrouped = False  # once is enough
+    if seen.regrouped and len(batch) > 1:
         run, parameters = functools.partial(_forward, objective), objective.runner.parameters.values()
         found_out = dependence(run, batch, logits.detach(), losses.detach(), parameters)
         if found_out:
             raise ValueError(f"{found_out}. Mixed batches are taken apart: pass regroup=False")
-    found: dict[Group, tuple[int, Sequence[Tensor | None]]] = {}
-    for left, (group, members) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
-        own = losses if members is None else losses[list(members)]
-        with _added_up(objective, group, len(own), logits):
-            found[group] = len(own), differentiated(own, logits, list(objective.leaves.values()), retain=left > 0)
-    return found
-
-
-def _added_up(
-    objective: _Objective, group: Group, count: int, logits: Tensor
-) -> contextlib.AbstractContextManager[None]:
-    """Have the gradients to what FSDP shards added to the sums of a group, so many times as there are examples.
-
-    Raises:
-        ValueError: in float16, of which gradients are scaled afterwards.
-    """
-    service = objective.runner.service
-    if service is None:
-        return contextlib.nullcontext()
-    if is_float16(logits, list(objective.leaves.values())):
-        raise ValueError("gradients of a sharded model are not taken in float16: use bfloat16 or float32")
-    return service.given_to(service.adding(group, count))
+        seen.regrouped = False  # once is enough
+    return logits, losses
 
 
 def _forward(objective: _Objective, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -218,13 +230,15 @@ def group_grad_norms(
     """Return each group's gradient norm of every neuron, ||v(i, j)||_2, v(i, j) = d/dz_i of the mean loss over group j.
 
     Each example costs one forward and one backward pass, whatever the number of groups: mixed batches are regrouped on
-    the fly, examples being joined only with others of the same shapes. The model runs in evaluation mode on a copy that
-    shares its weights; nothing of it changes, and only the scored parameters get a gradient, frozen ones too. It works
-    inside `no_grad` and under the caller's autocast (a bfloat16 backward pass is itself good to about 2 %). Sums are in
-    float32 or wider.
+    the fly, examples being joined only with others of the same shapes. Small groups share batches where each scored
+    weight is read once, by a linear layer or a convolution; one of them runs twice to see that. The model runs in
+    evaluation mode on a copy that shares its weights; nothing of it changes, and only the scored parameters get a
+    gradient, frozen ones too. It works inside `no_grad` and under the caller's autocast (a bfloat16 backward pass is
+    itself good to about 2 %). Sums are in float32 or wider.
 
-    Memory: one copy of the scored gradients for a mapping of loaders; for a mixed stream one per group (a warning
-    above 4 GB names the way out: a mapping of loaders), and up to one batch of waiting examples per group.
+    Memory: one copy of the scored gradients for a mapping of loaders; for a mixed stream one per group that fills a
+    batch (a warning above 4 GB names the way out: a mapping of loaders), and up to one batch of waiting examples per
+    group.
 
     Args:
         model: any module.
@@ -343,10 +357,29 @@ def _mixed_sums(
     progress: bool,
     process_group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[Group, Tensor, int]]:
-    """Yield the norms of the groups of one mixed stream, after it has run through."""
+    """Yield the norms of the groups of one mixed stream, after it has run through; small groups share batches."""
     seen.regrouped = True
-    batches = regrouped_to_the_last(iterate(loader, unpack=unpack, progress="gradients" if progress else None))
-    return _sums_of(objective, (({group: None}, batch, last) for group, batch, last in batches), seen, process_group)
+    may_share = process_group is None and _may_share(objective)
+    batches = iterate(loader, unpack=unpack, progress="gradients" if progress else None)
+
+    def forward(batch: Batch, within: contextlib.AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+        groups, batch = ordered_groups(batch.groups or ()), move(batch, objective.runner.device)
+        return _looked_at(objective, batch, groups, seen, within)
+
+    graph = functools.partial(_graph, objective)
+    segments = Segments(objective.leaves, objective.layout, forward, graph)
+    alone = segments.left(regrouped_to_the_last(batches, joint=may_share))
+    yield from _sums_of(
+        objective, (({group: None}, batch, last) for group, batch, last in alone), seen, process_group, segments.done
+    )
+    seen.reached |= segments.reached
+
+
+def _may_share(objective: _Objective) -> bool:
+    """Return whether groups may share batches."""
+    device = objective.runner.device
+    cast = device is not None and torch.is_autocast_enabled(device.type)
+    return not cast and objective.runner.service is None and not any(map(is_spread, objective.leaves.values()))
 
 
 def _whole_sums(
@@ -359,7 +392,9 @@ def _whole_sums(
 ) -> Iterator[tuple[Group, Tensor, int]]:
     """Yield the norms of the groups of one mixed stream, after it has run through, each batch as it came."""
     groups = iterate_groups(loader, unpack=unpack, progress="gradients" if progress else None)
-    return _sums_of(objective, ((group_members(names), batch, False) for names, batch in groups), seen, process_group)
+    return _sums_of(
+        objective, ((group_members(names), batch, False) for names, batch in groups), seen, process_group, {}
+    )
 
 
 def _sums_of(
@@ -367,21 +402,21 @@ def _sums_of(
     batches: Iterable[tuple[Members, Batch, bool]],
     seen: _Seen,
     process_group: dist.ProcessGroup | None,
+    done: dict[Group, tuple[Group, Tensor, int]],
 ) -> Iterator[tuple[Group, Tensor, int]]:
-    """Yield the norms of the groups of a stream, after it has run through.
+    """Yield the norms of the groups of a stream, after it has run through; some may be done by then.
 
     A group is done with at its last batch, where that is known: most groups are small, and the sums of all would be
     held at once. Several processes have to sum up first, in one order.
     """
     sums: dict[Group, GroupSum] = {}
-    done: dict[Group, tuple[Group, Tensor, int]] = {}
     error = None
     try:
         for groups, batch, last in batches:
             for group in groups:
                 if group not in sums:
                     sums[group] = objective.new_sum(group)
-                    _warn_of_memory(objective, len(sums))
+                    warn_of_memory(objective.leaves.values(), len(sums))
             _add(sums, objective, batch, groups, seen)
             if last and process_group is None:
                 done |= {group: _row(objective, group, sums.pop(group), None, None) for group in groups}
@@ -410,32 +445,3 @@ def _row(
     if count == 0:
         raise ValueError(f"group {group!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
     return group, total.mean_norms(objective.layout, count), count
-
-
-# Warnings
-
-
-def _warn_of_memory(objective: _Objective, groups: int) -> None:
-    one = sum(leaf.numel() * wide_dtype(leaf).itemsize for leaf in objective.leaves.values())
-    if one * groups > MEMORY_WARNING >= one * (groups - 1):
-        warn(
-            f"a mixed stream holds one copy of the scored gradients per group, so far {groups} of "
-            f"{one / 1e9:.2g} GB: a mapping group -> loader needs one copy in all"
-        )
-
-
-def warn_of_unreached(scored: Collection[str], reached: Collection[str], held: Mapping[str, str]) -> None:
-    """Warn of scored layers that no gradient came to in any batch, and of those that plain attributes hold, too."""
-    if held:
-        partly = inline(f"{name} (by {where})" for name, where in held.items())
-        warn(
-            f"some scored parameters are held by plain attributes, too: {partly}. What is computed with these counts "
-            f"in no score: use the registered parameter, or leave these layers out with where="
-        )
-    missed = [name for name in scored if name not in reached]
-    if missed:
-        warn(
-            f"no gradient reached {len(missed)} of {len(scored)} scored layers, whose scores are 0: "
-            f"{inline(missed)}. The loss does not depend on them, or something cuts the gradient off (no_grad or "
-            f"detach in the forward or in predict=, checkpointing with use_reentrant=True)"
-        )

@@ -98,7 +98,7 @@ def hard_batch(
     seed, unpack = checked_seed(seed), by_key(unpack, group_key)
     pools: dict[Group, _Hardest] = {}
     shapes: set[Any] = set()
-    error = None
+    error, told = None, False
     try:
         runner = make_runner(survey(model), blank=False, spread=True, process_group=process_group)
         with torch.no_grad(), without_mha_fastpath():
@@ -108,8 +108,9 @@ def hard_batch(
                 shapes.add(signature(batch))
                 _refuse_several(shapes)
                 logits, losses = _losses(runner, batch, loss, predict)
-                if not pools:  # the first batch
+                if not told and len(batch) > 1:  # the first batch that shows it
                     _warn_of_dependence(runner, batch, logits, losses, loss, predict)
+                    told = True
                 losses = losses.double().cpu()
                 groups = batch.groups if per_group and batch.groups is not None else ["all"] * len(batch)
                 for group, indices in group_members(groups).items():

@@ -61,10 +61,10 @@ def dependence(
         _refuse_whole(forward, examples, count, logits)
         warn(f"whether examples depend on each other was not checked: {count} of a batch fail alone ({error})")
         return ""
-    half = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in (logits, *parameters))
+    close = tolerance(logits, parameters)
     for what, whole, part in (("logits", logits, parts[0]), ("losses", losses, parts[1])):
         difference = _difference(whole[:count], part)
-        if difference > TOLERANCE * (50 if half else 1):
+        if difference > close:
             if draws_within(lambda: forward(alone)):
                 return ""  # a model that draws gives other values to other shapes
             return (
@@ -73,6 +73,12 @@ def dependence(
                 f"in-batch negatives, pad_packed_sequence without total_length=)"
             )
     return ""
+
+
+def tolerance(logits: Tensor, parameters: Iterable[Tensor]) -> float:
+    """Return which difference, relative to the largest value, is no rounding any more."""
+    half = torch.is_autocast_enabled(logits.device.type) or any(t.dtype in HALF for t in (logits, *parameters))
+    return TOLERANCE * (50 if half else 1)
 
 
 def _refuse_whole(forward: Forward, examples: Examples, count: int, logits: Tensor) -> None:

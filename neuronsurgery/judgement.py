@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import override
 
-from neuronsurgery.batches import Unpack, by_key, group_members
+from neuronsurgery.batches import Unpack, by_key, group_members, ordered_groups
 from neuronsurgery.checks import is_integer, refuse, unfit
 from neuronsurgery.critical import Critical, counted_examples
 from neuronsurgery.draws import checked_seed, random_bits
@@ -135,7 +135,7 @@ def judge(
     loaders: Loaders,
     group: Group,
     *,
-    against: Iterable[Group] | None = None,
+    against: Group | Iterable[Group] | None = None,
     metric: Metric = accuracy,
     larger_is_better: bool | None = None,
     predict: Predict | None = None,
@@ -202,7 +202,8 @@ def judge(
     if direction is None:
         raise ValueError("whether larger values of this metric are better is not known: pass larger_is_better=")
     counts, keys = counted_examples(named, unpack, process_group)
-    spared = checked_groups(group, against if against is not None or found is None else found.against, counts)
+    wanted = against if against is not None or found is None else found.against
+    group, spared = checked_groups(group, wanted, counts)
     _refuse_searched(found, keys)
     _warn_of_few(counts, (group, *spared))
     drawn = _drawn(found, made, draws, seed)
@@ -341,7 +342,11 @@ def _net_interval(
     generator = np.random.Generator(np.random.Philox(key=number))
     difference = sign * (swept.values("judged") - swept.values()).numpy()
     members = group_members(swept.members)
-    means = {name: _resampled(difference[members[name]], swept.is_binary, generator) for name in (group, *against)}
+    # In one order of groups and of values, or the draws would go by the order of the loader.
+    means = {
+        name: _resampled(np.sort(difference[members[name]]), swept.is_binary, generator)
+        for name in (group, *ordered_groups(against))
+    }
     nets = np.min([means[name] for name in against], axis=0) - means[group]
     low, middle, high = np.quantile(nets, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
     return float(low + net - middle), float(high + net - middle)

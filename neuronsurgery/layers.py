@@ -230,7 +230,8 @@ class Layer:
         lengths = self.lengths(tensor)
         if not is_squared_wide(tensor):
             index = doubtful(lengths).nonzero().flatten()
-            lengths[index] = self.safe_lengths(tensor, index)
+            if len(index):
+                lengths[index] = self.safe_lengths(tensor, index)
         return lengths
 
     def lengths(self, tensor: Tensor) -> Tensor:

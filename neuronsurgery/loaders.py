@@ -7,11 +7,13 @@ to see examples of one group only.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
@@ -34,8 +36,17 @@ from neuronsurgery.types import Group, Loader, Loaders
 CACHED = 128
 """More examples at once are slower on a CPU, whose caches hold no more of what lies between the layers."""
 
+SMALL = 1 / 4
+"""Groups of at most this part of a full batch share batches: larger ones run as fast by themselves."""
+
+FEWEST = 8
+"""Fewer small groups of one shape run by themselves: to see whether they can share a batch, one of them runs twice."""
+
 MANY = 16
 """More examples than this, of as many groups, are taken for a sign that the groups are none."""
+
+Regrouped: TypeAlias = tuple[Mapping[Group, Batch], Batch, bool]
+"""The batch of each group, all of them in one, whether they are the last of their groups."""
 
 
 def iterate(
@@ -201,24 +212,29 @@ def _warn_of_names(groups: int, examples: int) -> bool:
 
 def regrouped(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch]]:
     """Yield (group, batch of that group alone): see `regrouped_to_the_last`."""
-    return ((group, batch) for group, batch, _ in regrouped_to_the_last(batches))
+    return (pair for groups, _, _ in regrouped_to_the_last(batches) for pair in groups.items())
 
 
-def regrouped_to_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Group, Batch, bool]]:
-    """Yield (group, batch of that group alone, whether its last), examples joined into full batches by their shapes.
+def regrouped_to_the_last(batches: Iterable[Batch], *, joint: bool = False) -> Iterator[Regrouped]:
+    """Yield (batch of each group, all of them in one, whether their last), examples joined into full batches by shape.
 
     Of a group whose last examples fill a batch it is not known that this is the last.
 
     A full batch is as large as the largest of the stream. Where the shapes vary, at most as many examples wait as with
     one shape: then the ones that have waited longest run as they are.
+
+    Args:
+        batches: a mixed stream.
+        joint: whether several groups may share a batch, of which each has all of its examples there: see `SMALL`.
+            Otherwise each batch is of one group.
     """
     waiting: dict[tuple[Group, Any], _Waiting] = {}
-    groups: set[Group] = set()
+    counts: Counter[Group] = Counter()
     full = 0
     for batch in refuse_partly_grouped(batches):
         full = max(full, len(batch))
         members = group_members(batch.groups or ["all"] * len(batch))
-        groups |= set(members)
+        counts.update({group: len(indices) for group, indices in members.items()})
         whole_only = inseparable(batch)
         if whole_only and len(members) > 1:
             raise ValueError(
@@ -226,7 +242,7 @@ def regrouped_to_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Group, Bat
                 f"regroup=False, with which each batch runs as it comes, or give a mapping group -> loader"
             )
         if whole_only:
-            yield next(iter(members)), batch, False
+            yield _alone(next(iter(members)), batch, False)
             continue
         shape = signature(batch)
         examples = Examples.of(batch)
@@ -237,19 +253,62 @@ def regrouped_to_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Group, Bat
             if together.count >= full:
                 part = together.examples()
                 while len(part) >= full:
-                    yield group, part.take(range(full)).batch(), False
+                    yield _alone(group, part.take(range(full)).batch(), False)
                     part = part.take(range(full, len(part)))
                 together = _Waiting()
                 if len(part):
                     together.with_more(part.take(list(range(len(part)))))  # a copy, not a view of all that ran
             if together.count:
                 waiting[group, shape] = together
-        while sum(part.count for part in waiting.values()) > len(groups) * full:
+        while sum(part.count for part in waiting.values()) > len(counts) * full:
             oldest = next(iter(waiting))
-            yield oldest[0], waiting.pop(oldest).examples().batch(), False
+            yield _alone(oldest[0], waiting.pop(oldest).examples().batch(), False)
     last = dict(waiting.keys())
+    for keys in _shared(waiting, counts, full) if joint else ():
+        yield _joined({group: waiting.pop((group, shape)) for group, shape in keys})
     for group, shape in list(waiting):
-        yield group, waiting.pop((group, shape)).examples().batch(), shape == last[group]
+        yield _alone(group, waiting.pop((group, shape)).examples().batch(), shape == last[group])
+
+
+def _alone(group: Group, batch: Batch, last: bool) -> Regrouped:
+    return {group: batch}, batch, last
+
+
+def _joined(waiting: Mapping[Group, _Waiting]) -> Regrouped:
+    """Return the examples of several groups as views of one batch."""
+    together = join([part for one in waiting.values() for part in one.parts])
+    stops = itertools.accumulate(one.count for one in waiting.values())
+    ranges = [range(stop - one.count, stop) for one, stop in zip(waiting.values(), stops, strict=True)]
+    own = {group: together.take(part).batch() for group, part in zip(waiting, ranges, strict=True)}
+    return own, together.batch(), True
+
+
+def _shared(
+    waiting: Mapping[tuple[Group, Any], _Waiting], counts: Mapping[Group, int], full: int
+) -> Iterator[list[tuple[Group, Any]]]:
+    """Yield which groups share a batch.
+
+    Args:
+        waiting: by group and shape, what is left when the stream has ended.
+        counts: how many examples each group has.
+        full: how many a batch holds.
+    """
+    small: dict[Any, list[tuple[Group, Any]]] = {}
+    for group, shape in waiting:
+        if counts[group] == waiting[group, shape].count <= full * SMALL:
+            small.setdefault(shape, []).append((group, shape))
+    for keys in small.values():
+        if len(keys) < FEWEST:
+            continue
+        share: list[tuple[Group, Any]] = []
+        free = full
+        for key, count in [(key, waiting[key].count) for key in keys]:
+            if count > free:
+                yield share
+                share, free = [], full
+            share.append(key)
+            free -= count
+        yield share
 
 
 @dataclasses.dataclass

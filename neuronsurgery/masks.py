@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,12 +20,11 @@ from torch.func import functional_call
 from neuronsurgery.batches import Batch, Unpack, by_key, group_names
 from neuronsurgery.checks import is_finite, is_integer, refuse, unfit
 from neuronsurgery.copies import Runner, make_runner
-from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns
+from neuronsurgery.differentiation import Within, differentiable, differentiable_rnns, warn_of_unreached
 from neuronsurgery.discovery import given_layout
 from neuronsurgery.draws import checked_seed
 from neuronsurgery.errors import checked, warn
 from neuronsurgery.forward import extract_logits, isolated_forward
-from neuronsurgery.gradients import warn_of_unreached
 from neuronsurgery.independence import dependence
 from neuronsurgery.layouts import Layout
 from neuronsurgery.loaders import line_end, named_loaders, pause_between_lines
@@ -38,7 +36,7 @@ from neuronsurgery.losses import (
     margin,
     refuse_bad_losses,
 )
-from neuronsurgery.pools import Pool, Unit, joined, read_pools
+from neuronsurgery.pools import Pool, Unit, joined, read_pools, spared_names
 from neuronsurgery.precision import wide_dtype, widened
 from neuronsurgery.scores import Scores, by_layout, norms, refuse_non_finite
 from neuronsurgery.surveys import computed_elsewhere, held_elsewhere, survey
@@ -352,7 +350,7 @@ def learned_mask(
     numbers = _Numbers(steps, penalty, learning_rate, protect, batch_size, checked_seed(seed))
     loaders, unpack = named_loaders(loaders), by_key(unpack, group_key)
     (group,) = group_names([group])
-    spared = None if against is None else group_names([against] if _is_name(against) else against)
+    spared = spared_names(against)
     masked = _masked(model, layout, where, predict)
     own, others = read_pools(
         loaders,
@@ -365,10 +363,6 @@ def learned_mask(
     )
     gates = _learned(masked, metric, own, others, numbers, progress)
     return Scores((1.0 - gates).float().cpu()[None], (group,), (len(own),), masked.layout, "learned mask")
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, int | str | np.integer)
 
 
 def _learned(

@@ -8,10 +8,12 @@ backward pass of a copy.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -156,7 +158,8 @@ def mean_out(
     norm's running statistics). One that another norm with a shift alone reads becomes the mean of what the norm makes
     of it; the statistics of that norm still see the channel. Without a norm the row is set to 0 and the bias entry to
     the mean. The columns of a linear layer's input (a head, a hidden unit) are set to 0 and what they give on the mean
-    goes into its bias. An example's mean is over its positions (pixels, tokens); all examples count the same.
+    goes into its bias. An example's mean is over its positions (pixels, tokens); all examples count the same. Of a
+    layer that only some examples come to (an expert), the mean is over the rows that come.
 
     Args:
         neurons: output channels of linear layers, convolutions and the like, or input columns of linear layers.
@@ -240,7 +243,7 @@ def _channel_means(
     """Return the mean of each channel at some places, float64, by one forward pass over the data; none for none."""
     if not wanted:
         return {}
-    sums: dict[int, Tensor] = {}
+    seen: dict[int, _Mean] = {}
     examples, error = 0, None
     try:
         with torch.no_grad(), without_mha_fastpath():
@@ -250,24 +253,64 @@ def _channel_means(
                     isolated_forward(runner, batch)
                 runner.attributes.restore()
                 for at, parts in batch_means.items():
-                    sums[at] = sums.get(at, torch.zeros_like(parts[0])) + torch.stack(parts).mean(0) * len(batch)
+                    own = _Mean.of(parts, len(batch))
+                    seen[at] = seen[at] + own if at in seen else own
                 examples += len(batch)
     except Exception as raised:
         error = raised
-    shares = exchange(process_group, error, ({at: total.cpu() for at, total in sums.items()}, examples))
+    shares = exchange(process_group, error, ({at: mean.cpu() for at, mean in seen.items()}, examples))
     total = sum(count for _, count in shares)
     given = {at: [share[at] for share, _ in shares if at in share] for at in range(len(wanted))}
-    return {place: torch.stack(given[at]).sum(0) / total for at, place in enumerate(wanted) if given[at]}
+    return {
+        place: functools.reduce(operator.add, given[at]).over(total) for at, place in enumerate(wanted) if given[at]
+    }
+
+
+class _Mean(NamedTuple):
+    """The sums of which the mean at a place is made.
+
+    Where every example comes, each counts the same, however many positions it has. Of a module that is given only some
+    of them (an expert to which they are routed) nobody knows which: then each row that comes counts the same.
+    """
+
+    by_example: Tensor
+    examples: int
+    by_row: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, calls: Sequence[tuple[Tensor, int]], examples: int) -> _Mean:
+        """Return the sums of a batch of so many examples: of each call the mean, and its number of rows."""
+        whole = all(rows % examples == 0 for _, rows in calls)
+        return cls(
+            torch.stack([mean for mean, _ in calls]).mean(0) * examples,
+            examples if whole else 0,
+            torch.stack([mean * rows for mean, rows in calls]).sum(0),
+            sum(rows for _, rows in calls),
+        )
+
+    def __add__(self, other: _Mean) -> _Mean:  # type: ignore[override]  # sums are added up, not strung together
+        pairs = zip(self, other, strict=True)
+        return _Mean(*(one + more for one, more in pairs))  # type: ignore[operator]  # tensors or numbers, both
+
+    def cpu(self) -> _Mean:
+        return self._replace(by_example=self.by_example.cpu(), by_row=self.by_row.cpu())
+
+    def over(self, examples: int) -> Tensor:
+        """Return the mean over all data, of so many examples."""
+        return self.by_example / examples if self.examples == examples else self.by_row / self.rows
 
 
 @contextmanager
-def _summing(places: Sequence[Place]) -> Iterator[dict[int, list[Tensor]]]:
-    """Note the mean over examples and positions of the channels at some places, by the place's number, of each call."""
-    means: dict[int, list[Tensor]] = {}
+def _summing(places: Sequence[Place]) -> Iterator[dict[int, list[tuple[Tensor, int]]]]:
+    """Note the mean of the channels at some places, by the place's number, of each call, and how many rows it had."""
+    means: dict[int, list[tuple[Tensor, int]]] = {}
 
     def note(at: int, place: Place, value: Any) -> None:
+        if not len(value):
+            return
         last = value.detach().movedim(place.axis, -1).double()
-        means.setdefault(at, []).append(last.reshape(-1, last.shape[-1]).mean(0))
+        means.setdefault(at, []).append((last.reshape(-1, last.shape[-1]).mean(0), len(value)))
 
     handles = [
         place.module.register_forward_hook(
@@ -321,7 +364,7 @@ class _Search:
                 continue
             mean = by_module.get((hold.place.module, hold.place.side))
             if hold.needs_mean and mean is None:
-                reasons[layer] = "its module is never called: its weight is read by a fused operator"
+                reasons[layer] = "it is never called: no example comes to it, or a fused operator reads its weight"
                 continue
             holders[layer], places[layer] = self._holder(layer, hold, mean), hold.place
         return Means(holders, reasons, places)

@@ -112,11 +112,13 @@ class Listener:
     Attributes:
         roots: what to differentiate to, so that the gradients come by: tensors that would need none otherwise.
         awake: whether a backward pass is listened to.
+        whole: by place whether all calls of its module in this pass were of whole examples; without those not called.
     """
 
     def __init__(self, places: Sequence[Place], heard: Heard) -> None:
         self.roots: list[Tensor] = []
         self.awake = True
+        self.whole: dict[Place, bool] = {}
         self._by_module: dict[nn.Module, list[Place]] = {}
         for place in places:
             self._by_module.setdefault(place.module, []).append(place)
@@ -127,7 +129,7 @@ class Listener:
     @contextlib.contextmanager
     def listening(self, examples: int) -> Iterator[None]:
         """Listen to a forward pass of so many examples and to the backward pass that follows it."""
-        self._examples, self.roots, self._waiting = examples, [], {}
+        self._examples, self.roots, self._waiting, self.whole = examples, [], {}, {}
         handles = [module.register_forward_hook(self._hook) for module in self._by_module]
         try:
             yield
@@ -145,7 +147,11 @@ class Listener:
         places = []
         for place in self._by_module[module]:
             value = seen[place.side]
-            if value is not None and value.dim() > 1 and len(value) and len(value) % self._examples == 0:
+            if value is not None and value.numel() == 0:
+                continue
+            whole = value is not None and value.dim() > 1 and len(value) % self._examples == 0
+            self.whole[place] = self.whole.get(place, True) and whole
+            if value is not None and whole:
                 places.append((place, value.detach()))
         if not output.requires_grad:
             output = output.detach().requires_grad_()

@@ -17,6 +17,7 @@ from neuronsurgery.batches import (
     Examples,
     Unpack,
     group_members,
+    group_names,
     inseparable,
     join,
     map_tensors,
@@ -180,6 +181,19 @@ def read_pools(
         if name not in pools:
             raise ValueError(f"group {name!r} has no examples: its loader yielded no batch. {EXHAUSTED}")
     return pools[group], [pools[name] for name in wanted[1:]]
+
+
+def spared_names(against: Group | Iterable[Group] | None) -> tuple[Group, ...] | None:
+    """Return the groups to spare as Python's integers and strings, one or several given; None for all others.
+
+    Raises:
+        TypeError: if one is neither an integer nor a string.
+    """
+    if against is None:
+        return None
+    if isinstance(against, int | str | np.integer) or (isinstance(against, Tensor) and against.dim() == 0):
+        return group_names([against])
+    return group_names(list(against))
 
 
 def _wanted(present: Sequence[Group], group: Group, against: Sequence[Group] | None) -> list[Group]:

@@ -29,6 +29,7 @@ from neuronsurgery.graph.operators import (
     RECURRENT,
     SCALINGS,
     SHAPES,
+    SOFTMAXES,
     SUMS,
     WEIGHTED,
     argument,
@@ -317,7 +318,7 @@ class _Unit:
             )
         elif reader is None or operator_name(reader) in WEIGHTED | RECURRENT | SUMS:
             return
-        elif self._reads_constant(reader) or self._reaches_shift(reader):
+        elif operator_name(reader) in SOFTMAXES or self._reads_constant(reader) or self._reaches_shift(reader):
             self.reason = f"{operator_name(reader)} mixes it with others, shifts it, or comes before what does"
 
     def _reads_constant(self, node: fx.Node) -> bool:

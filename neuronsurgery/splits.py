@@ -13,12 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from neuronsurgery.batches import Batch, Examples, Unpack, by_key, group_members, inseparable
+from neuronsurgery.batches import Batch, Examples, Unpack, by_key, group_members, group_names, inseparable
 from neuronsurgery.digests import digest, rows_of_bytes
 from neuronsurgery.draws import checked_seed, random_bits
 from neuronsurgery.errors import checked_function, inline, nearest
 from neuronsurgery.loaders import iterate, iterate_groups, named_loaders
 from neuronsurgery.losses import margin
+from neuronsurgery.pools import spared_names
 from neuronsurgery.sweeps import sweep
 from neuronsurgery.types import Group, Loader, Loaders, Metric, Predict
 
@@ -45,7 +46,8 @@ def example_keys(batch: Batch, key: Key | None = None) -> list[str]:
         names = list(key(batch))
         if len(names) != len(batch):
             raise ValueError(f"key= gave {len(names)} names for a batch of {len(batch)} examples: give one for each")
-        return [digest(str(name.item() if isinstance(name, Tensor) else name)) for name in names]
+        # A row as a list, since numpy and torch show long ones in part and round.
+        return [digest(str(name.tolist() if isinstance(name, Tensor | np.ndarray) else name)) for name in names]
     leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
     rows = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(batch)]
     if not rows:
@@ -155,7 +157,7 @@ OTHER = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Half:
     """One half of a loader: see `halves`."""
 
@@ -166,6 +168,9 @@ class _Half:
     key: Key | None
     unpack: Unpack | None
     grouped: bool
+
+    def __repr__(self) -> str:
+        return f"half of a {type(self.loader).__name__}: {self.count} examples"
 
     def __length_hint__(self) -> int:
         """About how many batches there are: as many as of the whole, if each has some of this half."""
@@ -222,12 +227,20 @@ class Matched:
     _unpack: Unpack | None
 
     def __iter__(self) -> Iterator[Batch]:
+        count = 0
         for groups, batch in iterate_groups(self._loaders, unpack=self._unpack):
-            names = [
-                self.name if group == self._by and key in self._chosen else group
+            own = [
+                group == self._by and key in self._chosen
                 for group, key in zip(groups, example_keys(batch), strict=True)
             ]
+            count += sum(own)
+            names = [self.name if chosen else group for group, chosen in zip(groups, own, strict=True)]
             yield dataclasses.replace(batch, groups=tuple(names))
+        if count != self.count:
+            raise ValueError(
+                f"a pass over the loader gives other examples than those that were matched ({count} of {self.count} "
+                f"come again): give a loader whose examples stay the same (no augmentation, no padding to the batch)"
+            )
 
     def __repr__(self) -> str:
         left = f", {self.unmatched} unmatched" if self.unmatched else ""
@@ -250,11 +263,12 @@ def matched(
 
     It is the control for `find_critical`: if a set is found for these too, and does as much to them, the group is
     nothing special. Each example of `group`, in an order drawn by the seed, takes the example of `by` of the nearest
-    margin that is left, unless that is farther than 0.5. Copies of an example count as one and go together.
+    margin that is left, unless that is farther than 0.5. Copies of an example count as one and go together; those of
+    an example of `group` are none of `by`.
 
     Args:
         loaders: a mapping group -> iterable of batches, or one iterable of batches that carry a group per example; to
-            be iterated again.
+            be iterated again, with the same examples each time, in any order.
         group: the group to match.
         by: the group that the matched examples are taken out of.
         model: any module; not changed.
@@ -269,7 +283,8 @@ def matched(
 
     Raises:
         KeyError: if there is no such group; lists those there are.
-        ValueError: if the two are one, or no example of `by` is near enough.
+        ValueError: if the two are one, no example of `by` is near enough, or batches cannot be taken apart; and, as
+            the loader is iterated, if a pass gives other examples.
 
     Example:
         >>> import torch
@@ -280,17 +295,19 @@ def matched(
         >>> control.name, control.count + control.unmatched
         ('many like few', 2)
     """
+    group, by = group_names([group, by])
     if group == by:
         raise ValueError(f"group {group!r} cannot be matched by its own examples: give another one as by=")
     seed, unpack = checked_seed(seed), by_key(unpack, group_key)
     named = named_loaders(loaders)
-    measured = sweep(model, {}, named, metric=metric, predict=predict, unpack=unpack)
+    keys: list[str] = []  # of the examples in the order of this one pass: the next may have another one
+    measured = sweep(model, {}, _noting(named, unpack, keys), metric=metric, predict=predict)
     for name in (group, by):
         if name not in measured.baseline:
             raise KeyError(f"no group {name!r}{nearest(str(name), map(str, measured.baseline))}")
-    keys = [key for _, batch in iterate_groups(named, unpack=unpack) for key in example_keys(batch)]
     values, members = measured.values().numpy(), group_members(measured.members)
     own, others = ({keys[at]: float(values[at]) for at in members[name]} for name in (group, by))
+    others = {key: value for key, value in others.items() if key not in own}  # no example is a control of itself
     order = np.argsort(random_bits(f"matched\0{seed}", len(own)), kind="stable")
     gaps = _nearest([list(own.values())[at] for at in order], others)
     if not gaps:
@@ -311,6 +328,19 @@ def matched(
         by,
         unpack,
     )
+
+
+def _noting(loaders: Loaders, unpack: Unpack | None, keys: list[str]) -> Loaders:
+    """Return loaders for one pass, which adds to `keys` what tells each example apart as it comes."""
+
+    def noted(loader: Loader, grouped: bool) -> Iterator[Batch]:
+        for batch in iterate(loader, unpack=unpack, grouped=grouped):
+            keys.extend(example_keys(batch))
+            yield batch
+
+    if isinstance(loaders, Mapping):
+        return {group: noted(loader, False) for group, loader in loaders.items()}
+    return noted(loaders, True)
 
 
 def _nearest(wanted: Iterable[float], others: Mapping[str, float]) -> dict[str, float]:
@@ -338,15 +368,18 @@ def groups_of(loaders: Loaders, unpack: Unpack | None) -> tuple[dict[Group, int]
     return counts, frozenset(keys)
 
 
-def checked_groups(group: Group, against: Iterable[Group] | None, known: Iterable[Group]) -> tuple[Group, ...]:
-    """Return the groups to spare: those that are named, or all but one.
+def checked_groups(
+    group: Group, against: Group | Iterable[Group] | None, known: Iterable[Group]
+) -> tuple[Group, tuple[Group, ...]]:
+    """Return the group, and those to spare: those that are named, or all others. Numbers of torch are made Python's.
 
     Raises:
         KeyError: if a group is unknown; lists those there are.
         ValueError: if there is none to spare, or the group itself is among them.
     """
-    every = list(known)
-    others = tuple(name for name in every if name != group) if against is None else tuple(against)
+    every, (group,) = list(known), group_names([group])
+    named = spared_names(against)
+    others = tuple(name for name in every if name != group) if named is None else named
     unknown = [name for name in (group, *others) if name not in every]
     if unknown:
         raise KeyError(f"no group {', '.join(map(repr, unknown))}; there are {inline(map(repr, every), 10)}")
@@ -355,4 +388,4 @@ def checked_groups(group: Group, against: Iterable[Group] | None, known: Iterabl
             f"against= names the groups to spare, one or more, without {group!r}; there are "
             f"{inline(map(repr, every), 10)}"
         )
-    return others
+    return group, others

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neuronsurgery.differentiation import is_float16
 from neuronsurgery.distributed import exchange
+from neuronsurgery.errors import warn
 from neuronsurgery.layouts import Layout
 from neuronsurgery.precision import wide_dtype, widened
 from neuronsurgery.scores import norms
 from neuronsurgery.serving import Service, add_up
 from neuronsurgery.spread import local, of_parts, own_part
 from neuronsurgery.types import Group
+
+MEMORY_WARNING = 4e9
+"""Bytes of sums of gradients above which a mixed stream warns."""
 
 
 class GroupSum:
@@ -96,3 +102,28 @@ def _as_total(gradient: Tensor) -> Tensor:
     """Return a gradient dense and in float32 or wider; not a part of a larger tensor, which it would keep."""
     own = widened(gradient.to_dense())
     return own.clone() if own.untyped_storage().nbytes() > own.numel() * own.element_size() else own
+
+
+def added_up(
+    service: Service | None, group: Group, count: int, logits: Tensor, leaves: Sequence[Tensor]
+) -> contextlib.AbstractContextManager[None]:
+    """Have the gradients to what FSDP shards added to the sums of a group, so many times as there are examples.
+
+    Raises:
+        ValueError: in float16, of which gradients are scaled afterwards.
+    """
+    if service is None:
+        return contextlib.nullcontext()
+    if is_float16(logits, leaves):
+        raise ValueError("gradients of a sharded model are not taken in float16: use bfloat16 or float32")
+    return service.given_to(service.adding(group, count))
+
+
+def warn_of_memory(leaves: Iterable[Tensor], groups: int) -> None:
+    """Warn where the sums of so many groups, one more than before, hold much memory."""
+    one = sum(leaf.numel() * wide_dtype(leaf).itemsize for leaf in leaves)
+    if one * groups > MEMORY_WARNING >= one * (groups - 1):
+        warn(
+            f"a mixed stream holds one copy of the scored gradients per group, so far {groups} of "
+            f"{one / 1e9:.2g} GB: a mapping group -> loader needs one copy in all"
+        )

@@ -26,10 +26,11 @@ ORDER = [
     *("rebinding", "sources", "habits", "caches"),
     *("batches", "loaders", "losses", "objectives", "surveys", "copies", "forward"),
     *("layers", "neurons", "layouts", "discovery", "scores", "comparisons", "independence", "differentiation"),
-    *("sums", "gradients", "hard", "edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
+    *("sums", "segments", "gradients", "hard"),
+    *("edits", "rows", "state_dicts", "checkpoints", "plans", "refusals", "surgery"),
     *("training", "lora"),
     *("evaluation", "graph", "experts", "units", "silencing", "outcomes", "sharing", "sweeps", "fragile"),
-    *("outputs", "normed", "means", "first_order", "effects", "pools", "masks"),
+    *("outputs", "normed", "means", "terms", "first_order", "effects", "pools", "masks"),
     *("splits", "searches", "critical", "judgement"),
     *("memorization", "files", "folders", "study"),
 ]

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from snapshot import assert_unchanged, snapshot
@@ -140,6 +141,22 @@ def test_whom_to_spare() -> None:
     assert [neuron.index for neuron in free.neurons] == [SHARED]
 
 
+def test_groups_may_be_numbers_of_numpy_and_torch() -> None:
+    x, y = (torch.cat([batch[i] for batch in examples()]) for i in (0, 1))
+    names = [name for batch in examples() for name in batch[2]]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    data = [(x, y, torch.tensor([numbers[name] for name in names]))]
+    rare, left = numbers["rare"], numbers["left"]
+    options = {"k": 1, "where": "0.*"}
+    expected = ns.find_critical(planted(), data, rare, against=[left], **options)
+    for number in (np.int64, torch.tensor):
+        for against in ([number(left)], number(left)):
+            found = ns.find_critical(planted(), data, number(rare), against=against, **options)
+            assert (found.group, found.against, found.edit) == (rare, (left,), expected.edit)
+            verdict = ns.judge(found.edit, planted(), data, number(rare), against=against, draws=0)
+            assert (verdict.group, verdict.against) == (rare, (left,))
+
+
 def test_mappings_and_batches_make_no_difference() -> None:
     x, y = (torch.cat([batch[i] for batch in examples()]) for i in (0, 1))
     names = [name for batch in examples() for name in batch[2]]
@@ -183,6 +200,15 @@ def test_what_cannot_be_held_is_said() -> None:
     assert set(found.path[0].kinds) == {"zero"}
 
 
+@pytest.mark.parametrize("objective", [None, lambda before, after, groups: float((before - after).mean())])
+def test_where_nothing_can_be_held_nothing_is_left_to_try(objective: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(
+        ValueError, match=r"no neuron can be edited as edits= says, not held .*: 0.weight \(it has no bias"
+    ):
+        ns.find_critical(model, examples(), "rare", where="0.*", edits="mean", objective=objective)
+
+
 def test_the_screen_predicts_what_the_sweep_finds() -> None:
     """A pool of two is enough where first order is right about the best: one within the cap, and the best of all."""
     assert find(pool=2, k=1).edit == find(k=1).edit
@@ -210,6 +236,7 @@ def test_it_is_a_value() -> None:
         ({"cap": -1, "weight": float("nan")}, ValueError, "weight: expected a finite number of at least 0, given nan"),
         ({"objective": 3}, TypeError, "objective= is a function"),
         ({"metric": ns.accuracy}, ValueError, "accuracy has no gradient"),
+        ({"metric": ns.cross_entropy}, ValueError, "metric= is positive where an example is right, which no loss is"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], said: str) -> None:

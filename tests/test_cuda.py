@@ -46,6 +46,22 @@ def test_scores_are_those_of_the_cpu_and_the_data_may_stay_there() -> None:
     assert_unchanged(before, model, given.data)
 
 
+def test_small_groups_share_batches() -> None:
+    """Gradients are taken in a thread of the card's there."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 300, 3), nn.Tanh(), nn.Flatten(), nn.Linear(1200, 300)
+    )
+    images, labels, groups = torch.randn(64, 3, 6, 6), torch.randint(300, (64,)), torch.arange(64) % 32
+    passes: list[int] = []
+    model = moved(network)
+    model.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    found = ns.group_grad_norms(model, [(images, labels, groups)])
+    assert passes == [2, 1, 64]
+    close(found.values, ns.group_grad_norms(network, [(images, labels, groups)]).values)
+    right = ns.group_grad_norms(network, {g: [(images[groups == g], labels[groups == g])] for g in range(32)})
+    close(found.values, right.values)
+
+
 EDITS = {
     "zero_out": ns.zero_out,
     "scale": lambda neurons: ns.scale(neurons, 0.3),

@@ -247,3 +247,99 @@ def test_an_attentions_own_projection_alone() -> None:
     assert torch.allclose(ns.group_effects(model, data, layout=alone).values, wanted, atol=1e-7)
     with pytest.raises(ValueError, match="has no gradient, or something cuts it off"):
         ns.group_effects(model, data, layout=alone, metric=lambda logits, targets: targets.double())
+
+
+# Experts
+
+
+class Routed(nn.Module):
+    """Two experts, each of which sees the tokens of one sign alone, and beside them one that sees all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.all, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.all(x).tanh()
+        for expert, own in ((self.up, x[..., 0] > 0), (self.down, x[..., 0] < 0)):
+            if own.any():
+                hidden = hidden.index_put((own,), expert(x[own]).tanh(), accumulate=True)
+        return self.head(hidden.mean(1))
+
+
+@pytest.mark.parametrize("where", ["*", "up.*", ["up.*", "down.*"]])
+@pytest.mark.parametrize("size", [30, 7, 1])
+@pytest.mark.parametrize("transform", [None, ns.error_probability])
+def test_experts_that_see_a_part_of_the_examples(where: Any, size: int, transform: Any) -> None:
+    """In the first batches one expert sees every token and the other none, so that these show nothing of the rest."""
+    torch.manual_seed(0)
+    model, x, y = Routed().double(), torch.randn(30, 2, 3).double(), torch.arange(30) % 2
+    x[:10, :, 0] = -x[:10, :, 0].abs()
+    groups = torch.arange(30) % 3
+    batches = [(x[part], y[part], groups[part]) for part in torch.arange(30).split(size)]
+    found = ns.group_effects(model, batches, where=where, transform=transform)
+    transform = transform or (lambda values: values)
+    right: dict[Any, dict[str, Tensor]] = {
+        g: {layer.parameter: torch.zeros(()) for layer in found.layout} for g in range(3)
+    }
+    for at in range(30):
+        margin = ns.margin(model(x[at : at + 1]), y[at : at + 1])[0]
+        for layer in found.layout:
+            weight = model.get_parameter(layer.parameter)
+            (gradient,) = torch.autograd.grad(margin, weight, retain_graph=True, allow_unused=True)
+            effect = torch.zeros(layer.count) if gradient is None else -(weight * gradient).sum(1)
+            change = (transform(margin + effect) - transform(margin)).detach()
+            right[at % 3][layer.parameter] = right[at % 3][layer.parameter] + change / 10
+    assert_effects(found, right)
+
+
+class Turned(nn.Module):
+    """The layer sees the examples of a batch in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.flip(0)).flip(0).tanh())
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5 * x.mean(0)
+
+
+def test_a_first_batch_of_one_example_shows_nothing_of_the_others() -> None:
+    torch.manual_seed(0)
+    model, x, y = Turned().double(), torch.randn(9, 3).double(), torch.arange(9) % 2
+    groups = torch.tensor([0, *[0] * 4, *[1] * 4])
+    whole, parts = (
+        ns.group_effects(model, [(x[part], y[part], groups[part]) for part in torch.arange(9).split(sizes)])
+        for sizes in ([9], [1, 8])
+    )
+    assert torch.allclose(whole.values, parts.values, atol=1e-6)
+
+
+def test_a_first_batch_of_one_example_hides_no_dependence() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Centred(), nn.Linear(4, 2))
+    data = [(torch.randn(size, 3), torch.zeros(size).long()) for size in (1, 8)]
+    with pytest.raises(ValueError, match="the model or the loss looks at the whole batch"):
+        ns.group_effects(model, data)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(3, 3), nn.LSTM(3, 3, batch_first=True), nn.MultiheadAttention(3, 1, batch_first=True)]
+)
+def test_a_layer_that_is_cut_off_is_none_that_the_examples_go_past(layer: nn.Module) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                features = self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+            return self.head(features[0] if isinstance(features, tuple) else features).mean(1)
+
+    with pytest.raises(ValueError, match="margin has no gradient, or something cuts it off"):
+        ns.group_effects(Frozen(), [(torch.randn(4, 2, 3), torch.zeros(4).long())], where="layer.*")

@@ -555,6 +555,11 @@ def test_the_hardest_of_dependent_examples_are_warned_of() -> None:
         ns.hard_batch(batch_norm(), [(X, Y)], top=4, sample=2)
 
 
+def test_a_first_batch_of_one_does_not_spend_the_check_of_the_hardest() -> None:
+    with pytest.warns(UserWarning, match=r"the losses of 4 examples alone differ"):
+        ns.hard_batch(nn.Linear(4, 2), [(X[:1], Y[:1]), (X[1:], Y[1:])], loss=contrastive)
+
+
 def test_a_first_batch_of_one_does_not_spend_the_check() -> None:
     one = [(X[:1], Y[:1], torch.tensor([0]))]
     with pytest.raises(ValueError, match="pass regroup=False"):

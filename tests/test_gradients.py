@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import CASES, FAST, Case, every_case, fast_case
 
 import neuronsurgery as ns
-from neuronsurgery import gradients
+from neuronsurgery import gradients, sums
 from neuronsurgery.batches import Examples, join, map_tensors, unpack_batch
 from neuronsurgery.scores import Scores
 from neuronsurgery.sums import GroupSum
@@ -335,7 +335,7 @@ def test_a_mapping_needs_one_copy_of_the_gradients(monkeypatch: pytest.MonkeyPat
 
 def test_a_mixed_stream_of_many_large_gradients_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = simple(groups=5)
-    monkeypatch.setattr(gradients, "MEMORY_WARNING", 2.5 * 4 * (7 * 5 + 3 * 7))
+    monkeypatch.setattr(sums, "MEMORY_WARNING", 2.5 * 4 * (7 * 5 + 3 * 7))
     with pytest.warns(UserWarning, match=r"one copy of the scored gradients per group, so far 3 .*a mapping") as caught:
         ns.group_grad_norms(model, examples)
     assert [warning.filename for warning in caught] == [__file__]

@@ -217,6 +217,19 @@ def judged(falls: dict[str, float], sizes: dict[str, int], generator: np.random.
     return ns.judge(edit, model, loaders, "own", draws=0, seed=seed)
 
 
+@pytest.mark.parametrize("metric", [ns.accuracy, ns.margin])
+def test_the_order_of_the_examples_makes_no_difference(metric: Any) -> None:
+    x = torch.rand(90, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = x[:, 0].round() if metric is ns.accuracy else x[:, 0]
+    names = [("own", "a", "b")[at % 3] for at in range(90)]
+    data = [(x, torch.zeros(90, dtype=torch.int64), names)]
+    back = [(x.flip(0), torch.zeros(90, dtype=torch.int64), names[::-1])]
+    edit = ns.zero_out(ns.select(ns.find_layout(Fixed()), {"switch.weight": 0}))
+    one, other = (ns.judge(edit, Fixed(), loader, "own", metric=metric, draws=0) for loader in (data, back))
+    assert one.net_interval == pytest.approx(other.net_interval, rel=1e-9)
+    assert one.net_interval[0] < one.net < one.net_interval[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("falls", "sizes"),

@@ -128,6 +128,34 @@ def test_the_mean_is_over_all_batches_whatever_their_sizes_and_groups() -> None:
     assert torch.allclose(edited(model, whole), edited(model, parts), atol=1e-12)
 
 
+class Routed(nn.Module):
+    """An expert for images that are bright, and another for those that are dark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bright, self.dark, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        bright = x[:, 0] > 0
+        hidden = x.new_zeros(len(x), 4)
+        for expert, own in ((self.bright, bright), (self.dark, ~bright)):
+            if own.any():
+                hidden[own] = expert(x[own])
+        return self.head(hidden.relu())
+
+
+@pytest.mark.parametrize("sizes", [[12], [6, 6], [1] * 12, [5, 4, 3]])
+def test_the_mean_of_an_expert_is_over_what_comes_to_it(sizes: list[int]) -> None:
+    model = settled(Routed())
+    order = IMAGES.mean((2, 3))[:, 0].argsort()  # so that batches come to one expert alone
+    batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in IMAGES[order].split(sizes)]
+    edit = ns.mean_out(chosen(model, "0.bright.weight", 1), model, batches)
+    pixels = IMAGES.mean((2, 3))
+    mean = model[0].bright(pixels[pixels[:, 0] > 0])[:, 1].mean()
+    assert torch.allclose(ns.bake(edit, model)[0].bright.bias[1], mean, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("model", "patterns", "said"),
     [
@@ -150,7 +178,7 @@ def test_a_layer_within_a_fused_operator_is_not_seen() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(12, 2)).eval()
     data = [(torch.randn(4, 3, 4), torch.zeros(4, dtype=torch.int64))]
     neurons = ns.select(ns.find_layout(model), {"0.self_attn.out_proj.weight": 1})
-    with pytest.raises(ValueError, match="its module is never called: its weight is read by a fused operator"):
+    with pytest.raises(ValueError, match="it is never called: no example comes to it, or a fused operator"):
         ns.mean_out(neurons, model, data)
 
 

@@ -127,6 +127,11 @@ def test_contrast_is_the_log_ratio() -> None:
     torch.testing.assert_close(found.values, -back.values)
 
 
+def test_contrast_of_signed_scores_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a ratio of scores of at least 0, and some of these .* are negative"):
+        ns.contrast(scores([1.0] * (COUNT - 1) + [-1.0], [2.0] * COUNT), of=1, against=0)
+
+
 def test_contrast_of_zeros_is_finite() -> None:
     row = [1.0, 0.0] + [0.0] * (COUNT - 2)
     found = ns.contrast(scores(row, row[::-1]), of=0, against=1).values[0]

@@ -330,6 +330,25 @@ def test_a_function_that_is_not_zero_at_zero_is_refused(function: Callable[[Tens
             assert not after[:, 1].any()
 
 
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_softmax_counts_a_zero_as_any_other_number(name: str, last: bool) -> None:
+    class Weighing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(3, 4)
+            self.head = nn.Identity() if last else nn.Linear(1 if name == "logsumexp" else 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights: Tensor = getattr(torch, name)(self.router(x), 1).reshape(len(x), -1)
+            return self.head(weights)  # type: ignore[no-any-return]
+
+    model, inputs = Weighing(), torch.randn(3, 3)
+    neurons = ns.select(ns.find_layout(model, where="router.*"), {"*": 1})
+    with pytest.raises(ValueError, match=rf"router.weight\[1\]: {name} mixes it with others"):
+        ns.silence(neurons, model, (inputs, torch.zeros(3).long()))
+
+
 class Dense(nn.Module):
     """What is made is put beside what was there, and normalised with it, as in a densely connected network."""
 

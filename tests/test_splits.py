@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +44,10 @@ def test_halves_are_disjoint_complete_and_equal_in_every_group() -> None:
 def test_the_order_and_the_batches_make_no_difference(order: list[int], size: int) -> None:
     first, _ = ns.halves(stream(torch.tensor(order), size))
     assert set(contents(first)) == set(contents(ns.halves(stream(torch.arange(N)))[0]))
+
+
+def test_a_half_says_what_it_is() -> None:
+    assert repr(ns.halves(stream(torch.arange(N)))[0]) == "half of a list: 31 examples"
 
 
 def test_another_seed_is_another_split() -> None:
@@ -154,6 +159,69 @@ def test_each_example_takes_the_nearest_that_is_left() -> None:
         "rest": [1.0],
     }
     assert repr(control) == "many like few: 2 examples, 1 unmatched, margins 0.200 apart on average"
+
+
+def margins_of(control: ns.Matched) -> list[float]:
+    """The margins of the examples that were matched, under the model `line`."""
+    return sorted(
+        value
+        for batch in control
+        for group, value in zip(batch.groups or (), batch.args[0][:, 0].tolist(), strict=True)
+        if group == control.name
+    )
+
+
+def test_a_loader_that_shuffles_is_matched_by_its_own_margins() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, zeros = torch.randn(200, 1, generator=generator), torch.zeros(200, dtype=torch.int64)
+    own = x[:30, 0].tolist()
+    data = TensorDataset(x, zeros, (torch.arange(200) >= 30).long())
+    control = ns.matched(DataLoader(data, 16, shuffle=True, generator=generator), 0, 1, line())
+    found = margins_of(control)
+    assert len(found) == control.count
+    assert control.unmatched == 0
+    # As a sorted pairing is never worse on average than the one that was made.
+    assert sum(abs(a - b) for a, b in zip(found, sorted(own), strict=True)) / 30 <= control.gap + 1e-6
+
+
+def test_a_control_of_examples_that_vary_is_refused() -> None:
+    data = {"few": [(torch.zeros(2, 1), torch.zeros(2).long())], "many": Varying()}
+    control = ns.matched(data, "few", "many", line())
+    with pytest.raises(ValueError, match=r"gives other examples than those that were matched \(0 of 1 come again\)"):
+        list(control)
+
+
+class Varying:
+    """Other inputs in each pass, of much the same margins."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield torch.full((4, 1), 0.01 * self.passes) + 0.001 * torch.arange(4)[:, None], torch.zeros(4).long()
+
+
+def test_groups_may_be_numbers_of_numpy_and_torch() -> None:
+    data = [(X, Y, G)]
+    expected = ns.matched(data, 1, 0, nn.Linear(3, 2))
+    for number in (np.int64, torch.tensor):
+        control = ns.matched(data, number(1), number(0), nn.Linear(3, 2))
+        assert control.name == expected.name
+
+
+def test_no_example_is_a_control_of_itself() -> None:
+    data = labelled({"few": [1.0, 3.0], "many": [1.0, 1.2, 3.0, 3.3, 5.0]})
+    assert margins_of(ns.matched(data, "few", "many", line())) == pytest.approx([1.2, 3.3])
+    with pytest.raises(ValueError, match="no example of 'many' has a margin within"):
+        ns.matched(data | {"many": data["few"]}, "few", "many", line())
+
+
+@pytest.mark.parametrize("form", [Tensor.numpy, Tensor.clone, Tensor.tolist])
+def test_a_key_may_be_a_row_of_numbers(form: Any) -> None:
+    long = [(torch.arange(8)[:, None] * 1e-9 + torch.ones(2000, dtype=torch.float64), torch.zeros(8).long())]
+    expected = set(contents(ns.halves(long, key=lambda batch: [str(row.tolist()) for row in batch.args[0]])[0]))
+    assert len(expected) == 4
+    assert set(contents(ns.halves(long, key=lambda batch: form(batch.args[0]))[0])) == expected
 
 
 def test_what_cannot_be_matched() -> None:

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 import neuronsurgery as ns
 from neuronsurgery.effects import prepared
-from neuronsurgery.first_order import mean_effects, terms_of
+from neuronsurgery.first_order import mean_effects
 from neuronsurgery.switches import without_mha_fastpath
+from neuronsurgery.terms import terms_of
 
 pytestmark = pytest.mark.architectures
 

@@ -34,6 +34,9 @@ JOINS = {"add", "sub", "cat", "stack"}
 SUMS = {"add", "sub", "rsub"}
 """Operators that do nothing but add their operands up."""
 
+SOFTMAXES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"}
+"""Operators to which a zero counts as any other number."""
+
 SCALINGS = {"mul", "div"}
 """Operators that leave zero zero, whatever number it is multiplied with or divided by."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -288,21 +288,3 @@ MEASURES: Final[Mapping[str, Measure]] = {
 
 VERDICTS: Final = {"net": _selective, "memory": _more_where_seen}
 """By measure, the verdict of several seeds where it is not by the bound alone."""
-
-
-def render(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return the records of `judge` as a Markdown table: claim, group, every run's value, mean, interval, verdict.
-
-    Intervals of another level than 95 % name it.
-    """
-    lines = ["| | claim | group | per seed | mean [95 %] | |", "|---|---|---|---|---|---|"]
-    for one in records:
-        bound = "" if one["bound"] == 0 else f" ({one['side']} {one['bound']:g} {one['unit']})"
-        values = ", ".join("-" if value is None else f"{value:.1f}" for value in one["values"])
-        level = f" ({100 * one['level']:.2f} %)" if "level" in one else ""
-        mean = "-"
-        if one["low"] is not None:
-            mean = f"{one['mean']:.1f} [{one['low']:.1f}, {one['high']:.1f}]{level} {one['unit']}"
-        said = (one["experiment"], one["text"] + bound, one["group"], values, mean, f"**{one['verdict']}**")
-        lines.append(f"| {' | '.join(said)} |")
-    return "\n".join(lines)

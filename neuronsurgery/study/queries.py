@@ -34,8 +34,7 @@ def over_draws(table: pl.DataFrame) -> pl.DataFrame:
     """Return one row per intervention, group and seed of a table of changes, the draws of each taken together.
 
     "value" is the mean, "low" and "high" are the lowest and the highest draw (of a single draw, its interval), "p" is
-    the median. New are "sd" (null for one draw), "draws", and "seen": in how many draws the interval excludes 0 on the
-    side where more of them do.
+    the median. New are "draws", and "seen": in how many of them the interval excludes 0, on the side where more do.
     """
     value, low, high, alone = pl.col("value"), pl.col("low"), pl.col("high"), pl.len() == 1
     return table.group_by("seed", *(name for name in KEYS if name != "draw"), maintain_order=True).agg(
@@ -44,7 +43,6 @@ def over_draws(table: pl.DataFrame) -> pl.DataFrame:
         value.mean(),
         low=pl.when(alone).then(low.first()).otherwise(value.min()),
         high=pl.when(alone).then(high.first()).otherwise(value.max()),
-        sd=value.std(),
         p=pl.col("p").median(),
         draws=pl.len(),
         seen=pl.max_horizontal((low > 0).sum(), (high < 0).sum()),
@@ -110,12 +108,12 @@ def differences(run: Run, table: pl.DataFrame, pairs: Iterable[tuple[str, str]])
 
 
 def sensitive_layers(table: pl.DataFrame) -> pl.DataFrame:
-    """Return by seed, distance, norm and group how many layers of 1f are "sensitive", of how many "layers"."""
+    """Return by seed, distance, norm and group how many layers of 1f are "sensitive"."""
     # A hundredth itself counts, whatever its last bit.
     hit = pl.col("value").abs() >= SENSITIVE - 1e-9
     rows = where(table, experiment="1f", measure="change")
     keys = ("seed", "split", "distance", "with_norm", "group")
-    return rows.group_by(keys, maintain_order=True).agg(sensitive=hit.sum(), layers=pl.len())
+    return rows.group_by(keys, maintain_order=True).agg(sensitive=hit.sum())
 
 
 def control_p_values(table: pl.DataFrame) -> pl.DataFrame:

@@ -15,7 +15,7 @@ import pytest
 import neuronsurgery as ns
 from neuronsurgery.study import critical_sets as module
 from neuronsurgery.study import data, models
-from neuronsurgery.study.claims import CLAIMS, QUESTIONS_LEVEL, judge, render
+from neuronsurgery.study.claims import CLAIMS, QUESTIONS_LEVEL, judge
 from neuronsurgery.study.cli import main
 from neuronsurgery.study.critical_sets import Case, Protocol, critical_sets
 from neuronsurgery.study.program import QUICK
@@ -179,7 +179,7 @@ def test_two_quick_seeds_have_the_claims_and_the_table_of_1h(
 ) -> None:
     assert main([*COMMAND, "--split", "test", "--seed", "20", "--seeds", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "1h  Critical sets found on half A" in printed and "(99.17 %)" in printed
+    assert "Does a set of three neurons carry it and nobody else?" in printed
     together = read_run(tmp_path)
     claims = [(record["group"], record["verdict"]) for record in judge(together) if record["experiment"] == "1h"]
     assert len(claims) == 6 and all(verdict == "too few" for group, verdict in claims if group == RARER)
@@ -340,12 +340,10 @@ def test_a_group_of_few_images_has_no_numbers_and_too_few_as_its_verdict() -> No
     runs = seeds(0.4, 0.5)
     assert verdicts(*runs, group=RARER) == ["too few"] * 3
     together = together_of(runs)
-    assert "| - | - | **too few** |" not in render(judge(together))  # a dash for each seed
-    assert "| -, - | - | **too few** |" in render(judge(together))
-    assert f"{RARE}, k = 3" in summary(together)
+    assert re.search(r"nobody else\? +too few +- +-\n", summary(together))
     said = report_of(together)
     assert "too few" in said and said.count("(a) three neurons found") == 2
-    assert "too few: 4 and 4" in summary(Run.of(runs[0]))
+    assert "too few: 4 and 4" in Run.of(runs[0]).rows(measure="impossible")["note"].item()
 
 
 def test_every_question_is_about_three_neurons() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from neuronsurgery.study.claims import judge
 from neuronsurgery.study.queries import (
     auc_interval,
     control_p_values,
@@ -210,10 +211,9 @@ def test_draws_are_taken_together() -> None:
     drawn = [(-0.1, -0.4, 0.2), (-0.2, -0.3, -0.1), (0.3, 0.1, 0.5)]
     (row,) = over_draws(changes(drawn, experiment="1c")).to_dicts()
     assert row["value"] == pytest.approx(statistics.fmean(v for v, _, _ in drawn))
-    assert row["sd"] == pytest.approx(statistics.stdev(v for v, _, _ in drawn))
     assert (row["low"], row["high"], row["draws"], row["seen"]) == (-0.2, 0.3, 3, 1)  # one draw on either side
     (alone,) = over_draws(changes(drawn[:1], experiment="1c")).to_dicts()
-    assert (alone["low"], alone["high"], alone["sd"], alone["draws"]) == (-0.4, 0.2, None, 1)
+    assert (alone["low"], alone["high"], alone["draws"]) == (-0.4, 0.2, 1)
 
 
 def test_p_values_count_the_draws_that_do_as_much_and_say_how_many_differ() -> None:
@@ -229,7 +229,7 @@ def test_p_values_count_the_draws_that_do_as_much_and_say_how_many_differ() -> N
 def test_sensitive_layers_change_by_a_point_or_more() -> None:
     values = [(0.01, 0, 0), (-0.0099, 0, 0), (-0.5, 0, 0), (0.1 * 3 - 0.31, 0, 0)]
     (row,) = sensitive_layers(changes(values, experiment="1f", distance=5, with_norm=False)).to_dicts()
-    assert (row["sensitive"], row["layers"], row["distance"]) == (3, 4, 5)  # a hundredth itself counts
+    assert (row["sensitive"], row["distance"]) == (3, 5)  # a hundredth itself counts
 
 
 def test_one_seed_is_as_it_is_and_several_have_students_interval(whole: dict[str, Any]) -> None:
@@ -341,28 +341,28 @@ def test_seeds_that_inferred_no_groups_are_named_with_the_reason(order: tuple[in
 # What is printed
 
 
-def test_seeds_without_stage_one_print_what_there_is() -> None:
-    printed = summary(in_order((0, 1), [with_chosen(arm("CnC, chosen", "comparison", 0.5)), with_chosen()]))
-    assert "| claim |" not in printed and "Last layer" not in printed
-    lines = printed.splitlines()
-    start = next(place for place, line in enumerate(lines) if line.startswith("Stage 2  Worst group"))
-    assert lines[start + 1].split("  ")[-1] == "worst group"
-    rows = {line[2:].split("  ")[0]: line for line in lines[start + 2 :]}
-    assert rows["pruned by gradient"].count("60.0 [60.0, 60.0]") == 3
-    assert rows["CnC, chosen"].split()[-3:] == ["-", "-", "-"]
-    assert "Means over 2 seeds [Student's 95 % interval]" in lines[-1]
+def test_accuracies_and_answers_are_printed(whole: dict[str, Any]) -> None:
+    run = Run.of(whole)
+    lines = summary(run).splitlines()
+    cells = (f"{100 * value:.1f}" for value in whole["accuracy"]["test"])
+    assert re.fullmatch(r"test +" + r" +".join(map(re.escape, cells)), lines[1 + list(whole["accuracy"]).index("test")])
+    asked = [claim for claim in judge(run) if claim["question"] and claim["group"] == run.minority[0]]
+    start = lines.index(f"{run.minority[0]}, the rarest group in training") + 1
+    assert len(asked) == 4
+    for line, claim in zip(lines[start:], asked, strict=False):
+        number, ends = f"{claim['mean']:.1f} {claim['unit']}", f"[{claim['low']:.1f}, {claim['high']:.1f}]"
+        assert re.fullmatch(rf"{re.escape(claim['question'])} +one seed only +{number} +{re.escape(ends)}", line)
+    assert lines[-1] == "report.html shows what these rest on; every number is in table.csv."
 
 
-def test_claims_and_retraining_of_seeds_are_printed() -> None:
+def test_of_seeds_means_are_printed_with_their_intervals() -> None:
     runs = [MadeUp(draws=1).results(["1a"]) | {"fragility": fragility()} for _ in range(2)]
     printed = summary(seeds_of(runs))
-    assert "| 1a | zeroing the top-1 to 3 by the group's gradient changes it more" in printed
-    assert "inferred by knockout  60.0 [60.0, 60.0]" in printed
-    assert re.search(r"\n  AFR +-", printed)
+    assert printed.startswith("accuracy, %, mean of 2 seeds [95 % interval]")
+    mean = 100 * runs[0]["accuracy"]["train"][0]
+    assert re.search(rf"\ntrain +{mean:.1f} \[{mean:.1f}, {mean:.1f}\]", printed)
+    assert re.search(r"hit it more than any other group\? +(holds|does not hold) ", printed)
 
 
-def test_a_run_prints_what_it_has(whole: dict[str, Any]) -> None:
-    printed = summary(Run.of(whole))
-    for title in ("Empirical risk minimisation", "1a  Zero the top", "1g  Zero random", "Stage 2  Worst", "Last layer"):
-        assert f"{title}" in printed
-    assert "One image is 0.057, 1.1, 3.6, 0.19 points in these groups. Every number is in table.csv." in printed
+def test_nobody_rare_means_no_answers(whole: dict[str, Any]) -> None:
+    assert "rarest" not in summary(Run.of({**whole, "minority": []}))
