@@ -105,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(given)
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: stopped: {_how_to_go_on(name, given)}\n")
+        without = ", without --overwrite," if given.get("overwrite") else ""
+        sys.stderr.write(f"{PROGRAM}: stopped: the same command{without} goes on from here\n")
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.stderr.write(f"{PROGRAM}: error: {error}\n")
@@ -127,12 +128,6 @@ def _help() -> str:
         f"{PROGRAM} COMMAND --help has the options of a command; {PROGRAM} --version the version.",
     ]
     return "\n".join(said)
-
-
-def _how_to_go_on(name: str, given: Given) -> str:
-    if name not in ("study", "audit"):
-        return "start it again"
-    return f"the same command{', without --overwrite,' if given.get('overwrite') else ''} goes on from here"
 
 
 if __name__ == "__main__":

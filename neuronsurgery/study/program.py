@@ -219,7 +219,7 @@ def _dataset(options: Options, verify: bool) -> Any:
         dataset = readers.READERS[options.data](
             options.root,
             size=options.size,
-            loading=readers.Loading(options.workers, options.pin_memory),
+            loading=readers.Loading(options.workers, pin_memory=options.device is not None),
             verify=verify and not options.no_verify,
             **{name: value for name, value in chosen.items() if value is not None},
         )

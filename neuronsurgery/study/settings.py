@@ -170,7 +170,6 @@ class Options(Settings):
     seeds: int = option(1, "run this many seeds, from --seed on, and compare them", "1", **COUNT)
     overwrite: bool = option(False, "delete the files of another run in the folder")
     workers: int = option(0, "processes that decode images", **FROM_ZERO, **DISK)
-    pin_memory: bool = option(False, "for a faster way to the device", **DISK)
     no_verify: bool = option(False, "do not decode every image before training starts", **DISK)
 
 
@@ -238,7 +237,7 @@ def refuse_contradictions(given: Mapping[str, Any]) -> None:
     data = given.get("data", "synthetic")
     own = ("table", *(f"{name}_column" for name in COLUMNS))
     if data in EMBEDDED:
-        found = _flags(given, ("root", "size", "mean", "std", "workers", "pin_memory", "no_verify", *own))
+        found = _flags(given, ("root", "size", "mean", "std", "workers", "no_verify", *own))
         if found:
             raise UsageError(
                 f"--data {data} is embedded and takes no {found}: leave it out, or choose --data {', '.join(ON_DISK)}"

@@ -173,11 +173,6 @@ class _Auditing:
             sys.stderr.write(f"audit: {what}\n")
             sys.stderr.flush()
 
-    @property
-    def _how(self) -> dict[str, Any]:
-        """How the library is to call the model."""
-        return {"predict": self.predict}
-
     @functools.cached_property
     def _order(self) -> Tensor:
         """The places of all examples, at random."""
@@ -192,7 +187,7 @@ class _Auditing:
     def edit(self) -> ns.Edit | None:
         """The cut of the last residual branches, None for a network that has none."""
         try:
-            return knockout(self.model, self._few, **self._how)
+            return knockout(self.model, self._few, predict=self.predict)
         except (ValueError, ns.CaptureError):
             return None
 
@@ -203,7 +198,7 @@ class _Auditing:
         budget = math.inf if self.budget is None else self.budget
         until = time.perf_counter() + 0.8 * budget  # what is measured is not what will be
         self._refuse()
-        return make_plan(self.model, self.examples, self.edit, self._how, self.batch, until)
+        return make_plan(self.model, self.examples, self.edit, {"predict": self.predict}, self.batch, until)
 
     def _refuse(self) -> None:
         """Raise a ValueError where the classes are not the network's, or it seems to see something else than images."""
@@ -244,7 +239,7 @@ class _Auditing:
             return torch.zeros(len(logits))
 
         # The targets may be of classes that the model does not have: this metric does not look at them.
-        ns.evaluate(self.model, [batch], metric=keep, larger_is_better=True, **self._how)
+        ns.evaluate(self.model, [batch], metric=keep, larger_is_better=True, predict=self.predict)
         return torch.cat(seen)
 
     # Who is fragile
@@ -260,7 +255,7 @@ class _Auditing:
     def _margins(self, places: Tensor, plan: Plan, kept: Parts) -> tuple[Tensor, Tensor | None]:
         """Return the margins of the network as it is, and those that rank, if there are others, float64 (N,)."""
         parts = {f"margins, part {number}": part for number, part in enumerate(torch.split(places, plan.part), start=1)}
-        shared = functools.cache(functools.partial(ns.share, self.model, self._few, **self._how))
+        shared = functools.cache(functools.partial(ns.share, self.model, self._few, predict=self.predict))
         for number, (name, part) in enumerate(parts.items(), start=1):
             if name not in kept:
                 loader = list(self.examples.batches(part, plan.batch))
@@ -273,10 +268,10 @@ class _Auditing:
     def _swept(self, shared: Any, loader: Iterable[Any]) -> list[list[float]]:
         """Return the margins of some examples by the network as it is, and by the other that ranks, if there is one."""
         edits = {} if self.edit is None or self.early is not None else {"knockout": self.edit}
-        swept = ns.sweep(shared, edits, loader, metric=ns.margin, **self._how)
+        swept = ns.sweep(shared, edits, loader, metric=ns.margin, predict=self.predict)
         values = [swept.values(), *map(swept.values, edits)]
         if self.early is not None:
-            values.append(ns.sweep(self.early, {}, loader, metric=ns.margin, **self._how).values())
+            values.append(ns.sweep(self.early, {}, loader, metric=ns.margin, predict=self.predict).values())
         return [column.tolist() for column in values]
 
     # Which neurons
@@ -289,7 +284,7 @@ class _Auditing:
             said = f"No critical set was sought: no {kind} has {FEWEST} examples, {FEWEST // 2} of them right."
             return {"said": said, "rows": [], "caveats": []}, None
         key = f"critical set of {name}, {plan.searched}"
-        how = {"seed": self.seed, "progress": self.progress, **self._how}
+        how: dict[str, Any] = {"seed": self.seed, "progress": self.progress, "predict": self.predict}
         if key not in kept or not file.exists():
             search, rest = ns.halves(self._loaders(found.places(), plan), seed=self.seed)
             self._tell(f"a search for {name}")

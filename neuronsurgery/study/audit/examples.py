@@ -186,11 +186,8 @@ def from_folders(root: Path, framing: Framing, loading: Loading, class_names: Se
     """Return the images of a folder with one subfolder per class, in the order of their paths.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
         ValueError: if it has no two subfolders with images, or an image cannot be read; lists all that is wrong.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder: pass --root, the folder of the images")
     files = [file for file in sorted(root.glob("*/**/*")) if file.suffix.lower() in IMAGES]
     paths = [file.relative_to(root) for file in files]
     columns = {"label": [path.parts[0] for path in paths], "path": [str(path) for path in paths]}

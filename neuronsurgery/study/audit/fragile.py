@@ -75,11 +75,10 @@ class Fragile:
         groups = {name: rows["right"] for name, rows in self._parts("groups")}
         asked = [name for name in groups if name.endswith(", fragile") or self.examples.groups is not None]
         asked.sort(key=lambda name: (groups[name].mean(), len(groups[name])))
-        enough = [len(groups[name]) >= FEWEST and groups[name].sum() >= FEWEST / 2 for name in asked]
-        if len(groups) < 2 or True not in enough:
-            return None, []
-        place = enough.index(True)
-        return asked[place], asked[:place]
+        for place, name in enumerate(asked):
+            if len(groups) > 1 and len(groups[name]) >= FEWEST and groups[name].sum() >= FEWEST / 2:
+                return name, asked[:place]
+        return None, []
 
     def places(self) -> dict[str, Tensor]:
         """Return the places of the examples of each group that has at least two, ascending."""

@@ -58,14 +58,9 @@ class Plan:
     part: int
     held: int
 
-    @property
-    def total(self) -> float:
-        """Seconds for all steps together."""
-        return sum(self.seconds.values())
-
     def __str__(self) -> str:
         lines = [f"  {name}: about {_spoken(seconds)}" for name, seconds in self.seconds.items()]
-        return "\n".join([f"about {_spoken(self.total)} in batches of {self.batch}:", *lines])
+        return "\n".join([f"about {_spoken(sum(self.seconds.values()))} in batches of {self.batch}:", *lines])
 
 
 def make_plan(

@@ -41,14 +41,10 @@ class Look:
     colours: Sequence[str] = COLOURS  # from the first again where they are fewer
     fixed: bool = True  # whether the legend names all members, and not only those that are shown
 
-    def label(self, name: str) -> str:
-        """Return what the legend calls a member."""
-        return self.labels.get(name, name)
-
     @property
     def members(self) -> list[str]:
         """What the legend calls them, in its order."""
-        return [self.label(name) for name in self.names]
+        return [self.labels.get(name, name) for name in self.names]
 
     @property
     def toggle(self) -> Any:

@@ -8,7 +8,7 @@ there. It has no rows where nothing was measured. What is said of it stands in t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +46,7 @@ def _figure(run: Run, table: pl.DataFrame, field: str = "group", **how: Any) -> 
     labels = {name: f"{name} (rare)" for name in run.minority}
     words: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(("value", "low", "high"), points),
-        **dict.fromkeys(("values", "drawn"), _every_point),
+        **dict.fromkeys(("values", "drawn"), lambda shares: [*map(points, shares)]),
         "group": lambda name: labels.get(name, name),
         "p": p_text,
         "names": names_of,
@@ -61,10 +61,6 @@ def _figure(run: Run, table: pl.DataFrame, field: str = "group", **how: Any) -> 
         names = list(dict.fromkeys(table[field]))
         look = Look(names, field, colours=OTHER_COLOURS, fixed=how.get("kind") != "lines")
     return Figure(rows, look, **how)
-
-
-def _every_point(shares: Sequence[float | None]) -> list[float | None]:
-    return [points(share) for share in shares]
 
 
 def p_text(p: float | None) -> str | None:
