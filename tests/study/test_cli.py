@@ -86,8 +86,7 @@ def files_of(folder: Path) -> list[bytes]:
 @reads_few_run
 def test_a_run_leaves_what_it_promises(few_run: tuple[Path, str]) -> None:
     folder, printed = few_run
-    assert "1a  Zero the top neurons of the model" in printed
-    assert "1g  Zero random other neurons" in printed
+    assert "Does the paper's cut hit it more than any other group?" in printed
     run = read_run(folder)
     assert {name for name in run.experiments if name.startswith("1")} == {"1a", "1g"}
     assert run.about["counts"]["train"] == list(COUNTS["train"])
@@ -255,8 +254,8 @@ def test_waterbirds_from_disk_with_another_network(
 @pytest.mark.xdist_group("whole run")
 def test_both_stages_and_fragility_and_what_is_printed(whole_run: tuple[Path, str]) -> None:
     folder, printed = whole_run
-    for title in ("1a  Zero the top neurons", "Stage 2  Worst group of the test images", "Last layer retrained"):
-        assert title in printed
+    for question in ("Does the paper's cut", "Does fine-tuning against the pruned twin", "Does fragility"):
+        assert question in printed
     run = read_run(folder)
     assert {"1a", "arms", "detection", "mitigation"} <= run.experiments
     assert run.about["settings"]["stages"] == ["1", "2", "fragility"]
@@ -266,7 +265,7 @@ def test_both_stages_and_fragility_and_what_is_printed(whole_run: tuple[Path, st
 def test_several_seeds_are_runs_of_their_own_and_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
     assert main([*FEW, "--seeds", "2", "--out", str(folder)]) == 0
-    assert "| accuracy | training accuracy is near 100 %" in capsys.readouterr().out
+    assert "accuracy, %, mean of 2 seeds [95 % interval]" in capsys.readouterr().out
     together = read_run(folder)
     assert together.seeds == (0, 1)
     for seed in (0, 1):
@@ -558,7 +557,8 @@ def test_data_on_disk_with_held_out_images_and_a_table_that_changes(
     table.write_text(table.read_text().replace(",1,2,0,/", ",1,2,1,/"))  # no test image of group 2
     command = on_disk(table.parent, "--held-out", "0.3", "--out", str(out))
     assert main(command) == 0
-    assert "test images" in capsys.readouterr().out
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if re.match(r"test +\d+\.\d ", line))
+    assert line.split()[3] == "-"
     run = read_run(out)
     assert run.about["settings"]["held_out"] == 0.3
     assert sum(run.about["counts"]["train"]) == 7
