@@ -210,7 +210,7 @@ def find_critical(
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)
     candidates = list(made.candidates())
     if not candidates:
-        reasons = "" if means is None else unheld_layers(means.reasons)
+        reasons = unheld_layers(means.reasons) if means is not None and means.reasons else "the layout has none"
         raise ValueError(f"no neuron can be edited as edits= says, {reasons}: add 'zero', or other layers with where=")
     if screened:
         own, worst = _predicted(surveyed, runner, made, candidates, named, group, others, options)

@@ -209,6 +209,12 @@ def test_where_nothing_can_be_held_nothing_is_left_to_try(objective: Any) -> Non
         ns.find_critical(model, examples(), "rare", where="0.*", edits="mean", objective=objective)
 
 
+@pytest.mark.parametrize("edits", ["zero", "mean"])
+def test_a_layout_without_neurons_is_refused(edits: Any) -> None:
+    with pytest.raises(ValueError, match="no neuron can be edited as edits= says, the layout has none: add 'zero'"):
+        ns.find_critical(planted(), examples(), "rare", layout=ns.Layout(()), edits=edits)
+
+
 def test_the_screen_predicts_what_the_sweep_finds() -> None:
     """A pool of two is enough where first order is right about the best: one within the cap, and the best of all."""
     assert find(pool=2, k=1).edit == find(k=1).edit
