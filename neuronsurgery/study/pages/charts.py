@@ -28,6 +28,9 @@ BAND: Final = 13
 WHOLE: Final = "datum.value % 1 ? '' : datum.label"
 """Labels of whole numbers alone: of two epochs Vega also marks the middle."""
 
+LINES: Final = "split(datum.label, '\\n')"
+"""Labels with a line for each of theirs."""
+
 FONT: Final = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 
@@ -161,7 +164,7 @@ def _rule(**where: Any) -> Any:
 def _dots(figure: Figure) -> tuple[int, list[Any]]:
     """A row for each place: dots with intervals; strokes are the seeds, where there are several."""
     look, by = figure.look, figure.by
-    axis = alt.Axis(labelLimit=190, grid=True, tickBand="extent")
+    axis = alt.Axis(labelLimit=190, labelExpr=LINES, grid=True, tickBand="extent")
     place: dict[str, Any] = {"y": alt.Y(f"{by}:N", sort=figure.places, title=None, axis=axis)}
     if figure.aside:
         place["yOffset"] = alt.YOffset(f"{look.field}:N", sort=look.members)

@@ -151,7 +151,7 @@ def shares(run: Run) -> pl.DataFrame:
 def sets(run: Run) -> pl.DataFrame:
     """Return 1h: sets that were searched on one half of the images, and judged on the other."""
     found = _together(run, run.rows(experiment="1h", measure=tuple(MEASURES)))
-    alike = pl.format("{} like {}", "group", "chosen_for")
+    alike = pl.format("{}\nlike {}", "group", "chosen_for")  # in two lines, or the second is cut off
     return found.drop_nulls("k").with_columns(
         pl.col("measure").replace(MEASURES),
         images=pl.when(selector="critical").then("group").otherwise(alike),
