@@ -522,6 +522,24 @@ def test_a_branch_that_is_hidden_from_the_export() -> None:
         assert_all_exact(forward, model, edits, batches)
 
 
+def test_a_model_that_reads_no_values_is_checked_once() -> None:
+    calls = []
+
+    class Counted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+
+    model = Counted(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    forward, edits = CheckedForward(running(model)), {"base": {}, "cut": {"2.weight": torch.zeros(2, 4)}}
+    forward.capture_now()
+    dict(forward.run((torch.randn(4, 4),), {}, edits))
+    after_the_first = len(calls)
+    for _ in range(3):  # its buffers are compared with what they were, which is no reading of the model's
+        dict(forward.run((torch.randn(4, 4),), {}, edits))
+    assert 0 < len(calls) == after_the_first
+
+
 def test_odd_inputs_fall_back() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor, options: Any) -> Tensor:

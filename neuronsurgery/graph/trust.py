@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -233,13 +234,20 @@ class CheckedForward:
                 logits = self._eager(inputs, edits[label], changed)
             yield label, logits
 
-    def _eager(self, inputs: Inputs, edited: Mapping[str, Tensor], changed: dict[str, Tensor]) -> Tensor:
+    def _eager(
+        self,
+        inputs: Inputs,
+        edited: Mapping[str, Tensor],
+        changed: dict[str, Tensor],
+        watch: AbstractContextManager[object] | None = None,
+    ) -> Tensor:
         """Return the logits of a plain forward.
 
         Args:
             inputs: the arguments; copied, objects that hold tensors too, since some models write into them.
             edited: parameters to put in the place of the model's.
             changed: buffers as earlier batches left them, by name; updated with those that this one changes.
+            watch: what the model itself is run in, and nothing else: what is compared here is not read by the model.
         """
         with KERNELS.steady(), evaluating():
             buffers = {name: changed.get(name, tensor).clone() for name, tensor in self._runner.model.named_buffers()}
@@ -254,9 +262,10 @@ class CheckedForward:
             # Each place once: torch swaps a module of two names twice, and leaves the second value in it.
             placed = {place: given[name] for name in given for place in self._places[name]}
             try:
-                with self._runner.guarded(), edited_in(self._runner.model, self._runner.places, plans):
+                edited_where_gathered = edited_in(self._runner.model, self._runner.places, plans)
+                with self._runner.guarded(), edited_where_gathered, watch or nullcontext():
                     output = functional_call(self._runner.model, placed, args, kwargs, tie_weights=False)
-                logits = self._predict(output)
+                    logits = self._predict(output)
             finally:
                 self._runner.attributes.restore()  # what was computed from these weights is none of the next ones
             given = {name: placed[self._places[name][0]] for name in {**buffers, **dict.fromkeys(self._runner.own)}}
@@ -282,8 +291,8 @@ class CheckedForward:
             return known
         with random_state_kept(inputs.tensors):
             changed: dict[str, Tensor] = {}
-            with _Reads() as reads:
-                expected = self._eager(inputs, {}, changed)
+            reads = _Reads()
+            expected = self._eager(inputs, {}, changed, reads)
             self._reads_values |= reads.seen
             if known is not None:
                 if _agrees(known, inputs, expected):
