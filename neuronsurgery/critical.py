@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from neuronsurgery.losses import is_larger_better, margin
 from neuronsurgery.masks import learned_mask
 from neuronsurgery.means import find_means, unheld_layers
 from neuronsurgery.neurons import Neurons
-from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Search, Step, in_turn, points, selective
-from neuronsurgery.splits import checked_groups, groups_of
+from neuronsurgery.searches import Candidate, Kind, Kinds, Objective, Race, Search, Step, in_turn, points, selective
+from neuronsurgery.splits import Counted, checked_groups, groups_of
 from neuronsurgery.surveys import Survey
 from neuronsurgery.sweeps import sweep_in_parts
 from neuronsurgery.switches import restoring
@@ -139,7 +140,8 @@ def find_critical(
     probability of an example of margin m, D the mean of a group after the edit minus before. Ties are broken by the
     rise of log(1 + exp(-m)). Every neuron is screened by its predicted J (see `group_effects`, `error_probability`; one
     backward pass), and the best `pool` of them go into a beam search with exact sweeps that share one capture, about
-    200 edits for k = 3. The pool and the beam take in turn the best of those within `cap` and the best of all. Of all
+    200 edits for k = 3. A set is run on the group first, and on the others for as long as it may still matter: that
+    changes nothing but the time. The pool and the beam take in turn the best of those within `cap` and of all. Of all
     sets that it looked at, it returns the one whose group loses most among those that take no more than `cap` from any
     other group.
 
@@ -201,36 +203,40 @@ def find_critical(
         raise ValueError("a mask is learned by one process: pass screen='effects' with process_group=")
     named = named_loaders(loaders)
     options = _Options(metric, predict, unpack, progress, process_group)
-    counts, searched = counted_examples(named, unpack, process_group)
+    counts, searched, separable = counted_examples(named, unpack, process_group)
     group, others = checked_groups(group, against, counts)
     spread = "mean" not in kinds and screen != "mask"
     surveyed, runner, layout = prepared(model, layout, where, extra, spread=spread, process_group=process_group)
     means = find_means(surveyed, runner, layout.layers, named, *options[1:]) if "mean" in kinds else None
     made = Kinds(kinds, layout, means)
     screened = objective is None and all(isinstance(kind, str) for kind in kinds)
-    candidates = list(made.candidates())
+    candidates, race = list(made.candidates()), None
     if not candidates:
         reasons = unheld_layers(means.reasons) if means is not None and means.reasons else "the layout has none"
         raise ValueError(f"no neuron can be edited as edits= says, {reasons}: add 'zero', or other layers with where=")
     if screened:
-        own, worst = _predicted(surveyed, runner, made, candidates, named, group, others, options)
+        own, harm = _predicted(surveyed, runner, made, candidates, named, group, others, options)
+        worst = harm.max(0)
         order = np.argsort(-own + weight * np.maximum(worst, 0), kind="stable")
         best = in_turn([candidates[at] for at in order if worst[at] <= cap], [candidates[at] for at in order])
+        if process_group is None and separable:  # each rank would leave out other sets
+            harmed = np.argsort(-np.maximum(harm[:, order[:pool]], 0).mean(1), kind="stable")
+            apart = _apart(named, unpack, runner, group, [others[at] for at in harmed])
+            race = Race(*apart, weight, dict(zip(candidates, worst.tolist(), strict=True)))
         if screen == "mask":
             best = in_turn(_by_mask(model, made, named, group, others, seed, options), best)
         candidates = best[:pool]
     allowed = cap if objective is None else None
     search = Search(made, group, others, objective or selective(group, others, weight), k, allowed, pool, width)
-    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict, "shuffled": True}
-    parts = search.parts(candidates)
-    for swept in sweep_in_parts(
-        model, parts, Mixed(named, unpack, runner.device), process_group=process_group, **settings
-    ):
+    settings: dict[str, Any] = {"metric": metric, "larger_is_better": True, "predict": predict}
+    parts = search.parts(candidates, Mixed(named, unpack, runner.device), race)
+    for swept in sweep_in_parts(model, parts, process_group=process_group, **settings):
         search.take(swept)
         if progress:
-            sys.stderr.write(f"search: {len(search.scores)} sets, the best scores {max(search.scores.values()):.4g}\n")
+            top = max(search.scores.values(), default=-math.inf)
+            sys.stderr.write(f"search: {search.looked} sets, the best scores {top:.4g}\n")
     bests = tuple(search.best(size) for size in range(1, k + 1))
-    cost = {"examples": sum(counts.values()), "backward passes": int(screened), "edits": len(search.scores)}
+    cost = {"examples": sum(counts.values()), "backward passes": int(screened), "edits": search.looked}
     return Critical(
         group,
         others,
@@ -275,23 +281,21 @@ def _refuse_unfit(k: int, pool: int, width: int, weight: float, cap: float) -> N
     refuse("a search", wrong, "The defaults are k=3, pool=40, width=2, weight=2.0, cap=0.005")
 
 
-def counted_examples(
-    loaders: Loaders, unpack: Unpack | None, process_group: dist.ProcessGroup | None
-) -> tuple[dict[Group, int], frozenset[str]]:
-    """Return the counts of all groups and what tells the examples apart, over the ranks."""
+def counted_examples(loaders: Loaders, unpack: Unpack | None, process_group: dist.ProcessGroup | None) -> Counted:
+    """Return what there is of each group, over the ranks."""
     error: Exception | None = None
-    own: tuple[dict[Group, int], frozenset[str]] = {}, frozenset()
+    own = Counted({}, frozenset(), True)
     try:
         own = groups_of(loaders, unpack)
     except Exception as raised:
         error = raised
     counts: dict[Group, int] = {}
-    keys: set[str] = set()
-    for counted_here, known in exchange(process_group, error, own):
-        keys |= known
-        for name, count in counted_here.items():
+    shares = exchange(process_group, error, own)
+    for share in shares:
+        for name, count in share.counts.items():
             counts[name] = counts.get(name, 0) + count
-    return counts, frozenset(keys)
+    keys = frozenset(key for share in shares for key in share.keys)
+    return Counted(counts, keys, all(share.separable for share in shares))
 
 
 # Screening
@@ -307,7 +311,7 @@ def _predicted(
     others: Sequence[Group],
     options: _Options,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every candidate the predicted rise of the error probability of the group, and the largest other."""
+    """Return the predicted rise of the error probability of the group, (candidates,), and of (others, candidates)."""
     count = made.layout.count
     terms = [
         term
@@ -317,8 +321,16 @@ def _predicted(
     metric, *rest = options
     effects, _ = mean_effects(runner, surveyed, terms, loaders, metric, error_probability, *rest)  # type: ignore[arg-type]
     places = [c.kind * count + made.layout.starts[c.layer] + c.neuron for c in candidates]
-    worst = torch.stack([effects[name] for name in others]).amax(0)
-    return effects[group].numpy()[places], worst.numpy()[places]
+    return effects[group].numpy()[places], torch.stack([effects[name] for name in others]).numpy()[:, places]
+
+
+def _apart(
+    loaders: Loaders, unpack: Unpack | None, runner: Runner, group: Group, others: Sequence[Group]
+) -> tuple[Mixed, Mixed]:
+    """Return the examples of a group and those of the others, in the order of the latter where they have loaders."""
+    rest = {name: loaders[name] for name in others} if isinstance(loaders, Mapping) else loaders
+    own, device = frozenset({group}), runner.device
+    return Mixed(loaders, unpack, device, groups=own), Mixed(rest, unpack, device, groups=frozenset(others))
 
 
 def _by_mask(

@@ -201,7 +201,7 @@ def judge(
     direction = named_directions({"": metric}, larger_is_better)[""]
     if direction is None:
         raise ValueError("whether larger values of this metric are better is not known: pass larger_is_better=")
-    counts, keys = counted_examples(named, unpack, process_group)
+    counts, keys, _ = counted_examples(named, unpack, process_group)
     wanted = against if against is not None or found is None else found.against
     group, spared = checked_groups(group, wanted, counts)
     _refuse_searched(found, keys)

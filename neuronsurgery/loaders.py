@@ -12,7 +12,7 @@ import operator
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeAlias
 
 import torch
@@ -338,11 +338,13 @@ class Mixed:
         loaders: a mapping group -> loader, or one loader.
         unpack: what they yield -> `Batch`.
         device: where they will be run; None is the CPU.
+        groups: only the examples of these, and what cannot be taken apart if it holds one; None for all.
     """
 
     loaders: Loaders
     unpack: Unpack | None = None
     device: torch.device | None = None
+    groups: Container[Group] | None = None
 
     def __length_hint__(self) -> int:
         """About how many batches there are."""
@@ -355,11 +357,15 @@ class Mixed:
         for groups, batch in iterate_groups(self.loaders, unpack=self.unpack):
             named = dataclasses.replace(batch, groups=tuple(groups))
             full = max(full, len(batch) if most is None else min(most, len(batch)))
+            wanted = [at for at, group in enumerate(groups) if self.groups is None or group in self.groups]
+            if not wanted:
+                continue
             if inseparable(batch):
                 yield named
                 continue
             shape = signature(batch), batch.indices is None
             part = Examples.of(named)
+            part = part if len(wanted) == len(part) else part.take(wanted)
             # What waits is a copy: a loader may reuse its memory.
             part = join([waiting.pop(shape), part]) if shape in waiting else part
             while len(part) >= full:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -21,7 +22,8 @@ from neuronsurgery.layouts import Layout
 from neuronsurgery.means import Means
 from neuronsurgery.neurons import Neurons
 from neuronsurgery.outcomes import Sweep
-from neuronsurgery.types import Group
+from neuronsurgery.sweeps import Part
+from neuronsurgery.types import Group, Loaders
 
 T = TypeVar("T")
 
@@ -30,6 +32,12 @@ Kind: TypeAlias = "Literal['zero', 'mean'] | Callable[[Neurons], Edit]"
 
 Objective: TypeAlias = Callable[[Tensor, Tensor, Sequence[Group]], float]
 """(metric of each example before, after, its group) -> how good an edit is: larger is better."""
+
+LEADERS = 8
+"""So many sets of a size are run on all examples first: what they come to is what the others have to reach."""
+
+ROUNDING = 1e-9
+"""Sums of the same numbers in another order differ by less."""
 
 NUDGE = 1e-3
 """What the rise of log(1 + exp(-m)) counts beside that of the error probability, which is flat far from 1/2."""
@@ -151,18 +159,125 @@ def selective(group: Group, others: Sequence[Group], weight: float) -> Objective
         members = members_of(groups)
         rise = error_probability(after) - error_probability(before)
         own = members[group]
-        worst = max(float(rise[members[name]].mean()) for name in others)
+        worst = max((float(rise[members[name]].mean()) for name in others), default=0.0)
         nudge = softplus(-after[own]) - softplus(-before[own])
         return float(rise[own].mean()) - weight * max(0.0, worst) + NUDGE * float(nudge.mean())
 
     return objective
 
 
+class Measured(NamedTuple):
+    """The metric of some examples without and with an edit, float64, shape (n,), and the groups of these."""
+
+    before: Tensor
+    after: Tensor
+    groups: tuple[Group, ...]
+
+    def joined(self, more: Measured) -> Measured:
+        """Return these examples and some more."""
+        before, after = torch.cat([self.before, more.before]), torch.cat([self.after, more.after])
+        return Measured(before, after, self.groups + more.groups)
+
+    def gains(self) -> dict[Group, float]:
+        """Return by group the change of the share of examples that are right."""
+        return self._means((self.after > 0).double() - (self.before > 0).double())
+
+    def rises(self) -> dict[Group, float]:
+        """Return by group the change of the error probability."""
+        return self._means(error_probability(self.after) - error_probability(self.before))
+
+    def _means(self, values: Tensor) -> dict[Group, float]:
+        return {name: float(values[own].mean()) for name, own in group_members(self.groups).items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Race:
+    """How a search leaves a set alone once it can no longer matter: it finds what it would have found without.
+
+    What a set does to its own group bounds how good it can be, since what it does to others only counts against it. So
+    the group comes first. Then a few sets are run on all others, and the rest for as long as they may still be better.
+
+    Attributes:
+        own: the examples of the group.
+        rest: those of the groups to spare.
+        weight: of the objective, see `selective`.
+        harm: by candidate the predicted rise of the error probability of the group that suffers most.
+    """
+
+    own: Loaders
+    rest: Loaders
+    weight: float
+    harm: Mapping[Candidate, float]
+
+
+class Needed(NamedTuple):
+    """What a set has to reach to matter: an objective among all, one among those within the cap, or a change."""
+
+    score: float
+    score_within: float
+    own: float
+
+
+class Bounds:
+    """Which sets may still matter while they are run on the groups to spare; see `Race`."""
+
+    def __init__(
+        self, others: Sequence[Group], weight: float, cap: float, needed: Needed, own: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Begin with what is known of the group itself.
+
+        Args:
+            others: the groups to spare.
+            weight: of the objective.
+            cap: the share of its examples that any of these may lose.
+            needed: what is to be reached.
+            own: by label the objective if nobody else were harmed, and the change of the share of right examples.
+        """
+        self._others, self._weight, self._cap, self._needed, self._own = others, weight, cap, needed, own
+        # By group: its size, and what its error probabilities and its wrong answers come to, without an edit, among the
+        # examples ahead, where they can still get better; by label what they have changed by so far.
+        self._sizes, self._doubt, self._wrong = (np.zeros(len(others)) for _ in range(3))
+        self._rise, self._gain = ({label: np.zeros(len(others)) for label in own} for _ in range(2))
+
+    def expect(self, groups: Iterable[Group], before: Tensor) -> None:
+        """Take note of examples ahead, by their metric without an edit."""
+        for place, own in self._members(groups):
+            self._sizes[place] += len(own)
+            self._doubt[place] += float(error_probability(before[own]).sum())
+            self._wrong[place] += int((before[own] <= 0).sum())
+
+    def __call__(self, groups: Iterable[Group], before: Tensor, after: Mapping[str, Tensor]) -> set[str]:
+        """Return the labels to go on with after some of these examples."""
+        for place, own in self._members(groups):
+            doubt, right = error_probability(before[own]), int((before[own] > 0).sum())
+            self._doubt[place] -= float(doubt.sum())
+            self._wrong[place] -= len(own) - right
+            for label, values in after.items():
+                self._rise[label][place] += float((error_probability(values[own]) - doubt).sum())
+                self._gain[label][place] += int((values[own] > 0).sum()) - right
+        return {label for label in after if self.matters(label)}
+
+    def _members(self, groups: Iterable[Group]) -> list[tuple[int, list[int]]]:
+        members = group_members(groups)
+        return [(place, members[name]) for place, name in enumerate(self._others) if name in members]
+
+    def matters(self, label: str) -> bool:
+        """Return whether a set may still reach what is needed."""
+        limit, own = self._own[label]
+        limit -= self._weight * max(0.0, float(((self._rise[label] - self._doubt) / self._sizes).max()))
+        if not limit < self._needed.score - ROUNDING:
+            return True
+        if float(((self._gain[label] + self._wrong) / self._sizes).min()) < -self._cap - ROUNDING:
+            return False
+        return not limit < self._needed.score_within - ROUNDING or (own < 0 and own <= self._needed.own + ROUNDING)
+
+
 class Search:
     """A beam search over sets of candidates.
 
     Attributes:
-        scores: the objective of every set that was looked at.
+        looked: how many sets were looked at.
+        scores: the objective of those that were run on all examples.
         path: the best set of every size.
     """
 
@@ -177,25 +292,42 @@ class Search:
         pool: int,
         width: int,
     ) -> None:
+        self.looked = 0
         self.scores: dict[Chosen, float] = {}
         self.path: list[Step] = []
         self._changes: dict[Chosen, tuple[float, float]] = {}
         self._made, self._group, self._others = made, group, tuple(others)
         self._objective = objective
         self._k, self._cap, self._pool, self._width = k, cap, pool, width
+        self._harm: dict[Chosen, float] = {}  # the rise of the error probability where it is largest, or its prediction
         self._asked: dict[str, Chosen] = {}
+        self._swept: dict[Chosen, Measured] = {}
 
-    def parts(self, candidates: Sequence[Candidate]) -> Iterator[dict[str, Edit]]:
-        """Yield the edits to sweep for each size in turn, the sets of one size made when the last are known."""
+    def parts(self, candidates: Sequence[Candidate], loaders: Loaders, race: Race | None = None) -> Iterator[Part]:
+        """Yield the edits to sweep for each size in turn, the sets of one size made when the last are known.
+
+        Args:
+            candidates: to make sets of.
+            loaders: all examples.
+            race: how to leave out what cannot matter, for the objective `selective` with a cap; all candidates go into
+                the pool.
+        """
         beam: list[Chosen] = [frozenset()]
+        if race is not None:
+            self._harm.update({frozenset({candidate}): harm for candidate, harm in race.harm.items()})
         for size in range(1, self._k + 1):
-            sets = [one | {c} for one in beam for c in candidates if all(c[1:] != other[1:] for other in one)]
-            self._asked = {str(number): chosen for number, chosen in enumerate(dict.fromkeys(sets))}
-            if not self._asked:
+            made = (one | {c} for one in beam for c in candidates if all(c[1:] != other[1:] for other in one))
+            sets = list(dict.fromkeys(made))
+            if not sets:
                 return
-            yield {label: self._made.edit(chosen) for label, chosen in self._asked.items()}
-            ranked = self._ranked(self._asked.values())
-            if size == 1:
+            self.looked += len(sets)
+            if race is None:
+                yield self._part(_labelled(sets), loaders)
+                self._note(self._swept)
+            else:
+                yield from self._raced(sets, race)
+            ranked = self._ranked(chosen for chosen in sets if chosen in self.scores)
+            if size == 1 and race is None:
                 candidates = [next(iter(chosen)) for chosen in ranked[: self._pool]]
             beam = ranked[: self._width]
             self.path.append(self._step(beam[0]))
@@ -208,18 +340,70 @@ class Search:
         ranked = sorted(sets, key=lambda chosen: -self.scores[chosen])
         if self._cap is None:
             return ranked
-        return in_turn([chosen for chosen in ranked if self._changes[chosen][1] >= -self._cap], ranked)
+        return in_turn([chosen for chosen in ranked if self._is_within(chosen)], ranked)
 
     def take(self, swept: Sweep) -> None:
-        """Note what the edits of the last part came to."""
-        before, members = swept.values(), group_members(swept.members)
-        for label in swept.labels:
-            chosen, after = self._asked[label], swept.values(label)
-            score = self._objective(before, after, swept.members)
+        """Take note of what the edits of the last part came to."""
+        before = swept.values()
+        self._swept = {
+            self._asked[label]: Measured(before, swept.values(label), swept.members) for label in swept.labels
+        }
+
+    def _part(self, sets: Mapping[str, Chosen], loaders: Loaders, bounds: Bounds | None = None) -> Part:
+        self._asked = dict(sets)
+        return Part({label: self._made.edit(chosen) for label, chosen in self._asked.items()}, loaders, bounds)
+
+    def _raced(self, sets: Sequence[Chosen], race: Race) -> Iterator[Part]:
+        """Yield the edits of sets of one size on their own group, of a few of them on the others, and of the rest."""
+        assert self._cap is not None  # a race is for searches with one
+        yield self._part(_labelled(sets), race.own)
+        own, alone = self._swept, selective(self._group, (), race.weight)
+        known = {chosen: (alone(*measured), measured.gains()[self._group]) for chosen, measured in own.items()}
+        harm = {chosen: self._expected_harm(chosen) for chosen in sets}
+        likely = sorted(sets, key=lambda chosen: race.weight * max(0.0, harm[chosen]) - known[chosen][0])
+        first = in_turn([chosen for chosen in likely if harm[chosen] <= self._cap], likely)[:LEADERS]
+        yield self._part(_labelled(first), race.rest)
+        whole = {chosen: own[chosen].joined(measured) for chosen, measured in self._swept.items()}
+        self._note(whole)
+        left = _labelled(chosen for chosen in sets if chosen not in whole)
+        needed = self._needed(whole)
+        bounds = Bounds(self._others, race.weight, self._cap, needed, {label: known[c] for label, c in left.items()})
+        bounds.expect(self._swept[first[0]].groups, self._swept[first[0]].before)
+        left = {label: left[label] for label in left if bounds.matters(label)}
+        if left:
+            yield self._part(left, race.rest, bounds)
+            self._note({chosen: own[chosen].joined(measured) for chosen, measured in self._swept.items()})
+
+    def _expected_harm(self, chosen: Chosen) -> float:
+        """Return what a set may do to the group that suffers most, as if its last neuron added what it does alone."""
+        whole = [self._harm[chosen]] if chosen in self._harm else []
+        rest = [(chosen - {last}, frozenset({last})) for last in chosen]
+        return max(whole + [self._harm[most] + self._harm[last] for most, last in rest if most in self._harm])
+
+    def _needed(self, sets: Iterable[Chosen]) -> Needed:
+        """Return what other sets of this size have to reach, by those that are known."""
+
+        def last(scores: Iterable[float]) -> float:
+            best = sorted(scores, reverse=True)[: self._width]
+            return best[-1] if len(best) == self._width else -math.inf
+
+        within = [chosen for chosen in self.scores if self._is_within(chosen)]
+        return Needed(
+            last(self.scores[chosen] for chosen in sets),
+            last(self.scores[chosen] for chosen in sets if chosen in within),
+            min((self._changes[chosen][0] for chosen in within), default=0.0),
+        )
+
+    def _is_within(self, chosen: Chosen) -> bool:
+        return self._cap is not None and self._changes[chosen][1] >= -self._cap
+
+    def _note(self, measured: Mapping[Chosen, Measured]) -> None:
+        """Score sets that were run on all examples."""
+        for chosen, values in measured.items():
+            score, gains, rises = self._objective(*values), values.gains(), values.rises()
             self.scores[chosen] = -math.inf if math.isnan(score) else float(score)
-            lost = (after > 0).double() - (before > 0).double()
-            worst = min(float(lost[members[name]].mean()) for name in self._others)
-            self._changes[chosen] = float(lost[members[self._group]].mean()), worst
+            self._changes[chosen] = gains[self._group], min(gains[name] for name in self._others)
+            self._harm[chosen] = max(rises[name] for name in self._others)
 
     def best(self, size: int) -> Step | None:
         """Return the set of at most so many neurons whose group loses most within the cap; the best, without a cap."""
@@ -227,8 +411,7 @@ class Search:
         if self._cap is None:
             best = max(looked, key=lambda chosen: (self.scores[chosen], -len(chosen)))
             return self._step(best) if self.scores[best] > 0 else None
-        within = [chosen for chosen in looked if self._changes[chosen][1] >= -self._cap]
-        allowed = [chosen for chosen in within if self._changes[chosen][0] < 0]
+        allowed = [chosen for chosen in looked if self._is_within(chosen) and self._changes[chosen][0] < 0]
         if not allowed:
             return None
         return self._step(min(allowed, key=lambda c: (self._changes[c][0], len(c), -self.scores[c])))
@@ -241,3 +424,7 @@ class Search:
         kinds = tuple(self._made.name(candidate.kind) for candidate in members)
         own, worst = self._changes[chosen]
         return Step(neurons, kinds, self._made.edit(chosen), own, worst, self.scores[chosen], chosen)
+
+
+def _labelled(sets: Iterable[Chosen]) -> dict[str, Chosen]:
+    return {str(number): chosen for number, chosen in enumerate(sets)}

@@ -7,7 +7,7 @@ import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
@@ -357,15 +357,29 @@ def _nearest(wanted: Iterable[float], others: Mapping[str, float]) -> dict[str, 
     return found
 
 
-def groups_of(loaders: Loaders, unpack: Unpack | None) -> tuple[dict[Group, int], frozenset[str]]:
-    """Return the number of examples of each group, and what tells the examples apart; of inseparable ones nothing."""
+class Counted(NamedTuple):
+    """The examples of some loaders: how many each group has, what tells them apart, and whether groups come apart.
+
+    What a batch holds that cannot be taken apart into examples has no keys.
+    """
+
+    counts: dict[Group, int]
+    keys: frozenset[str]
+    separable: bool
+
+
+def groups_of(loaders: Loaders, unpack: Unpack | None) -> Counted:
+    """Return what there is of each group."""
     counts: dict[Group, int] = {}
     keys: set[str] = set()
+    separable = True
     for groups, batch in iterate_groups(loaders, unpack=unpack):
         for group in groups:
             counts[group] = counts.get(group, 0) + 1
-        keys.update(() if inseparable(batch) else example_keys(batch))
-    return counts, frozenset(keys)
+        whole = bool(inseparable(batch))
+        keys.update(() if whole else example_keys(batch))
+        separable &= not whole or len(set(groups)) == 1
+    return Counted(counts, frozenset(keys), separable)
 
 
 def checked_groups(

@@ -8,7 +8,7 @@ has a paired interval and a p-value: the same examples before and after.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, overload
 
 import torch
@@ -182,6 +182,21 @@ def _shared(model: nn.Module | Shared, predict: Predict | None) -> tuple[Checked
     return model.forward, model.predict
 
 
+class Part(NamedTuple):
+    """Edits that are swept together, over data of their own.
+
+    Attributes:
+        edits: by label.
+        loaders: as of `sweep`.
+        narrow: (groups of a batch, metric without an edit, by label metric with each) -> the labels to go on with after
+            it; what goes no further is not in the sweep. None for all.
+    """
+
+    edits: Mapping[str, Edit]
+    loaders: Loaders
+    narrow: Callable[[Sequence[Group], Tensor, Mapping[str, Tensor]], Container[str]] | None = None
+
+
 class _Tally:
     """What was measured of one edit so far, by metric: sums by group, and every example's value."""
 
@@ -233,8 +248,12 @@ def _run(
     unpack: Unpack | None,
     progress: bool,
     forward: CheckedForward,
+    narrow: Callable[[Sequence[Group]], Container[Edit]] | None = None,
 ) -> _Seen:
-    """Run the edited models over the data, and add what is measured to the tallies."""
+    """Run the edited models over the data, and add what is measured to the tallies.
+
+    Once a batch is in the tallies, `narrow` says of its groups which edits go on, the unedited model beside them.
+    """
     # A capture takes as long as many batches of a small network, and no edits share nothing.
     shares = any(edited.values()) and not runner.is_spread
     if runner.is_spread and any(edited.values()):
@@ -261,6 +280,10 @@ def _run(
                 refuse_unshifted_metrics(tallies[edit].metrics.values(), logits, batch)
                 tallies[edit].add(places, logits, batch.targets)
         unheard = {edit for edit in unheard if sums[edit] == sums.get(BASELINE)}
+        if narrow is not None:
+            wanted = narrow(groups)
+            edited = {edit: tensors for edit, tensors in edited.items() if edit is BASELINE or edit in wanted}
+            unheard &= set(edited)
     if unheard and batch is not None:
         _warn_of_unread({edit: edited[edit] for edit in unheard}, runner, forward, batch)
     return _Seen(members, indices, tuple(sorted({*forward.reasons, *([ROUNDED] if forward.is_rounded else [])})))
@@ -336,32 +359,30 @@ def _name(metric: Metric) -> str:
 
 def sweep_in_parts(
     model: nn.Module,
-    parts: Iterable[Mapping[str, Edit]],
-    loaders: Loaders,
+    parts: Iterable[Mapping[str, Edit] | Part],
+    loaders: Loaders = (),
     *,
     metric: Metric = accuracy,
     larger_is_better: bool | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     process_group: dist.ProcessGroup | None = None,
-    shuffled: bool = False,
 ) -> Iterator[Sweep]:
     """Yield the sweep of each of several mappings of edits in turn, as by `sweep`, with one capture of the model.
 
-    For what takes long and is to be written down on the way, so that a killed program goes on from there. Each part is
-    one pass over the data; the unedited model is run in the first alone, and must stay as it is until the last.
+    For what is to be written down on the way, and for edits that depend on what came of others. Each part is one pass
+    over the data; the model must stay as it is until the last, and is run once for parts without data of their own.
 
     Args:
         model: any module.
-        parts: mappings of edits by label; they may be made one by one, when the sweep of the last has been dealt with.
-        loaders: see `sweep`; to be passed over once for each part.
+        parts: mappings of edits by label, or `Part`s with data of their own; they may be made one by one, when the
+            sweep of the last has been dealt with.
+        loaders: see `sweep`; to be passed over once for each part that is a mapping, in the same order.
         metric: (logits, targets) -> one value per example, shape (n,).
         larger_is_better: the direction of a metric of your own, see `evaluate`.
         predict: the model's output -> logits; it becomes a part of the graph.
         unpack: what a loader yields -> `Batch`.
-        process_group: gather over its ranks, which are to make the same parts.
-        shuffled: whether the order of the examples may be another one in each pass: then the unedited model is run in
-            each part.
+        process_group: gather over its ranks, which are to make the same parts; none of these may be narrowed.
 
     Raises:
         ValueError: if an edit does not fit the model, a group has no examples, or the metric is not one value per
@@ -379,31 +400,42 @@ def sweep_in_parts(
     """
     metrics, loaders = named_metrics(metric), named_loaders(loaders)
     direction = named_directions(metrics, larger_is_better)[""]
-    order = list(loaders) if isinstance(loaders, Mapping) else None
     forward: CheckedForward | None = None
     base = _Tally(metrics)
-    for edits in parts:
-        base = _Tally(metrics) if shuffled else base
-        tallies = {BASELINE: base} | {edit: _Tally(metrics) for edit in edits.values() if edit != BASELINE}
-        forward, shares = _part(model, edits, tallies, loaders, predict, unpack, process_group, forward)
+    for each in parts:
+        part = each if isinstance(each, Part) else Part(each, loaders)
+        order = list(part.loaders) if isinstance(part.loaders, Mapping) else None
+        tallies = {BASELINE: _Tally(metrics) if part is each else base}
+        tallies |= {edit: _Tally(metrics) for edit in part.edits.values() if edit != BASELINE}
+        forward, shares = _part(model, part, tallies, predict, unpack, process_group, forward)
+        edits = {label: edit for label, edit in part.edits.items() if edit in tallies}
         yield _gathered("", direction, edits, tallies, shares, order, process_group)
 
 
 @restoring
 def _part(
     model: nn.Module,
-    edits: Mapping[str, Edit],
-    tallies: Mapping[Edit, _Tally],
-    loaders: Loaders,
+    part: Part,
+    tallies: dict[Edit, _Tally],
     predict: Predict | None,
     unpack: Unpack | None,
     process_group: dist.ProcessGroup | None,
     forward: CheckedForward | None,
 ) -> tuple[CheckedForward | None, list[Share]]:
-    """Return what was captured, and what each rank has seen, once the edits of a part are in the tallies."""
+    """Return what was captured and what each rank has seen; the tallies then hold the edits that went to the end."""
     seen, error = _Seen([], [], ()), None
+
+    def narrow(groups: Sequence[Group]) -> set[Edit]:
+        newest = {edit: tally.outcomes[""][-1].values() for edit, tally in tallies.items()}
+        values = {label: newest[edit] for label, edit in part.edits.items() if edit in newest}
+        wanted = part.narrow(groups, newest[BASELINE], values) if part.narrow else values
+        left = {part.edits[label] for label in values if label in wanted}
+        for edit in set(tallies) - left - {BASELINE}:
+            del tallies[edit]
+        return left
+
     try:
-        runner, edited = _planned(model, edits, process_group)
+        runner, edited = _planned(model, part.edits, process_group)
         if forward is None:
             forward = CheckedForward(runner, predict or default_predict)
         else:
@@ -411,7 +443,7 @@ def _part(
         if tallies[BASELINE].outcomes[""]:
             del edited[BASELINE]
         with torch.no_grad(), without_mha_fastpath():
-            seen = _run(runner, edited, tallies, loaders, unpack, False, forward)
+            seen = _run(runner, edited, tallies, part.loaders, unpack, False, forward, narrow if part.narrow else None)
     except Exception as raised:
         error = raised
     return forward, exchange(process_group, error, (seen, [tally.outcomes for tally in tallies.values()]))

@@ -13,6 +13,8 @@ from snapshot import assert_unchanged, snapshot
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.loaders import Mixed
+from neuronsurgery.searches import Bounds, Measured, Needed
 
 RARE, SHARED = 4, 0
 """The hidden units that carry the rare group alone, and everybody of its class."""
@@ -95,6 +97,115 @@ def test_a_loader_may_shuffle() -> None:
     found = ns.find_critical(planted(), loader, "rare", layout=HIDDEN, edits="zero", cap=1.0)
     assert loader.passes > 3
     numbers_are_those_of_a_sweep(found, Shuffled())
+
+
+def random_case(seed: int) -> tuple[nn.Module, dict[str, list[Any]]]:
+    """Return a network that memorises a little, and three groups of unequal size, a batch or more each."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        data = {}
+        for name, size in (("common", 150), ("rare", 20), ("other", 60)):
+            x = torch.randn(size, 8, generator=generator)
+            y = model(x).argmax(1)
+            y[: size // 12] = 1 - y[: size // 12]  # some are wrong
+            data[name] = [(x[i : i + 32], y[i : i + 32]) for i in range(0, size, 32)]
+    return model, data
+
+
+def rows_of(model: nn.Module, loaders: Any, **options: Any) -> tuple[ns.Critical, int]:
+    """Return what is found, and over how many examples x edits."""
+    rows: list[int] = []
+
+    def metric(logits: Tensor, targets: Tensor) -> Tensor:
+        rows.append(len(targets))
+        return ns.margin(logits, targets)
+
+    return ns.find_critical(model, loaders, "rare", metric=metric, **options), sum(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "cases"),
+    [({}, 3), ({"against": "other"}, 1), ({"screen": "mask", "k": 2}, 1), ({"cap": 0.1, "pool": 12, "k": 4}, 2)],
+)
+def test_what_cannot_matter_is_left_out_and_the_same_is_found(
+    options: dict[str, Any], cases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets that are run to the end, however bad, change nothing but the time it takes."""
+    raced = whole = 0
+    for seed in range(cases):
+        model, data = random_case(seed)
+        mixed = [(x, y, [name] * len(x)) for name, batches in data.items() for x, y in batches]
+        monkeypatch.undo()
+        found = [rows_of(model, loaders, **options) for loaders in (data, mixed[::-1])]
+        monkeypatch.setattr(Bounds, "matters", lambda self, label: True)
+        every, most = rows_of(model, data, **options)
+        for critical, rows in found:
+            assert [step and step.neurons for step in critical.bests] == [step and step.neurons for step in every.bests]
+            assert [step.neurons for step in critical.path] == [step.neurons for step in every.path]
+            assert [step.own for step in critical.path] == pytest.approx([step.own for step in every.path])
+            assert critical.cost == every.cost
+            raced, whole = raced + rows, whole + most
+    assert raced < whole
+
+
+class Record:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def test_the_group_and_the_rest_are_all_examples_once() -> None:
+    x, names = torch.arange(24.0)[:, None], ["a", "b", "c", "b"] * 4 + ["b"] * 4 + ["a"] * 4
+    batches = [(part, part[:, 0], names[4 * i : 4 * i + 4]) for i, part in enumerate(x.split(4))]
+    met = []
+    for groups in ({"a"}, {"b", "c"}):
+        stream = list(Mixed(batches, groups=groups))
+        assert {name for batch in stream for name in batch.groups} == groups
+        assert all(len(batch) == 4 for batch in stream)
+        met += [
+            (value, name) for batch in stream for value, name in zip(batch.targets.tolist(), batch.groups, strict=True)
+        ]
+    assert sorted(met) == [(float(i), name) for i, name in enumerate(names)]
+
+
+def test_what_cannot_be_taken_apart_is_searched_all_the_same() -> None:
+    class OfRecords(nn.Sequential):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x.x if isinstance(x, Record) else x)  # type: ignore[no-any-return]
+
+    model = OfRecords(*planted())
+    records = [(Record(x), y, groups) for x, y, groups in examples()]
+    with pytest.warns(UserWarning, match="no part of the model's forward is shared"):
+        found = ns.find_critical(model, records, "rare", where="0.*", edits="zero")
+    assert [step.neurons for step in found.path] == [step.neurons for step in find().path]
+
+
+def test_bounds_let_go_of_nothing_that_matters() -> None:
+    draw, let_go = np.random.default_rng(0), 0
+    for _ in range(200):
+        groups = draw.choice(["a", "b"], 60, p=[0.8, 0.2]).tolist()
+        before = torch.from_numpy(np.sort(draw.normal(2, 2, 60))[::-1].copy())  # what can get better comes last
+        after = {str(i): before + torch.from_numpy(draw.normal(0.5 - i / 4, 1, 60)) for i in range(8)}
+        own = {label: (draw.random(), -draw.random()) for label in after}
+        needed, cap, weight = Needed(*draw.normal(0.2, 0.3, 2), -draw.random()), 0.1, 2.0
+        bounds = Bounds(("a", "b"), weight, cap, needed, own)
+        bounds.expect(groups, before)
+        left = set(after)
+        for part in np.array_split(np.arange(60), 6):
+            at = torch.from_numpy(part)
+            left &= bounds([groups[i] for i in part], before[at], {label: after[label][at] for label in left})
+        for label in after:
+            measured = Measured(before, after[label], tuple(groups))
+            score = own[label][0] - weight * max(0.0, *measured.rises().values())
+            within = min(measured.gains().values()) >= -cap
+            matters = score >= needed.score or (
+                within and (score >= needed.score_within or own[label][1] <= needed.own)
+            )
+            assert label in left or not matters
+            let_go += label not in left
+    assert let_go > 200
 
 
 def test_nothing_of_the_caller_changes() -> None:
