@@ -309,8 +309,8 @@ class Search:
         Args:
             candidates: to make sets of.
             loaders: all examples.
-            race: how to leave out what cannot matter, for the objective `selective` with a cap; all candidates go into
-                the pool.
+            race: how to leave out what cannot matter, for the objective `selective`, a cap, and no more candidates than
+                the pool holds.
         """
         beam: list[Chosen] = [frozenset()]
         if race is not None:
@@ -327,7 +327,7 @@ class Search:
             else:
                 yield from self._raced(sets, race)
             ranked = self._ranked(chosen for chosen in sets if chosen in self.scores)
-            if size == 1 and race is None:
+            if size == 1 and len(candidates) > self._pool:
                 candidates = [next(iter(chosen)) for chosen in ranked[: self._pool]]
             beam = ranked[: self._width]
             self.path.append(self._step(beam[0]))

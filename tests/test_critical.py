@@ -128,7 +128,12 @@ def rows_of(model: nn.Module, loaders: Any, **options: Any) -> tuple[ns.Critical
 
 @pytest.mark.parametrize(
     ("options", "cases"),
-    [({}, 3), ({"against": "other"}, 1), ({"screen": "mask", "k": 2}, 1), ({"cap": 0.1, "pool": 12, "k": 4}, 2)],
+    [
+        ({"pool": 16}, 2),
+        ({"against": "other"}, 1),
+        ({"screen": "mask", "k": 2, "pool": 12}, 1),
+        ({"cap": 0.1, "pool": 12, "k": 4}, 1),
+    ],
 )
 def test_what_cannot_matter_is_left_out_and_the_same_is_found(
     options: dict[str, Any], cases: int, monkeypatch: pytest.MonkeyPatch
