@@ -47,7 +47,7 @@ class Critical:
         bests: for each size the set that counts among those of at most that size, None where there was none: the last
             is what was found.
         path: for each size the set that the search went on from first, within the cap where one is.
-        cost: "examples", "backward passes" and "edits" that the search took.
+        cost: "examples" and "backward passes" of the search, and the "edits" that it looked at.
         reasons: what could not be tried, in words.
         cap: how much any other group was allowed to lose; None where an objective of the caller's decided.
         kinds: how sets of neurons become edits.

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from torch.nn import functional
 import neuronsurgery as ns
 from neuronsurgery.effects import prepared
 from neuronsurgery.first_order import mean_effects
+from neuronsurgery.graph.readers import Walk
 from neuronsurgery.switches import without_mha_fastpath
 from neuronsurgery.terms import terms_of
+from neuronsurgery.units import walk
 
 pytestmark = pytest.mark.architectures
 
@@ -221,14 +224,33 @@ REFUSED: dict[tuple[str, str], dict[str, str]] = {
 OTHERWISE = {"ALBERT": "*", "XCiT": "blocks.*"}
 """Layers that are behind every attention, or behind one that is not torch's."""
 
-CASES = [(name, kind) for name, kinds in FOUND.items() for kind in kinds]
+
+def asked(name: str, *more: str) -> Any:
+    """What is asked of an architecture; by one process, since it is captured once in each."""
+    return pytest.param(name, *more, marks=pytest.mark.xdist_group(name))
+
+
+CASES = [asked(name, kind) for name, kinds in FOUND.items() for kind in kinds]
+
+
+@functools.cache
+def walked_once(name: str) -> Callable[..., Walk]:
+    """The capture of an architecture, the same for every kind of its units: it takes longer than all the rest."""
+    kept: list[Walk] = []
+
+    def once(*args: Any) -> Walk:
+        if not kept:
+            kept.append(walk(*args))
+        return kept[0]
+
+    return once
 
 
 @functools.cache
 def found_units(name: str, kind: str) -> tuple[ns.Layout | None, str]:
     """The units, if there are any, and what is said of others."""
     case = ALL[name]
-    with warnings.catch_warnings(record=True) as said:
+    with patch("neuronsurgery.units.walk", walked_once(name)), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             found = ns.find_units(case.build(), case.batch, kind, predict=case.predict)  # type: ignore[arg-type]
@@ -378,7 +400,7 @@ def _is_a_head_in_the_attention(case: Architecture, model: nn.Module, cut: Tenso
     return False
 
 
-@pytest.mark.parametrize(("name", "kind"), REFUSED)
+@pytest.mark.parametrize(("name", "kind"), [asked(*case) for case in REFUSED])
 def test_what_is_no_unit_is_listed_with_the_reason(name: str, kind: str) -> None:
     _, said = found_units(name, kind)
     for layer, reason in REFUSED[name, kind].items():
@@ -532,7 +554,7 @@ def looped(experts: Any, expert: int, cut: slice) -> Callable[[Tensor, Tensor, T
 EXPERTS = {"Mixtral": 48, "Qwen3-MoE": 20, "OLMoE": 48, "GPT-OSS": 48, "DeepSeek-V3": 20}
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [asked(name) for name in EXPERTS])
 @torch.no_grad()
 def test_experts_and_their_units_against_loops_and_against_copies(name: str) -> None:
     case, size = ALL[name], EXPERTS[name]
