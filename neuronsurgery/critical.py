@@ -311,7 +311,7 @@ def _predicted(
     others: Sequence[Group],
     options: _Options,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted rise of the error probability of the group, (candidates,), and of (others, candidates)."""
+    """Return by candidate the predicted rise of the error probability: of the group, and a row for each other."""
     count = made.layout.count
     terms = [
         term
@@ -328,9 +328,12 @@ def _apart(
     loaders: Loaders, unpack: Unpack | None, runner: Runner, group: Group, others: Sequence[Group]
 ) -> tuple[Mixed, Mixed]:
     """Return the examples of a group and those of the others, in the order of the latter where they have loaders."""
-    rest = {name: loaders[name] for name in others} if isinstance(loaders, Mapping) else loaders
-    own, device = frozenset({group}), runner.device
-    return Mixed(loaders, unpack, device, groups=own), Mixed(rest, unpack, device, groups=frozenset(others))
+
+    def only(names: Sequence[Group]) -> Mixed:
+        wanted = {name: loaders[name] for name in names} if isinstance(loaders, Mapping) else loaders
+        return Mixed(wanted, unpack, runner.device, groups=frozenset(names))
+
+    return only([group]), only(others)
 
 
 def _by_mask(
