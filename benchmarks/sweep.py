@@ -222,7 +222,7 @@ def neurons(repeats: int, device: str) -> None:
     resnet18 = torchvision.models.resnet18(num_classes=2).eval().to(device)
     for layer in ("layer4.1.conv2.weight", "layer4.1.conv1.weight"):
         layout = ns.find_layout(resnet18, where=layer)
-        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 1, device), repeats)
+        per_edit(f"ResNet-18, 64x64, batch 32, {layer}", resnet18, layout, make_data(64, 32, 4, device), repeats)
     small = small_resnet().eval().to(device)
     for batch in (4, 16, 64, 250):
         data = make_data(32, batch, 4, device)

@@ -375,7 +375,7 @@ def sweep_in_parts(
 
     Args:
         model: any module.
-        parts: mappings of edits by label, or `Part`s with data of their own; they may be made one by one, when the
+        parts: mappings of edits by label, or each a `Part` with data of its own; they may be made one by one, when the
             sweep of the last has been dealt with.
         loaders: see `sweep`; to be passed over once for each part that is a mapping, in the same order.
         metric: (logits, targets) -> one value per example, shape (n,).
