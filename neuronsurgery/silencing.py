@@ -125,6 +125,23 @@ def silence(
     return zero_out(neurons | found)
 
 
+@restoring
+def beside_layers(layers: Iterable[Layer], model: nn.Module, batch: Any) -> dict[Layer, Neurons]:
+    """Return what `silence` zeroes with the whole of each layer, that is all of it; one capture serves all.
+
+    A layer that zeros do not make silent is left out.
+
+    Raises:
+        CaptureError: if the forward pass cannot be captured; says why.
+    """
+    surveyed = survey(model)
+    runner = make_runner(surveyed)
+    every, graph = layout_of(surveyed, runner.parameters, extra="*"), walk(runner, batch, None, None)
+    names = {layer: surveyed.first_names([layer.parameter])[layer.parameter] for layer in layers}
+    units = {layer: _Unit(graph, every, name, layer, range(layer.count)) for layer, name in names.items()}
+    return {layer: unit.neurons for layer, unit in units.items() if not unit.reason}
+
+
 def _experts(
     neurons: Neurons, surveyed: Survey, runner: Runner, every: Layout
 ) -> tuple[Neurons, dict[Layer, tuple[int, ...]]]:

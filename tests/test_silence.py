@@ -17,6 +17,7 @@ from zoo import CASES, marked
 
 import neuronsurgery as ns
 from neuronsurgery import CaptureError
+from neuronsurgery.silencing import beside_layers
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -522,6 +523,22 @@ def test_whatever_is_called_silent_is_zero_where_it_is_made(name: str) -> None:
         axis = 1 if isinstance(_module(model, layer), nn.Conv2d) else -1
         for output in outputs:  # of a module that is not called, but whose weight is read, there is none
             assert not output.select(axis, layer.count - 1).any()
+
+
+@pytest.mark.parametrize("name", marked(["mlp", "residual", "weight_norm", "tied", "lstm", "mobilenet"]))
+def test_one_capture_serves_all_layers(name: str) -> None:
+    case = CASES[name]
+    model, batch = case.build(), case.batches()[0]
+    before = snapshot(model, batch)
+    layout = ns.find_layout(model)
+    beside = beside_layers(layout, model, batch)
+    assert_unchanged(before, model, batch)
+    for layer in list(layout)[:: max(1, len(layout) // 6)]:
+        whole = ns.Neurons({layer: range(layer.count)})
+        try:
+            assert ns.silence(whole, model, batch).neurons == whole | beside[layer]
+        except ValueError:
+            assert layer not in beside
 
 
 def _module(model: nn.Module, layer: ns.Layer) -> nn.Module:

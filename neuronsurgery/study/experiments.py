@@ -22,6 +22,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 import neuronsurgery as ns
+from neuronsurgery.silencing import beside_layers
 from neuronsurgery.study.progress import Count
 from neuronsurgery.study.run import Parts
 from neuronsurgery.sweeps import sweep_in_parts
@@ -153,25 +154,24 @@ def rewind_layers(subject: Subject) -> Iterator[Intervention]:
     """Yield 1f: every layer in turn as it was some epochs earlier, alone and with the norm that follows it."""
     every, last = ns.find_layout(subject.model, extra="*"), max(subject.checkpoints)
     paths = {distance: subject.checkpoints[last - distance] for distance in DISTANCES if distance <= last}
+    norms = subject.kept.of("norms that follow", functools.partial(_following_norms, subject))
     for layer in subject.layout:
         module = layer.parameter.rpartition(".")[0]
         own = [other.parameter for other in every if other.parameter.rpartition(".")[0] == module]
         alone = ns.select(every, dict.fromkeys(own, ...))
-        found = functools.partial(_following_norm, subject, layer)
-        norm = subject.kept.of(f"norm that follows {layer.parameter}", found)
-        wide = alone | ns.select(every, dict.fromkeys(norm, ...))
+        wide = alone | ns.select(every, dict.fromkeys(norms.get(layer.parameter, []), ...))
         for (distance, path), part in product(paths.items(), dict.fromkeys([alone, wide])):  # one, without a norm
             edit, with_norm = ns.rewind(part, path), part != alone
             yield Intervention(edit, "rewind", layer=layer.parameter, distance=distance, with_norm=with_norm)
 
 
-def _following_norm(subject: Subject, layer: ns.Layer) -> list[str]:
-    """Return the parameters of the normalisation that reads a layer alone; none where there is none."""
-    try:
-        silent = ns.silence(ns.select(subject.layout, {layer.parameter: ...}), subject.model, subject.batch)
-    except ValueError:  # what follows is no layer's alone
-        return []
-    return [other.parameter for other in silent.neurons.by_layer() if other != layer]
+def _following_norms(subject: Subject) -> dict[str, list[str]]:
+    """Return by layer the parameters of the normalisation that reads it alone, where there is one."""
+    beside = beside_layers(subject.layout, subject.model, subject.batch)
+    return {
+        layer.parameter: [other.parameter for other in neurons.by_layer() if other != layer]
+        for layer, neurons in beside.items()
+    }
 
 
 def controls(subject: Subject) -> Iterator[Intervention]:
