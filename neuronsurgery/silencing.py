@@ -127,9 +127,14 @@ def silence(
 
 @restoring
 def beside_layers(layers: Iterable[Layer], model: nn.Module, batch: Any) -> dict[Layer, Neurons]:
-    """Return what `silence` zeroes with the whole of each layer, that is all of it; one capture serves all.
+    """Return what `silence` zeroes beside the whole of each layer, the layer too; one capture serves all of them.
 
     A layer that zeros do not make silent is left out.
+
+    Args:
+        layers: rows of the default layout.
+        model: any module that can be captured (see `sweep`); not changed.
+        batch: one batch of two examples or more, as a loader yields it.
 
     Raises:
         CaptureError: if the forward pass cannot be captured; says why.
@@ -175,7 +180,8 @@ class _Unit:
         self._zero(name, layer, indices)
         readers = [reader for reader in walk.readers() if reader.parameter == name]
         held = self._graph.parameters[name]
-        recurrent = [node for node in self._graph.nodes if operator_name(node) in RECURRENT and _reads(node, held)]
+        mine = [node for node in self._graph.nodes if not {*held}.isdisjoint(node.all_input_nodes)]
+        recurrent = [node for node in mine if operator_name(node) in RECURRENT]
         other = self._other_use(held, {reader.node for reader in readers} | set(recurrent))
         if other or not held:
             self.reason = f"{other} reads its weight" if other else "the forward pass does not use its weight"
@@ -426,10 +432,6 @@ class _Unit:
         call: Any = node.target
         with KERNELS.steady(), torch.no_grad():
             self._values[slot] = call(*args, **kwargs)
-
-
-def _reads(node: fx.Node, held: Iterable[fx.Node]) -> bool:
-    return any(parameter in node.all_input_nodes for parameter in held)
 
 
 def _channel_axis(node: fx.Node) -> int:
